@@ -1,0 +1,218 @@
+"""Capture: a model becomes one FX graph in one dialect, whatever it was.
+
+============================  =============================================================================
+patient                       way
+============================  =============================================================================
+``transformers`` model        ``transformers.exporters.DynamoExporter`` (copes with caches), inputs optional
+module with example inputs    ``torch.export.export(strict=False)``
+module without inputs         ``fx.symbolic_trace``
+``GraphModule``               as it is
+``ExportedProgram``           ``ep.module()``
+anything that fails           no graph; ``Capture.note`` says why, and sites come from the module walk
+============================  =============================================================================
+
+The captured graph is for reading. Its ``get_attr`` targets are the patient's own parameter names and its parameters
+alias the patient's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from passes.base import run_pass
+from passes.errors import InputError
+from passes.normalize import Normalize
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured graph (None if the model could not be captured), how it was captured, and why it was not."""
+
+    graph: fx.GraphModule | None
+    how: str
+    note: str | None = None
+
+
+def forward_call(example_inputs: Any) -> Call:
+    """Turn example inputs into ``(args, kwargs)``: a mapping gives keywords, a tuple positions, a tensor one argument.
+
+    Raises:
+        InputError: the inputs are none of these.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    raise InputError(
+        "example inputs must be a dict (keyword arguments), a tuple (positional arguments) or a tensor "
+        f"(the only argument), not {type(example_inputs).__name__}"
+    )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether a model is a ``transformers`` one, without importing transformers."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def default_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs that a ``transformers`` model accepts, or None where it does not tell.
+
+    Text models use their own ``dummy_inputs``; image models get two random images of the configured size.
+    """
+    if not is_pretrained(model):
+        return None
+    device, main = model.device, model.main_input_name
+    config: Any = model.config
+    if main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None)
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        inputs: dict[str, Any] = {main: pixels.to(model.dtype)}
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        inputs = {main: torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=model.dtype)}
+        inputs["decoder_input_ids"] = torch.zeros(2, 4, dtype=torch.long)
+    elif main == "input_values":
+        inputs = {main: torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)).to(model.dtype)}
+    elif main == "input_ids":
+        inputs = dict(model.dummy_inputs)
+        if config.is_encoder_decoder and not any("decoder" in name for name in inputs):
+            inputs["decoder_input_ids"] = inputs[main].clone()
+    else:
+        return None
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
+    """All inputs by the names of ``model.forward``, positional ones included."""
+    args, kwargs = call
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    return {**bound, **extra}
+
+
+@contextlib.contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and each back in the mode that it was in."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
+def keep_forward(model: nn.Module) -> Iterator[None]:
+    """Undo what an exporter leaves behind when it replaces ``model.forward`` on the instance."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(model).pop("forward", None)
+        else:
+            vars(model)["forward"] = before
+
+
+def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> ExportedProgram:
+    """Export a model in eval mode with ``torch.export`` (non-strict), through transformers' exporter where it is one.
+
+    The model is left as it was. ``dynamic_shapes`` follows ``torch.export``; for a ``transformers`` model it names
+    the keyword inputs.
+    """
+    with inference_mode_of(model), keep_forward(model), torch.no_grad():
+        if not is_pretrained(model):
+            args, kwargs = copy.deepcopy(call)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        from transformers.exporters import DynamoConfig, DynamoExporter
+
+        inputs = hub_inputs(model, call)
+        config = DynamoConfig(dynamic=dynamic_shapes is not None, dynamic_shapes=dynamic_shapes)
+        with quiet_transformers():
+            exported = DynamoExporter().export(model, inputs, config)
+        return getattr(exported, "program", exported)  # transformers >= 5.20 wraps the program
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' exporters from warning of every torch version that they were not tested with."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
+    """Keyword inputs for a ``transformers`` exporter: no labels (no loss is exported) and no cache unless given."""
+    inputs = copy.deepcopy(keyword_inputs(model, call))
+    inputs.pop("labels", None)
+    if getattr(model.config, "use_cache", False):
+        inputs.setdefault("use_cache", False)
+    return inputs
+
+
+def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Capture:
+    """Capture a model as one normalised FX graph; the model is left as it was.
+
+    Args:
+        model: any ``nn.Module``, a ``GraphModule``, or an ``ExportedProgram``.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+
+    Returns:
+        The capture; ``graph`` is None where the model resists, with the reason in ``note``.
+    """
+    if isinstance(model, ExportedProgram):
+        return Capture(_normalised(model.module()), "ExportedProgram")
+    if isinstance(model, fx.GraphModule):
+        return Capture(_normalised(_shared_copy(model)), "GraphModule")
+    if example_inputs is None:
+        example_inputs = default_inputs(model)
+    try:
+        if example_inputs is None:
+            return Capture(_normalised(fx.symbolic_trace(model)), "fx.symbolic_trace")
+        program = export_program(model, forward_call(example_inputs))
+        how = "transformers.exporters" if is_pretrained(model) else "torch.export"
+        return Capture(_normalised(program.module()), how)
+    except InputError:
+        raise
+    except Exception as error:  # a model may resist in any way; the walk takes over and the report says why
+        reason = str(error).strip().splitlines() or [""]
+        return Capture(None, "module walk", f"{type(error).__name__}: {reason[0][:200]}")
+
+
+def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
+    run_pass(Normalize(), graph_module)
+    return graph_module
+
+
+def _shared_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph and share every tensor and module, so that reading a graph patient does not rewrite it."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)

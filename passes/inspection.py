@@ -1,0 +1,101 @@
+"""Everything that is known about a model before it is operated on: its capture, its sites, what is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from passes.calls import CallRecord, record_calls
+from passes.capture import Capture, capture, default_inputs, forward_call
+from passes.sites import Site, Skipped, sites_from_graph, sites_from_walk
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sites of a model and how they were found.
+
+    Attributes:
+        sites: in order of execution (of registration where the model was not captured).
+        skipped: matrix products that are no sites, with the reason.
+        how: the way of capture; "module walk" means not captured.
+        notes: why it was not captured, what could not be recorded.
+        calls: what a recorded forward showed; None without example inputs.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    how: str
+    notes: tuple[str, ...] = ()
+    calls: CallRecord | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph."""
+        return self.how != "module walk"
+
+
+def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Capture a model and find its sites; the model is left as it was.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+    """
+    given = example_inputs is not None
+    example_inputs = example_inputs if given else default_inputs(model)
+    calls, notes = None, []
+    if example_inputs is not None:
+        try:
+            calls = record_calls(model, forward_call(example_inputs))
+            notes += [calls.note] if calls.note else []
+        except Exception as error:
+            if given:
+                raise
+            notes.append(f"default inputs do not fit: {error}")
+            example_inputs = None
+    found = capture(model, example_inputs)
+    return _inspection(model, found, calls, notes)
+
+
+def _inspection(
+    model: nn.Module | ExportedProgram, found: Capture, calls: CallRecord | None, notes: list[str]
+) -> Inspection:
+    assert isinstance(model, nn.Module)
+    if found.note:
+        notes.append(f"not captured: {found.note}")
+    if found.graph is None:
+        sites, skipped = sites_from_walk(model)
+    else:
+        sites, skipped = sites_from_graph(found.graph, model)
+        if calls is None:
+            calls = _calls_of(found.graph)
+            hidden = _leaves(found.graph)
+            extra, more = sites_from_walk(model)
+            known = {site.key for site in sites}
+            sites += [s for s in extra if s.key not in known and s.weight.startswith(hidden)]
+            skipped += [s for s in more if f"{s.where}.".startswith(hidden)]
+    return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+
+
+def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
+    """What a symbolic trace says of calls: modules it calls, and parameters it reads by name."""
+    called, read = set(), set()
+    for node in graph_module.graph.nodes:
+        path = node.meta.get("called_module")
+        if path is not None:
+            called.add(path)
+            read -= {f"{path}.weight", f"{path}.bias"}
+        elif node.op == "get_attr" and not all("called_module" in user.meta for user in node.users):
+            read.add(str(node.target))
+    return CallRecord(frozenset(called), frozenset(read))
+
+
+def _leaves(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Prefixes of the modules that a symbolic trace did not look into."""
+    return tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")

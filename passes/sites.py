@@ -1,0 +1,191 @@
+"""Find the linear sites of a model: the matrix products whose one operand is a parameter, and what is known of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from passes.normalize import linear_layout
+from passes.products import Product, aten, read_product
+from passes.residual import residual_writers, strip_views
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear operation of the model, ``y = x W^T + b``.
+
+    Attributes:
+        key: path of the module that owns the weight, or of the parameter where none does.
+        weight: name of the weight parameter, as in ``named_parameters``.
+        bias: name of the bias parameter, or None.
+        layout: "out_in" (``nn.Linear``) or "in_out" (GPT-2's ``Conv1D``, ``x @ w``).
+        d_out, d_in: sizes of the product.
+        group: sites with the same number read the same input.
+        tied: other names or uses of the same weight.
+        residual: whether the output is added to the residual stream; None if unknown.
+        calls: products of this site in one forward.
+    """
+
+    key: str
+    weight: str
+    bias: str | None
+    layout: str
+    d_out: int
+    d_in: int
+    group: int | None = None
+    tied: tuple[str, ...] = ()
+    residual: bool | None = None
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A product that is no site: where it stands, what it is, and why."""
+
+    where: str
+    operation: str
+    reason: str
+
+
+def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
+    """Read the sites off a normalised graph, in the order of execution.
+
+    Args:
+        graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
+        model: the model itself, for ties and owners.
+    """
+    names = _Names(model)
+    products: dict[str, list[Product]] = defaultdict(list)
+    skipped = []
+    for node in graph_module.graph.nodes:
+        found = read_product(node, names.tensors.get)
+        if isinstance(found, Product):
+            products[names.key(found.weight, _module_path(node))].append(found)
+        elif isinstance(found, str):
+            skipped.append(Skipped(_module_path(node) or node.name, _operation(node), found))
+    writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
+    uses = _other_uses(graph_module.graph, names, products)
+    groups: dict[fx.Node, int] = {}
+    sites = []
+    for key, found in products.items():
+        first = found[0]
+        weight = names.alias(first.weight, key)
+        if {p.layout for p in found} != {first.layout}:
+            skipped.append(Skipped(key, "linear", "its weight is used both as it is and transposed"))
+            continue
+        rows, columns = names.tensors[weight].shape
+        d_out, d_in = (rows, columns) if first.layout == "out_in" else (columns, rows)
+        group = groups.setdefault(strip_views(first.input), len(groups))
+        others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
+        tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
+        bias = names.alias(first.bias, key) if first.bias else None
+        residual = any(p.node in writers for p in found)
+        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, group, tied, residual, len(found)))
+    return sites, skipped
+
+
+def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
+    """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
+    names = _Names(model)
+    sites, skipped = [], []
+    for path, module in model.named_modules():
+        layout, local = linear_layout(module), "weight"
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            layout, local = "out_in", "in_proj_weight"
+        if layout is None:
+            if isinstance(module, nn.Linear):
+                skipped.append(Skipped(path, type(module).__name__, "a subclass of nn.Linear with its own forward"))
+            continue
+        weight = f"{path}.{local}".lstrip(".")
+        if weight not in names.tensors:
+            skipped.append(Skipped(path, type(module).__name__, "its weight is not a parameter"))
+            continue
+        rows, columns = names.tensors[weight].shape
+        d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
+        bias = weight.removesuffix("weight") + "bias"
+        bias_name = bias if bias in names.tensors else None
+        sites.append(Site(names.key(weight), weight, bias_name, layout, d_out, d_in, tied=names.ties(weight)))
+    return sites, skipped
+
+
+class _Names:
+    """The model's parameters by every name they have, and which of these names are one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = dict(model.named_parameters(remove_duplicate=False))
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.first_path = {}
+        for path, module in self.modules.items():
+            self.first_path.setdefault(id(module), path)
+        self.by_tensor: dict[int, list[str]] = defaultdict(list)
+        for name, tensor in self.tensors.items():
+            self.by_tensor[id(tensor)].append(name)
+
+    def canonical(self, name: str) -> str:
+        return self.by_tensor[id(self.tensors[name])][0]
+
+    def same(self, one: str, other: str) -> bool:
+        return self.tensors[one] is self.tensors[other]
+
+    def owner(self, name: str) -> str:
+        """First path of the module that registers a parameter."""
+        return self.first_path[id(self.modules[name.rpartition(".")[0]])]
+
+    def key(self, weight: str, module_path: str | None = None) -> str:
+        """Key of the product that uses a weight: among tied names, the one whose module the product stands in."""
+        owners = {self.owner(name): name for name in self.by_tensor[id(self.tensors[weight])]}
+        if module_path in self.modules:
+            module_path = self.first_path[id(self.modules[module_path])]
+        name = owners.get(module_path or "", weight)
+        owner, local = self.owner(name), name.rpartition(".")[2]
+        if not owner:
+            return local
+        return owner if local == "weight" else f"{owner}.{local}"
+
+    def alias(self, name: str, key: str) -> str:
+        """The name of a parameter that belongs to a key, where it has several."""
+        aliases = self.by_tensor[id(self.tensors[name])]
+        return next((a for a in aliases if a == key or a.rpartition(".")[0] == key), name)
+
+    def ties(self, name: str) -> tuple[str, ...]:
+        """Other names of the same tensor, those that merely reach the same module by another path left out."""
+        aliases = self.by_tensor[id(self.tensors[name])]
+        mine = (self.owner(name), name.rpartition(".")[2])
+        return tuple(a for a in aliases if a != name and (self.owner(a), a.rpartition(".")[2]) != mine)
+
+
+def _module_path(node: fx.Node) -> str | None:
+    if "called_module" in node.meta:
+        return str(node.meta["called_module"])
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else None
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.op)
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+def _other_uses(
+    graph: fx.Graph, names: _Names, products: dict[str, list[Product]]
+) -> dict[str, list[str]]:
+    """Uses of a weight that are no product of it, such as an embedding look-up, by the weight's first name."""
+    counted = {p.node for found in products.values() for p in found}
+    uses: dict[str, list[str]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op != "get_attr" or node.target not in names.tensors:
+            continue
+        pending: list[Any] = list(node.users)
+        while pending:
+            user = pending.pop()
+            if user in counted:
+                continue
+            if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.to.dtype):
+                pending.extend(user.users)
+            elif _operation(user) in ("embedding", "call_module"):
+                uses[names.canonical(node.target)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
+    return uses

@@ -1,0 +1,56 @@
+"""S-space model surgery: adapters in the singular basis of a model's own weights.
+
+    import surgery
+    surgery.apply_surgery(model, "antipasto", r=64)     # then train the cores, steer with set_coeff, save, merge
+"""
+
+from passes.errors import (
+    AdapterError,
+    CaptureError,
+    ExportError,
+    InputError,
+    PassError,
+    RankError,
+    SurgeryError,
+    TargetError,
+    VariantError,
+    WeightError,
+)
+from surgery.adapter import SSpaceLinear
+from surgery.files import load_adapter, save_adapter
+from surgery.operate import apply_surgery, inspect_sites, undo_surgery
+from surgery.report import Report, report
+from surgery.variants import REGISTRY, Variant
+from surgery.verbs import merge, print_trainable_parameters, refresh, set_coeff, sites, steer
+
+# Every variant's configuration is public under its own name, without a list of them here.
+globals().update({cls.__name__: cls for cls in REGISTRY.values()})
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "ExportError",
+    "InputError",
+    "PassError",
+    "RankError",
+    "Report",
+    "SSpaceLinear",
+    "SurgeryError",
+    "TargetError",
+    "Variant",
+    "VariantError",
+    "WeightError",
+    "apply_surgery",
+    "inspect_sites",
+    "load_adapter",
+    "merge",
+    "print_trainable_parameters",
+    "refresh",
+    "report",
+    "save_adapter",
+    "set_coeff",
+    "sites",
+    "steer",
+    "undo_surgery",
+]
+__all__ += [cls.__name__ for cls in REGISTRY.values()]

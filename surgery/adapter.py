@@ -1,0 +1,175 @@
+"""What surgery puts on a site: the frozen factors, the trainable core with its coefficient, and the two that host them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes.errors import InputError, VariantError
+from surgery.variants import Variant
+
+
+class Factors(nn.Module):
+    """Frozen singular factors of a site: ``U`` (d_out, r), ``S`` (r,), ``Vh`` (r, d_in)."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+
+    def __init__(self, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("U", U)
+        self.register_buffer("S", S)
+        self.register_buffer("Vh", Vh)
+
+    def extra_repr(self) -> str:
+        return f"d_out={self.U.shape[0]}, d_in={self.Vh.shape[1]}, r={self.S.shape[0]}, dtype={self.S.dtype}"
+
+
+class Core(nn.Module):
+    """Trainable tensors of a site, named as in the variant's table row, and the runtime knob ``coeff``.
+
+    Both stay in float32 or float64 when the model is cast to a half dtype: they are small, and a half ``g`` would lose
+    its small gains.
+    """
+
+    coeff: torch.Tensor
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True)))
+        self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            out = fn(tensor)
+            half = out.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != out.dtype
+            return tensor.to(device=out.device) if half else out
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())
+
+
+class SSpaceLinear(nn.Module):
+    """A linear module with an S-space adapter: ``y = x W^T + b + delta(x Vh^T) U^T``.
+
+    Surgery makes one out of an ``nn.Linear`` (or GPT-2's ``Conv1D``) by changing the module's class in place, as FSDP2
+    does: the parameters, hooks, aliases and every reference to the module stay what they were, and undoing it is
+    changing the class back.
+
+    Attributes:
+        variant: the variant's configuration.
+        factors: the frozen factors ``.U``, ``.S``, ``.Vh``.
+        core: the trainable core.
+        weight, bias: the frozen base parameters, in their own layout.
+        layout: "out_in" or "in_out".
+        base_class: the class that the module had.
+    """
+
+    variant: Variant
+    factors: Factors
+    core: Core
+    layout: str
+    base_class: type[nn.Module]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the base's own forward and add the adapter's term; x is (..., d_in), the result (..., d_out)."""
+        y: torch.Tensor = self.base_class.forward(self, x)
+        return y + self.adapter_term(x)
+
+    def adapter_term(self, x: torch.Tensor) -> torch.Tensor:
+        """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x."""
+        h = F.linear(x, self.factors.Vh.to(x.dtype))
+        core = self.core
+        S = self.factors.S.to(core.coeff.dtype)
+        d = self.variant.delta(h, S, core, rows_like(core.coeff, h))
+        return F.linear(d, self.factors.U.to(x.dtype))
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The change of the weight at the present core and coeff, ``U D^T Vh`` with ``D = delta(I)``.
+
+        Args:
+            dtype: to compute in and return; the core's by default.
+
+        Returns:
+            A tensor of the shape and layout of ``weight``.
+
+        Raises:
+            VariantError: the variant is not linear in h.
+            InputError: coeff steers the rows of a batch, so that there is not one weight.
+        """
+        core, factors = self.core, self.factors
+        if not self.variant.linear:
+            raise VariantError(f"{self.variant.name} is not linear in its input: no weight has the same effect")
+        if core.coeff.dim():
+            raise InputError("coeff steers the rows of a batch differently: set a scalar coeff first")
+        dtype = dtype or core.coeff.dtype
+        tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
+        U, S, Vh = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype)
+        D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, core.coeff.to(dtype))
+        delta = U @ D.T @ Vh
+        return delta if self.layout == "out_in" else delta.T
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.weight.shape)
+        return f"{self.variant.name}, weight={shape}, r={self.factors.S.shape[0]}, bias={self.bias is not None}"
+
+
+class SSpaceWeight(SSpaceLinear):
+    """The same adapter as a parametrisation of a weight, ``W -> W + dW``, for products made without calling a module.
+
+    Such weights are read by their owner (``nn.MultiheadAttention.in_proj_weight``, a raw ``nn.Parameter``), so that only
+    the weight itself can be intercepted. The base weight and bias are found through the owner.
+    """
+
+    def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None) -> None:
+        super().__init__()
+        self.owner = (owner,)  # in a tuple, since a registered owner would make the module tree a cycle
+        self.weight_name = weight_name
+        self.bias_name = bias_name
+        self.order = tuple(owner._parameters)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The frozen base weight."""
+        return getattr(self.owner[0].parametrizations, self.weight_name).original  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The frozen bias that is added to the product, or None."""
+        return getattr(self.owner[0], self.bias_name) if self.bias_name else None
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return ``W + dW``, summed in the core's dtype and rounded once."""
+        delta = self.delta_weight()
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def rows_like(coeff: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Shape a per-row coeff to multiply h: dimension 0 is the batch, or the row-major flattened one.
+
+    Args:
+        coeff: 0-d, or (batch,).
+        h: (batch, ..., r), or (batch * n, ..., r).
+
+    Raises:
+        InputError: the rows do not divide the batch.
+    """
+    if coeff.dim() == 0:
+        return coeff
+    rows, batch = coeff.shape[0], h.shape[0]
+    if h.dim() < 2 or batch % rows:
+        raise InputError(f"coeff has {rows} rows, but a site got an input of shape (*{tuple(h.shape[:-1])}, d_in)")
+    if rows != batch:
+        coeff = coeff[:, None].expand(rows, batch // rows).reshape(batch)
+    return coeff.reshape(batch, *[1] * (h.dim() - 1))

@@ -1,0 +1,134 @@
+"""Two ways to host an adapter in place: as the module that is called, or as a parametrisation of a weight that is read.
+
+``attach`` and ``detach`` are exact inverses: same modules, same parameter objects, same order, same class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from passes.calls import CallRecord
+from passes.errors import TargetError
+from passes.normalize import linear_layout
+from passes.sites import Site
+from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
+from surgery.variants import Variant
+
+ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Everything that one site needs to be operated on, made before the model is touched."""
+
+    site: Site
+    host: str  # "module" or "weight"
+    variant: Variant
+    factors: Factors
+    core: Core
+
+
+def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
+    """Host a site as a module only where the module is known to be called, and its weight never read without the call.
+
+    Without a record of calls, children of PyTorch's own composite modules are taken to be read (as
+    ``nn.MultiheadAttention`` does), and any other linear module to be called.
+    """
+    owner_path, _, local = site.weight.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    plain = local == "weight" and linear_layout(owner) == site.layout and owner is not model
+    if not plain or any(hasattr(owner, name) for name in ATTRIBUTES):
+        return "weight"
+    if calls is not None and site.weight in calls.read:
+        return "weight"
+    if calls is not None and site.key in calls.called:
+        return "module"
+    parent = model.get_submodule(owner_path.rpartition(".")[0])
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, containers)
+    return "weight" if composite else "module"
+
+
+def attach(model: nn.Module, graft: Graft) -> None:
+    """Put an adapter on its site."""
+    owner_path, _, local = graft.site.weight.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    bias = graft.site.bias.rpartition(".")[2] if graft.site.bias else None
+    adapter = SSpaceWeight(owner, local, bias) if graft.host == "weight" else owner
+    values = (graft.variant, graft.factors, graft.core, graft.site.layout, type(owner))
+    try:
+        for name, value in zip(ATTRIBUTES, values, strict=True):
+            setattr(adapter, name, value)
+        adapter.train(owner.training)
+        if graft.host == "weight":
+            parametrize.register_parametrization(owner, local, adapter, unsafe=True)
+        else:
+            owner.__class__ = SSpaceLinear
+    except BaseException:
+        if graft.host == "module":
+            _strip(owner, type(owner))
+        raise
+
+
+def detach(site: SSpaceLinear) -> None:
+    """Take an adapter off its site; the owner is what it was."""
+    if not isinstance(site, SSpaceWeight):
+        _strip(site, site.base_class)
+        return
+    owner, name = site.owner[0], site.weight_name
+    cls = type(owner)  # a deep copy shares it: without a class of its own, removal would delete the original's property
+    owner.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+    parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+    for parameter in site.order:
+        if parameter in owner._parameters:
+            owner._parameters[parameter] = owner._parameters.pop(parameter)
+
+
+def _strip(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    for name in ATTRIBUTES:
+        if name in vars(module) or name in module._modules:
+            delattr(module, name)
+
+
+def replace_weight(site: SSpaceLinear, weight: torch.Tensor) -> None:
+    """Take an adapter off and give its owner a new weight parameter; the old tensor is not written."""
+    owner: nn.Module = site.owner[0] if isinstance(site, SSpaceWeight) else site
+    name = site.weight_name if isinstance(site, SSpaceWeight) else "weight"
+    requires_grad = site.weight.requires_grad
+    detach(site)
+    owner._parameters[name] = nn.Parameter(weight, requires_grad=requires_grad)
+
+
+def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
+    """All adapters of a model by the keys of their sites, in the order of the modules."""
+    found: dict[str, SSpaceLinear] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SSpaceWeight):
+            owner, _, local = path.rpartition("parametrizations.")
+            owner, local = owner.rstrip("."), local.rpartition(".")[0]
+            found[owner if local == "weight" and owner else f"{owner}.{local}".lstrip(".")] = module
+        elif isinstance(module, SSpaceLinear):
+            found[path] = module
+    return found
+
+
+def host_of(site: SSpaceLinear) -> str:
+    """How a site is hosted: "module" or "weight"."""
+    return "weight" if isinstance(site, SSpaceWeight) else "module"
+
+
+def check_not_operated(model: nn.Module, keys: list[str]) -> None:
+    """Refuse a second adapter on one site.
+
+    Raises:
+        TargetError: one of the sites carries an adapter.
+    """
+    if twice := [key for key in keys if key in operated_sites(model)]:
+        raise TargetError(
+            f"site {twice[0]!r} already carries an adapter ({len(twice)} such); call undo_surgery or merge first"
+        )

@@ -1,0 +1,237 @@
+"""``apply_surgery`` and ``undo_surgery``: all sites or none, and back again, bit for bit."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from passes.errors import InputError, SurgeryError, VariantError, WeightError
+from passes.inspection import Inspection, inspect_model
+from passes.sites import Site
+from surgery.adapter import Core, Factors
+from surgery.hosts import Graft, attach, check_not_operated, choose_host, detach, operated_sites
+from surgery.progress import track
+from surgery.svd import factorise
+from surgery.targets import Patterns, select_sites, site_ranks
+from surgery.variants import Variant, resolve_variant
+
+Model = TypeVar("Model", bound=nn.Module)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Record:
+    """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised."""
+
+    requires_grad: dict[str, bool]
+    inspection: Inspection | None = None
+    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The module behind ``torch.compile``'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of an operated model.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    record = vars(model).get("_surgery")
+    if record is None:
+        raise SurgeryError(f"{type(model).__name__} carries no surgery: call apply_surgery or load_adapter first")
+    return record  # type: ignore[no-any-return]
+
+
+def apply_surgery(
+    model: Model,
+    variant: str | Variant,
+    *,
+    r: int | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    form: str = "delta",
+    lowering: str = "auto",
+    keep_base: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Model:
+    """Put an S-space adapter on linear operations of a model, in place; afterwards only the cores are trainable.
+
+    Args:
+        model: any ``nn.Module``; its class, its methods and every untouched tensor stay what they are.
+        variant: a registered name ("antipasto") or a configuration (``AntiPaSTO(r=64)``).
+        r: upper bound of the rank; wins over the configuration's.
+        target_modules: "all-linear" (all but tied weights and the output head), "residual-writers", a list of name
+            suffixes, or a regular expression for whole keys, as in PEFT; the variant's own default if None.
+        exclude_modules: suffixes or a regular expression of sites to leave out.
+        layers_to_transform: index or indices of the layers to keep to.
+        rank_pattern: ranks of single sites by pattern.
+        example_inputs: dict, tuple or tensor to capture with; ``transformers`` models have defaults.
+        calibration: for variants that need data; none of the present ones does.
+        form: "delta" (``W`` as it is, plus the change).
+        lowering: "auto" or "lowrank" (two thin products beside the dense one).
+        keep_base: keep what undo needs.
+        seed: of the core's initial values.
+        progress: show progress bars, and the report when done.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
+    """
+    model = unwrap(model)
+    config = resolve_variant(variant, r)
+    _check_options(config, calibration, form, lowering, keep_base)
+    _check_not_meta(model)
+    inspection = known_inspection(model) or inspect_model(model, example_inputs)
+    chosen = select_sites(
+        model,
+        inspection,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        default=config.default_targets,
+    )
+    check_not_operated(model, [site.key for site in chosen])
+    ranks = site_ranks(chosen, config, rank_pattern)
+    for site in chosen:
+        check_weight(model, site)
+    grafts, notes = [], {}
+    for site in track(chosen, "factorising", enabled=progress):
+        graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], inspection, seed)
+        grafts.append(graft)
+    operate(model, grafts, inspection, notes)
+    if progress:
+        from surgery.report import report
+
+        report(model).show()
+    return model
+
+
+def operate(
+    model: nn.Module, grafts: Iterable[Graft], inspection: Inspection | None, notes: dict[str, dict[str, Any]]
+) -> None:
+    """Attach all adapters and freeze the rest, or leave the model as it was."""
+    before = vars(model).get("_surgery")
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    done: list[str] = []
+    try:
+        for parameter in model.parameters():
+            if not before:
+                parameter.requires_grad_(False)
+        for graft in grafts:
+            attach(model, graft)
+            done.append(graft.site.key)
+        if before:
+            before.factorisation.update(notes)
+        else:
+            vars(model)["_surgery"] = Record(flags, inspection, notes)
+    except BaseException:
+        attached = operated_sites(model)
+        for key in reversed(done):
+            detach(attached[key])
+        restore_flags(model, flags)
+        raise
+
+
+def undo_surgery(model: Model) -> Model:
+    """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    model = unwrap(model)
+    record = record_of(model)
+    for site in operated_sites(model).values():
+        detach(site)
+    restore_flags(model, record.requires_grad)
+    del vars(model)["_surgery"]
+    return model
+
+
+def restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Set ``requires_grad`` by parameter name."""
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+def known_inspection(model: nn.Module) -> Inspection | None:
+    """The inspection of a model that is already operated on, since its graph no longer shows the plain products."""
+    record = vars(model).get("_surgery")
+    return record.inspection if record else None
+
+
+def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Find the sites of a model without touching it: name, shape, input group, ties, role, and what was skipped and why.
+
+    Args:
+        model: any ``nn.Module``, operated on or not.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+    """
+    model = unwrap(model)
+    return known_inspection(model) or inspect_model(model, example_inputs)
+
+
+def check_weight(model: nn.Module, site: Site) -> None:
+    """Refuse a weight that cannot be factorised.
+
+    Raises:
+        WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
+    """
+    weight = model.get_parameter(site.weight)
+    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
+    if weight.is_meta:
+        raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
+        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
+        raise WeightError(f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}")
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
+
+
+def _check_options(config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool) -> None:
+    if calibration is not None:
+        raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
+    if form != "delta":
+        raise InputError(f"form must be 'delta' (residual form is not supported yet), found {form!r}")
+    if lowering not in ("auto", "lowrank"):
+        raise InputError(f"lowering must be 'auto' or 'lowrank', found {lowering!r}")
+    if not keep_base:
+        raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
+
+
+def _check_not_meta(model: nn.Module) -> None:
+    if name := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise WeightError(f"parameter {name!r} is on the meta device; load the weights before surgery")
+
+
+def _make_graft(
+    model: nn.Module, site: Site, config: Variant, r: int, inspection: Inspection, seed: int
+) -> tuple[Graft, dict[str, Any]]:
+    weight = model.get_parameter(site.weight).detach()
+    found = factorise(weight if site.layout == "out_in" else weight.T, r)
+    dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
+    factors = Factors(*(tensor.to(dtype) for tensor in (found.U, found.S, found.Vh)))
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(site.key.encode()))
+    core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    core = Core(config.init_core(r, generator), core_dtype, weight.device)
+    graft = Graft(site, choose_host(model, site, inspection.calls), config, factors, core)
+    return graft, {"method": found.method, "error": found.error, "energy": found.energy}

@@ -1,0 +1,162 @@
+"""The report: what was operated on and how, what was not and why, and what it costs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from passes.sites import Skipped
+from surgery.hosts import host_of
+from surgery.operate import record_of, unwrap
+from surgery.verbs import sites, trainable_parameters
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One operated site.
+
+    Attributes:
+        macs: multiply-accumulates per token that the adapter adds.
+        base_macs: those of the base product.
+        method, error, energy: of the factorisation; None where factors were loaded.
+    """
+
+    key: str
+    variant: str
+    d_out: int
+    d_in: int
+    r: int
+    host: str
+    lowering: str
+    trainable: int
+    macs: int
+    base_macs: int
+    method: str | None
+    error: float | None
+    energy: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All operated sites, the products left alone with the reason, and how the model was captured."""
+
+    model: str
+    sites: tuple[SiteReport, ...]
+    skipped: tuple[Skipped, ...]
+    captured: bool
+    how: str
+    notes: tuple[str, ...]
+    trainable: int
+    total: int
+
+    def show(self) -> None:
+        """Print the report as a table, with like sites of all layers in one row."""
+        from rich.console import Console
+
+        console = Console()
+        self._print(console if console.is_terminal else Console(width=110))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, color_system=None)
+        with console.capture() as captured:
+            self._print(console)
+        return captured.get()
+
+    def _print(self, console: Any) -> None:
+        console.print(self._table())
+        for line in self._lines():
+            console.print(line, highlight=False)
+
+    def _table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        title = f"{self.model}: {len(self.sites)} sites operated on"
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
+        table.add_column("site", overflow="fold")
+        for name in ("n", "d_out x d_in", "r", "host", "lowering", "energy", "trainable", "MACs"):
+            table.add_column(name, justify="left" if name in ("host", "lowering") else "right", no_wrap=True)
+        rows: dict[tuple[Any, ...], list[SiteReport]] = {}
+        for site in self.sites:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.key)
+            rows.setdefault((name, site.d_out, site.d_in, site.r, site.host, site.lowering), []).append(site)
+        for (name, d_out, d_in, r, host, lowering), found in rows.items():
+            energies = [s.energy for s in found if s.energy is not None]
+            energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
+            trainable = f"{sum(s.trainable for s in found):,}"
+            macs = f"+{100 * sum(s.macs for s in found) / sum(s.base_macs for s in found):.0f}%"
+            table.add_row(
+                name, str(len(found)), f"{d_out} x {d_in}", str(r), host, lowering, energy, trainable, macs
+            )
+        return table
+
+    def _lines(self) -> list[str]:
+        captured = "" if self.captured else " (not captured)"
+        lines = [f"{self.trainable:,} of {self.total:,} parameters are trainable; sites from {self.how}{captured}"]
+        methods = Counter(s.method for s in self.sites if s.method)
+        if methods:
+            error = max(s.error for s in self.sites if s.error is not None)
+            names = ", ".join(f"{n} by {method}" for method, n in methods.items())
+            lines.append(f"factors: {names}, orthonormal to {error:.0e}; energy is the share of |W|^2 that r directions hold")
+        for (reason, operation), n in Counter((s.reason, s.operation) for s in self.skipped).items():
+            lines.append(f"left alone: {n} x {operation}: {reason}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def report(model: nn.Module) -> Report:
+    """Report on an operated model.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    model = unwrap(model)
+    record = record_of(model)
+    inspection = record.inspection
+    operated = []
+    for key, site in sites(model).items():
+        d_out, r, d_in = site.factors.U.shape[0], len(site.factors.S), site.factors.Vh.shape[1]
+        host = host_of(site)
+        trainable = sum(p.numel() for p in site.core.parameters())
+        found = record.factorisation.get(key, {})
+        operated.append(
+            SiteReport(
+                key,
+                site.variant.name,
+                d_out,
+                d_in,
+                r,
+                host,
+                "lowrank" if host == "module" else "dense",
+                trainable,
+                r * (d_in + d_out) if host == "module" else 0,
+                d_out * d_in,
+                found.get("method"),
+                found.get("error"),
+                found.get("energy"),
+            )
+        )
+    skipped: list[Skipped] = []
+    if inspection:
+        chosen = {site.key for site in operated}
+        for site in inspection.sites:
+            if site.key not in chosen:
+                reason = f"tied to {', '.join(site.tied)}" if site.tied else "not selected"
+                skipped.append(Skipped(site.key, "linear", reason))
+        skipped.extend(inspection.skipped)
+    trainable, total = trainable_parameters(model)
+    return Report(
+        type(model).__name__,
+        tuple(operated),
+        tuple(skipped),
+        inspection.captured if inspection else False,
+        inspection.how if inspection else "adapter file",
+        inspection.notes if inspection else (),
+        trainable,
+        total,
+    )

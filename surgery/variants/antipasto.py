@@ -1,0 +1,43 @@
+"""AntiPaSTO: one gain per singular direction.
+
+    delta(h) = h * S * elu(coeff * g)        so that   S_eff = S * (1 + elu(coeff * g)) > 0
+
+``g`` (r,) starts at zero, where ``elu`` and with it delta is an exact zero. The gain is formed before it touches h, so
+that an overflowing h never meets a zero. ``suppress_only`` clamps ``g`` to at most 0, so that no direction is amplified
+for ``coeff >= 0``; ``clamp(max=0)`` passes the whole gradient at ``g = 0``, where ``minimum`` would pass half.
+
+Sources: PiSSA's split (Meng et al. 2024, arXiv:2404.02948) for the frozen factors; SVFT and Transformer-squared's SVF
+(Sun et al. 2025, arXiv:2501.06252) for gains on singular values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from surgery.variants import CoreTensors, Variant
+
+
+@dataclass(frozen=True)
+class AntiPaSTO(Variant):
+    """Configuration of ``antipasto``.
+
+    Attributes:
+        suppress_only: clamp the gains so that singular directions are damped and never amplified.
+    """
+
+    suppress_only: bool = False
+
+    name: ClassVar[str] = "antipasto"
+
+    def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """``g`` (r,): zeros."""
+        return {"g": torch.zeros(r)}
+
+    def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
+        """``h * S * elu(coeff * g)``."""
+        g = core.g.clamp(max=0) if self.suppress_only else core.g
+        return h * (S * F.elu(coeff * g)).to(h.dtype)

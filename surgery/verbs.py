@@ -1,0 +1,159 @@
+"""The verbs on an operated model: steer it, merge it, look at it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from passes.errors import InputError, SurgeryError, VariantError, WeightError
+from surgery.adapter import SSpaceLinear
+from surgery.hosts import detach, host_of, operated_sites, replace_weight
+from surgery.operate import Model, record_of, restore_flags, unwrap
+from surgery.progress import track
+
+Coefficient = float | torch.Tensor
+
+
+def sites(model: nn.Module) -> dict[str, SSpaceLinear]:
+    """The operated sites of a model by key; empty for a plain model."""
+    return operated_sites(unwrap(model))
+
+
+def set_coeff(model: Model, coeff: Coefficient) -> Model:
+    """Set the steering coefficient of every site; values never recompile a compiled model.
+
+    Args:
+        coeff: a finite number, or a tensor (batch,) that steers every row of a batch differently.
+
+    Raises:
+        InputError: coeff is not finite, has more than one dimension, or is per row where a site is hosted as a weight.
+        SurgeryError: the model carries no surgery.
+    """
+    found = _operated(model)
+    value = torch.as_tensor(coeff, dtype=torch.float64).detach()
+    if value.dim() > 1 or value.numel() == 0:
+        raise InputError(f"coeff must be a number or a tensor (batch,), found shape {tuple(value.shape)}")
+    if not torch.isfinite(value).all():
+        raise InputError(f"coeff must be finite, found {value.tolist()}")
+    if value.dim():
+        if weights := [key for key, site in found.items() if host_of(site) == "weight"]:
+            raise InputError(
+                f"site {weights[0]!r} is read as a weight, which cannot differ between the rows of a batch; "
+                "use a scalar coeff, or leave such sites out with exclude_modules"
+            )
+    for site in found.values():
+        old = site.core.coeff
+        if old.shape == value.shape:
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            site.core.coeff = value.to(dtype=old.dtype, device=old.device)
+    return model
+
+
+@contextlib.contextmanager
+def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
+    """Set the coefficient within a ``with`` block, and put back what each site had."""
+    before = {key: site.core.coeff.clone() for key, site in _operated(model).items()}
+    try:
+        yield set_coeff(model, coeff)
+    finally:
+        for key, site in sites(model).items():
+            old = before[key]
+            if site.core.coeff.shape == old.shape:
+                with torch.no_grad():
+                    site.core.coeff.copy_(old)
+            else:
+                site.core.coeff = old
+
+
+def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model:
+    """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
+
+    The sum is formed in float64 and rounded once to the weight's dtype; no base tensor is written. The model is then a
+    plain one: ``requires_grad`` is what it was before surgery, and there is nothing left to undo.
+
+    Args:
+        untie: give a site whose weight is shared with another module a weight of its own.
+        progress: show a progress bar.
+
+    Raises:
+        VariantError: a variant is not linear, so that no weight has the same effect.
+        WeightError: a weight is tied and ``untie`` is false.
+        InputError: coeff steers rows, or the merged weight is not finite in its dtype.
+    """
+    model = unwrap(model)
+    record, found = record_of(model), _operated(model)
+    owners = _owners(model)
+    for key, site in found.items():
+        if not site.variant.linear:
+            raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
+        if len(owners[id(site.weight)]) > 1 and not untie:
+            raise WeightError(
+                f"site {key!r} shares its weight with {', '.join(sorted(owners[id(site.weight)] - {key}))}: merging would "
+                "change these too; use merge(model, untie=True) to give the site a weight of its own"
+            )
+    merged = {}
+    with torch.no_grad():
+        for key, site in track(list(found.items()), "merging", enabled=progress):
+            weight = (site.weight.to(torch.float64) + site.delta_weight(torch.float64)).to(site.weight.dtype)
+            if not torch.isfinite(weight).all():
+                raise InputError(f"site {key!r}: the merged weight overflows {site.weight.dtype}; lower coeff or the gains")
+            merged[key] = weight
+    if untie and any(len(owners[id(site.weight)]) > 1 for site in found.values()):
+        _forget_ties(model)
+    for key, site in found.items():
+        replace_weight(site, merged[key]) if key in merged else detach(site)
+    restore_flags(model, record.requires_grad)
+    del vars(model)["_surgery"]
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Bring materialised weights up to date with the cores; the present lowering keeps none, so there is nothing to do.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    _operated(model)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters, a shared one counted once."""
+    sizes = [(p.numel(), p.requires_grad) for p in unwrap(model).parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print PEFT's line on trainable and all parameters."""
+    trainable, total = trainable_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def _operated(model: nn.Module) -> dict[str, SSpaceLinear]:
+    found = sites(model)
+    if not found:
+        raise SurgeryError(f"{type(unwrap(model)).__name__} carries no surgery: call apply_surgery or load_adapter first")
+    return found
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """Paths of the modules that register each parameter, by the parameter's identity."""
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(path.partition(".parametrizations.")[0])
+    return owners
+
+
+def _forget_ties(model: nn.Module) -> None:
+    """Tell a ``transformers`` model that its head has a weight of its own, or saving would drop it."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False

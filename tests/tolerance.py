@@ -1,0 +1,25 @@
+"""The one tolerance table of the test suite: relative to the largest entry of the reference, by dtype."""
+
+from __future__ import annotations
+
+import torch
+
+# a few dozen roundings of the dtype; a product, an addition and a cast along one model
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+# one rounding of a result that was formed in higher precision
+ROUNDED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest deviation over the largest entry of the reference, in float64, on full tensors."""
+    assert found.shape == reference.shape, (found.shape, reference.shape)
+    reference = reference.to(torch.float64)
+    scale = reference.abs().max().clamp(min=1e-300)
+    return float((found.to(torch.float64) - reference).abs().max() / scale)
+
+
+def assert_close(found: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None, *, rounded: bool = False) -> None:
+    """Compare full tensors by the table; the dtype is that of ``found`` unless given."""
+    limit = (ROUNDED if rounded else RELATIVE)[dtype or found.dtype]
+    error = relative_error(found, reference)
+    assert error <= limit, f"relative error {error:.3g} exceeds {limit:.3g}"
