@@ -4,6 +4,7 @@ import math
 import os
 import sysconfig
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def split(data: bytes, held_out: float = 0.1) -> tuple[Tensor, Tensor]:
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out}")
     # The small term keeps 10 * 0.1 from rounding to just below 1.
     turns = [int(index * held_out + 1e-9) for index in range(-(-len(data) // BLOCK) + 1)]
-    is_held_out = [after > before for before, after in zip(turns, turns[1:], strict=False)]
+    is_held_out = [after > before for before, after in pairwise(turns)]
     if all(is_held_out) or not any(is_held_out):
         raise ValueError(
             f"text too short to split: found {len(data)} bytes, or {len(is_held_out)} blocks of {BLOCK}; "

@@ -1,7 +1,8 @@
 """Which modules are really called, and which weights are read without the call: one train and one eval forward.
 
-``nn.MultiheadAttention`` reads ``out_proj.weight``, and ``nn.TransformerEncoderLayer`` (eval, no_grad) ``linear1.weight``,
-without calling the module: a module replaced there is silently dead. The graph cannot tell, so the model is run.
+``nn.MultiheadAttention`` reads ``out_proj.weight``, and ``nn.TransformerEncoderLayer`` (eval, no_grad) reads
+``linear1.weight``, without calling the module: a module replaced there is silently dead. The graph cannot tell, so the
+model is run.
 """
 
 from __future__ import annotations
@@ -39,23 +40,21 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
     """
     recorder = _Recorder(model)
     note = None
-    with _state_kept(model):
-        with inference_mode_of(model):
-            try:
-                with torch.no_grad(), recorder.running():
-                    _run(model, call)
-            except Exception as error:
-                message = str(error).strip().splitlines() or [""]
-                raise InputError(
-                    f"{type(model).__name__} does not run on the example inputs: "
-                    f"{type(error).__name__}: {message[0][:300]}"
-                ) from error
-            model.train()
-            try:
-                with torch.enable_grad(), recorder.running():
-                    _run(model, call)
-            except Exception as error:  # e.g. BatchNorm on one sample: what eval mode showed still holds
-                note = f"not recorded in train mode: {type(error).__name__}"
+    with _state_kept(model), inference_mode_of(model):
+        try:
+            with torch.no_grad(), recorder.running():
+                _run(model, call)
+        except Exception as error:
+            message = str(error).strip().splitlines() or [""]
+            raise InputError(
+                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {message[0][:300]}"
+            ) from error
+        model.train()
+        try:
+            with torch.enable_grad(), recorder.running():
+                _run(model, call)
+        except Exception as error:  # e.g. BatchNorm on one sample: what eval mode showed still holds
+            note = f"not recorded in train mode: {type(error).__name__}"
     return CallRecord(frozenset(recorder.called), frozenset(recorder.read), note)
 
 
@@ -86,7 +85,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.called: set[str] = set()
         self.read: set[str] = set()

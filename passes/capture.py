@@ -20,8 +20,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +79,8 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
     """
     if not is_pretrained(model):
         return None
-    device, main = model.device, model.main_input_name
-    config: Any = model.config
+    hub: Any = model
+    device, main, dtype, config = hub.device, hub.main_input_name, hub.dtype, hub.config
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None)
@@ -87,16 +89,19 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
         height, width = (size, size) if isinstance(size, int) else size
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
-        inputs: dict[str, Any] = {main: pixels.to(model.dtype)}
+        inputs: dict[str, Any] = {main: pixels.to(dtype)}
     elif main == "input_features" and hasattr(config, "max_source_positions"):
-        inputs = {main: torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=model.dtype)}
+        inputs = {main: torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)}
         inputs["decoder_input_ids"] = torch.zeros(2, 4, dtype=torch.long)
     elif main == "input_values":
-        inputs = {main: torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)).to(model.dtype)}
+        inputs = {main: torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)).to(dtype)}
     elif main == "input_ids":
-        inputs = dict(model.dummy_inputs)
+        inputs = dict(hub.dummy_inputs)
         if config.is_encoder_decoder and not any("decoder" in name for name in inputs):
             inputs["decoder_input_ids"] = inputs[main].clone()
+        for name, value in inputs.items():  # unequal lengths, so that a capture keeps the two apart
+            if name.startswith("decoder_") and isinstance(value, torch.Tensor) and value.dim() == 2:
+                inputs[name] = value[:, :-1]
     else:
         return None
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
@@ -151,21 +156,26 @@ def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> 
 
         inputs = hub_inputs(model, call)
         config = DynamoConfig(dynamic=dynamic_shapes is not None, dynamic_shapes=dynamic_shapes)
-        with quiet_transformers():
+        with quiet("transformers"):
             exported = DynamoExporter().export(model, inputs, config)
-        return getattr(exported, "program", exported)  # transformers >= 5.20 wraps the program
+        program: ExportedProgram = getattr(exported, "program", exported)  # newer transformers wrap the program
+        return program
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' exporters from warning of every torch version that they were not tested with."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep libraries from reporting every step and every version that they were not tested with; errors still show."""
+    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
     try:
-        yield
+        for logger, _ in levels:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _inspection(
 
 def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
     """What a symbolic trace says of calls: modules it calls, and parameters it reads by name."""
-    called, read = set(), set()
+    called: set[str] = set()
+    read: set[str] = set()
     for node in graph_module.graph.nodes:
         path = node.meta.get("called_module")
         if path is not None:

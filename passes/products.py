@@ -77,7 +77,7 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
 
 
 def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
-    """Follow transposes, casts and aliases from an operand back to a parameter: its name, and whether it is transposed."""
+    """Follow transposes, casts and aliases from an operand to a parameter: its name, and whether it is transposed."""
     transposed = False
     while isinstance(node, fx.Node):
         if node.op == "get_attr":

@@ -81,9 +81,7 @@ def _depends(node: fx.Node, ancestors: set[fx.Node], order: dict[fx.Node, int]) 
     return False
 
 
-def _last_products(
-    branch: fx.Node, stream: fx.Node, products: Container[fx.Node], graph: fx.Graph
-) -> set[fx.Node]:
+def _last_products(branch: fx.Node, stream: fx.Node, products: Container[fx.Node], graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stop = {stream, strip_views(stream)}
     pending, seen = [branch], {branch}

@@ -61,11 +61,11 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
-        found = read_product(node, names.tensors.get)
-        if isinstance(found, Product):
-            products[names.key(found.weight, _module_path(node))].append(found)
-        elif isinstance(found, str):
-            skipped.append(Skipped(_module_path(node) or node.name, _operation(node), found))
+        product = read_product(node, names.tensors.get)
+        if isinstance(product, Product):
+            products[names.key(product.weight, _module_path(node))].append(product)
+        elif isinstance(product, str):
+            skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
     groups: dict[fx.Node, int] = {}
@@ -117,7 +117,7 @@ class _Names:
     def __init__(self, model: nn.Module) -> None:
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.first_path = {}
+        self.first_path: dict[int, str] = {}
         for path, module in self.modules.items():
             self.first_path.setdefault(id(module), path)
         self.by_tensor: dict[int, list[str]] = defaultdict(list)
@@ -132,7 +132,8 @@ class _Names:
 
     def owner(self, name: str) -> str:
         """First path of the module that registers a parameter."""
-        return self.first_path[id(self.modules[name.rpartition(".")[0]])]
+        module = self.modules[name.rpartition(".")[0]]
+        return self.first_path[id(module)]
 
     def key(self, weight: str, module_path: str | None = None) -> str:
         """Key of the product that uses a weight: among tied names, the one whose module the product stands in."""
@@ -170,9 +171,7 @@ def _operation(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
-def _other_uses(
-    graph: fx.Graph, names: _Names, products: dict[str, list[Product]]
-) -> dict[str, list[str]]:
+def _other_uses(graph: fx.Graph, names: _Names, products: dict[str, list[Product]]) -> dict[str, list[str]]:
     """Uses of a weight that are no product of it, such as an embedding look-up, by the weight's first name."""
     counted = {p.node for found in products.values() for p in found}
     uses: dict[str, list[str]] = defaultdict(list)

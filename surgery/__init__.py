@@ -1,7 +1,7 @@
 """S-space model surgery: adapters in the singular basis of a model's own weights.
 
-    import surgery
-    surgery.apply_surgery(model, "antipasto", r=64)     # then train the cores, steer with set_coeff, save, merge
+import surgery
+surgery.apply_surgery(model, "antipasto", r=64)     # then train the cores, steer with set_coeff, save, merge
 """
 
 from passes.errors import (

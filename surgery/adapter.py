@@ -1,4 +1,4 @@
-"""What surgery puts on a site: the frozen factors, the trainable core with its coefficient, and the two that host them."""
+"""What surgery puts on a site: frozen factors, a trainable core with its coefficient, and the two that host them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Core(nn.Module):
             half = out.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != out.dtype
             return tensor.to(device=out.device) if half else out
 
-        return super()._apply(keep_precision, recurse)
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())
@@ -90,7 +90,7 @@ class SSpaceLinear(nn.Module):
     def adapter_term(self, x: torch.Tensor) -> torch.Tensor:
         """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x."""
         h = F.linear(x, self.factors.Vh.to(x.dtype))
-        core = self.core
+        core: Any = self.core
         S = self.factors.S.to(core.coeff.dtype)
         d = self.variant.delta(h, S, core, rows_like(core.coeff, h))
         return F.linear(d, self.factors.U.to(x.dtype))
@@ -114,7 +114,7 @@ class SSpaceLinear(nn.Module):
         if core.coeff.dim():
             raise InputError("coeff steers the rows of a batch differently: set a scalar coeff first")
         dtype = dtype or core.coeff.dtype
-        tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
+        tensors: Any = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
         U, S, Vh = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype)
         D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, core.coeff.to(dtype))
         delta = U @ D.T @ Vh
@@ -128,8 +128,8 @@ class SSpaceLinear(nn.Module):
 class SSpaceWeight(SSpaceLinear):
     """The same adapter as a parametrisation of a weight, ``W -> W + dW``, for products made without calling a module.
 
-    Such weights are read by their owner (``nn.MultiheadAttention.in_proj_weight``, a raw ``nn.Parameter``), so that only
-    the weight itself can be intercepted. The base weight and bias are found through the owner.
+    Such weights are read by their owner (``nn.MultiheadAttention.in_proj_weight``, a raw ``nn.Parameter``), so that
+    only the weight itself can be intercepted. The base weight and bias are found through the owner.
     """
 
     def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None) -> None:
@@ -162,14 +162,17 @@ def rows_like(coeff: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         coeff: 0-d, or (batch,).
         h: (batch, ..., r), or (batch * n, ..., r).
 
+    Returns:
+        0-d, or (rows, 1, ..., 1) with as many dimensions as h.
+
     Raises:
         InputError: the rows do not divide the batch.
     """
     if coeff.dim() == 0:
         return coeff
     rows, batch = coeff.shape[0], h.shape[0]
-    if h.dim() < 2 or batch % rows:
-        raise InputError(f"coeff has {rows} rows, but a site got an input of shape (*{tuple(h.shape[:-1])}, d_in)")
-    if rows != batch:
-        coeff = coeff[:, None].expand(rows, batch // rows).reshape(batch)
-    return coeff.reshape(batch, *[1] * (h.dim() - 1))
+    if rows > 1 and (h.dim() < 2 or batch % rows):
+        raise InputError(f"coeff has {rows} rows, but a site got an input of shape {(*h.shape[:-1], 'd_in')}")
+    if rows not in (1, batch):
+        coeff = coeff[:, None].expand(rows, batch // rows)
+    return coeff.reshape(-1, *[1] * (h.dim() - 1))

@@ -176,7 +176,7 @@ def known_inspection(model: nn.Module) -> Inspection | None:
 
 
 def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
-    """Find the sites of a model without touching it: name, shape, input group, ties, role, and what was skipped and why.
+    """Find the sites of an untouched model: name, shape, input group, ties, role, and what was skipped and why.
 
     Args:
         model: any ``nn.Module``, operated on or not.
@@ -201,7 +201,9 @@ def check_weight(model: nn.Module, site: Site) -> None:
         raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
         kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
-        raise WeightError(f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}")
+        raise WeightError(
+            f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}"
+        )
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], description: str, *, enabled: bool) -> Iterator[T]:
-    """Iterate with a progress bar; silent if disabled, and nothing is left on the screen afterwards."""
+def track(items: Iterable[T], description: str, *, enabled: bool, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar; silent if disabled, and nothing is left on the screen afterwards.
+
+    Args:
+        total: number of items, where they have no length.
+    """
     if not enabled:
         yield from items
         return
@@ -18,4 +22,4 @@ def track(items: Sequence[T], description: str, *, enabled: bool) -> Iterator[T]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield from bar.track(items, description=description)
+        yield from bar.track(items, description=description, total=total)

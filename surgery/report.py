@@ -91,9 +91,7 @@ class Report:
             energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
             trainable = f"{sum(s.trainable for s in found):,}"
             macs = f"+{100 * sum(s.macs for s in found) / sum(s.base_macs for s in found):.0f}%"
-            table.add_row(
-                name, str(len(found)), f"{d_out} x {d_in}", str(r), host, lowering, energy, trainable, macs
-            )
+            table.add_row(name, str(len(found)), f"{d_out} x {d_in}", str(r), host, lowering, energy, trainable, macs)
         return table
 
     def _lines(self) -> list[str]:
@@ -103,7 +101,9 @@ class Report:
         if methods:
             error = max(s.error for s in self.sites if s.error is not None)
             names = ", ".join(f"{n} by {method}" for method, n in methods.items())
-            lines.append(f"factors: {names}, orthonormal to {error:.0e}; energy is the share of |W|^2 that r directions hold")
+            lines.append(
+                f"factors: {names}, orthonormal to {error:.0e}; energy is the share of |W|^2 that r directions hold"
+            )
         for (reason, operation), n in Counter((s.reason, s.operation) for s in self.skipped).items():
             lines.append(f"left alone: {n} x {operation}: {reason}")
         return lines + [f"note: {note}" for note in self.notes]
@@ -144,10 +144,10 @@ def report(model: nn.Module) -> Report:
     skipped: list[Skipped] = []
     if inspection:
         chosen = {site.key for site in operated}
-        for site in inspection.sites:
-            if site.key not in chosen:
-                reason = f"tied to {', '.join(site.tied)}" if site.tied else "not selected"
-                skipped.append(Skipped(site.key, "linear", reason))
+        for place in inspection.sites:
+            if place.key not in chosen:
+                reason = f"tied to {', '.join(place.tied)}" if place.tied else "not selected"
+                skipped.append(Skipped(place.key, "linear", reason))
         skipped.extend(inspection.skipped)
     trainable, total = trainable_parameters(model)
     return Report(

@@ -64,7 +64,9 @@ def select_sites(
     known = {site.key: site for site in inspection.sites}
     if not known:
         reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
-        raise TargetError(f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}")
+        raise TargetError(
+            f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}"
+        )
     if target in ("all-linear", "residual-writers"):
         head = output_head(model, known)
         chosen = [s for s in known.values() if s.key not in head and not s.tied]

@@ -38,12 +38,12 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
         raise InputError(f"coeff must be a number or a tensor (batch,), found shape {tuple(value.shape)}")
     if not torch.isfinite(value).all():
         raise InputError(f"coeff must be finite, found {value.tolist()}")
-    if value.dim():
-        if weights := [key for key, site in found.items() if host_of(site) == "weight"]:
-            raise InputError(
-                f"site {weights[0]!r} is read as a weight, which cannot differ between the rows of a batch; "
-                "use a scalar coeff, or leave such sites out with exclude_modules"
-            )
+    weights = [key for key, site in found.items() if host_of(site) == "weight"]
+    if value.dim() and weights:
+        raise InputError(
+            f"site {weights[0]!r} is read as a weight, which cannot differ between the rows of a batch; "
+            "use a scalar coeff, or leave such sites out with exclude_modules"
+        )
     for site in found.values():
         old = site.core.coeff
         if old.shape == value.shape:
@@ -93,15 +93,17 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
         if len(owners[id(site.weight)]) > 1 and not untie:
             raise WeightError(
-                f"site {key!r} shares its weight with {', '.join(sorted(owners[id(site.weight)] - {key}))}: merging would "
-                "change these too; use merge(model, untie=True) to give the site a weight of its own"
+                f"site {key!r} shares its weight with {', '.join(sorted(owners[id(site.weight)] - {key}))}: merging "
+                "would change these too; use merge(model, untie=True) to give the site a weight of its own"
             )
     merged = {}
     with torch.no_grad():
         for key, site in track(list(found.items()), "merging", enabled=progress):
             weight = (site.weight.to(torch.float64) + site.delta_weight(torch.float64)).to(site.weight.dtype)
             if not torch.isfinite(weight).all():
-                raise InputError(f"site {key!r}: the merged weight overflows {site.weight.dtype}; lower coeff or the gains")
+                raise InputError(
+                    f"site {key!r}: the merged weight overflows {site.weight.dtype}; lower coeff or the gains"
+                )
             merged[key] = weight
     if untie and any(len(owners[id(site.weight)]) > 1 for site in found.values()):
         _forget_ties(model)
@@ -138,7 +140,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def _operated(model: nn.Module) -> dict[str, SSpaceLinear]:
     found = sites(model)
     if not found:
-        raise SurgeryError(f"{type(unwrap(model)).__name__} carries no surgery: call apply_surgery or load_adapter first")
+        raise SurgeryError(
+            f"{type(unwrap(model)).__name__} carries no surgery: call apply_surgery or load_adapter first"
+        )
     return found
 
 

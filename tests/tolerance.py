@@ -18,7 +18,9 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found.to(torch.float64) - reference).abs().max() / scale)
 
 
-def assert_close(found: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None, *, rounded: bool = False) -> None:
+def assert_close(
+    found: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None, *, rounded: bool = False
+) -> None:
     """Compare full tensors by the table; the dtype is that of ``found`` unless given."""
     limit = (ROUNDED if rounded else RELATIVE)[dtype or found.dtype]
     error = relative_error(found, reference)

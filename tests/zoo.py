@@ -63,7 +63,9 @@ def _tokens(vocabulary: int = 64) -> dict[str, torch.Tensor]:
 
 @_plain
 def mlp() -> tuple[nn.Module, Any]:
-    return nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 20, bias=False), nn.Tanh(), nn.Linear(20, 6)), torch.randn(5, 12)
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 20, bias=False), nn.Tanh(), nn.Linear(20, 6)
+    ), torch.randn(5, 12)
 
 
 @_plain

@@ -1,0 +1,54 @@
+"""Everything that leaves PyTorch eager. One file per format, found by its name: ``exporters/onnx.py`` is "onnx".
+
+from exporters import export
+export(model, "onnx", "model.onnx", mode="live")
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+from exporters._base import Exported, ExportReport, publish, staged
+from passes.errors import ExportError
+from surgery.operate import unwrap
+
+__all__ = ["ExportError", "ExportReport", "Exported", "export", "formats"]
+
+
+def formats() -> list[str]:
+    """Names of the formats that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def export(
+    model: nn.Module, format: str, path: str | os.PathLike[str], *, example_inputs: Any = None, **options: Any
+) -> ExportReport:
+    """Export a model, operated on or plain; the model is not changed, and nothing is left behind on failure.
+
+    Args:
+        format: one of :func:`formats`.
+        path: a file, or a directory that is new or empty.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+        options: those of the format, see its ``write``.
+
+    Returns:
+        Where it is, which files it has, and the error that was measured against PyTorch.
+
+    Raises:
+        ExportError: unknown format or option, a missing package, or a result that does not agree with the model.
+    """
+    if format not in formats():
+        raise ExportError(f"unknown format {format!r} (known: {', '.join(formats())})")
+    exporter = importlib.import_module(f"exporters.{format}")
+    known = list(inspect.signature(exporter.write).parameters)[3:]
+    if unknown := sorted(set(options) - set(known)):
+        raise ExportError(f"format {format!r} has no option {', '.join(unknown)} (known: {', '.join(known)})")
+    with staged(path, exporter.DEFAULT_NAME) as (folder, target):
+        exported = exporter.write(unwrap(model), folder / target.name, example_inputs, **options)
+        return publish(folder, target, format, exported)

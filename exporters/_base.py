@@ -1,0 +1,134 @@
+"""What all exporters share: the report, writing aside and moving into place, a copy to work on, agreement."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.capture import default_inputs, forward_call
+from passes.errors import ExportError, InputError
+from surgery.verbs import sites
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter measured: largest deviation from PyTorch over the output's largest entry, and details."""
+
+    max_error: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A finished export.
+
+    Attributes:
+        path: the file that was asked for, or the main file in the directory that was asked for.
+        files: all files written.
+        max_error: largest deviation from PyTorch on the example inputs, relative to the largest output entry.
+        details: of the format.
+    """
+
+    format: str
+    path: Path
+    files: tuple[Path, ...]
+    max_error: float
+    details: dict[str, Any]
+
+
+@contextlib.contextmanager
+def staged(path: str | os.PathLike[str], default_name: str) -> Iterator[tuple[Path, Path]]:
+    """Give a temporary folder beside the target to write into, and the target file.
+
+    A path with the suffix of the default name is a file; any other is a directory, which must be new or empty.
+
+    Raises:
+        ExportError: the directory is not empty, or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == Path(default_name).suffix and not path.is_dir():
+        target = path
+    else:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise ExportError(
+                f"{str(path)!r} must be a new or empty directory, or a file name with {default_name!r}'s suffix"
+            )
+        target = path / default_name
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder), target
+    except BaseException as error:
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
+        raise
+
+
+def publish(folder: Path, target: Path, format: str, exported: Exported) -> ExportReport:
+    """Move finished files into place, the main one last."""
+    names = sorted((file.name for file in folder.iterdir()), key=lambda name: (name == target.name, name))
+    for name in names:
+        os.replace(folder / name, target.parent / name)
+    files = tuple(target.parent / name for name in reversed(names))
+    return ExportReport(format, target, files, exported.max_error, exported.details)
+
+
+def need(package: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ExportError: it is not installed; says which extra to install.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(f"this needs {package}: pip install 'sspace-surgery[{extra}]'") from error
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    for site in sites(twin).values():
+        site.core.coeff = site.core.coeff.clone()
+    return twin
+
+
+def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call to export with, from what was given or the model's defaults.
+
+    Raises:
+        InputError: there are none, or the model does not run on them.
+    """
+    if example_inputs is None:
+        example_inputs = default_inputs(model)
+    if example_inputs is None:
+        raise InputError(f"an export of {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
+    return forward_call(example_inputs)
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest deviation over the reference's largest entry, in float64; infinite where the shapes differ."""
+    if found.shape != reference.shape:
+        return float("inf")
+    found, reference = found.to(torch.float64), reference.detach().cpu().to(torch.float64)
+    if reference.numel() == 0:
+        return 0.0
+    scale = reference.abs().max().clamp(min=1e-30)
+    error = float((found - reference).abs().max() / scale)
+    return error if error == error else float("inf")  # NaN on either side is no agreement

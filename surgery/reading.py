@@ -1,0 +1,197 @@
+"""Read an adapter directory and check all of it against a model, before anything is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from passes.errors import AdapterError, SurgeryError
+from passes.sites import Site
+from surgery.adapter import Core, Factors, SSpaceLinear
+from surgery.hosts import Graft, operated_sites
+from surgery.variants import Variant, resolve_variant, variant_from_dict
+
+FORMAT, VERSION = "sspace-adapter", 1
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_LIMIT = 64 * 2**20
+FACTORS = ("U", "S", "Vh")
+SITE_FIELDS = {"weight": str, "layout": str, "host": str, "shape": list, "r": int, "dtype": str, "fingerprint": str}
+
+
+def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
+    """Read an adapter into grafts that fit the model.
+
+    Raises:
+        AdapterError: the directory is missing, damaged, or of another base model.
+    """
+    config = _read_config(path)
+    default = _variant(config["variant"], config["hyperparameters"])
+    present = operated_sites(model)
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for site in present.values():  # a hosted weight is named as it was before surgery
+        weight, _ = parameter_names(model, site)
+        parameters[weight] = site.weight
+    with _opened(path, config) as tensors:
+        expected: set[str] = set()
+        grafts = []
+        for key, entry in config["sites"].items():
+            graft, names = _read_site(path, key, entry, default, parameters, tensors)
+            grafts.append(graft)
+            expected |= names
+        if extra := sorted(set(tensors.keys()) - expected):
+            raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
+    return grafts
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
+    data = weight.detach().cpu().contiguous().view(torch.uint8)
+    digest.update(data.flatten().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | None]:
+    """Names that the weight and bias of a site have, or had before surgery, in the model."""
+    host: nn.Module = getattr(site, "owner", (site,))[0]
+    path = next(path for path, module in model.named_modules() if module is host)
+    weight = getattr(site, "weight_name", "weight")
+    bias = getattr(site, "bias_name", "bias" if site.bias is not None else None)
+    join = (lambda name: f"{path}.{name}") if path else (lambda name: name)
+    return join(weight), join(bias) if bias else None
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _variant(name: Any, values: Any) -> Variant:
+    try:
+        return variant_from_dict(name, values)
+    except AdapterError:
+        raise
+    except (SurgeryError, TypeError, ValueError) as error:
+        raise AdapterError(f"adapter of variant {name!r}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise AdapterError(f"{str(path)!r} is not a directory; expected an adapter with {CONFIG} and {TENSORS}")
+    file = path / CONFIG
+    try:
+        if file.stat().st_size > CONFIG_LIMIT:
+            raise AdapterError(f"{str(file)!r} is larger than {CONFIG_LIMIT >> 20} MiB")
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
+    if isinstance(config, dict) and "peft_type" in config:
+        raise AdapterError(
+            f"{str(path)!r} is a PEFT adapter; load it with peft. load_adapter reads its own format only"
+        )
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise AdapterError(f"{str(file)!r} is no {FORMAT} configuration")
+    version = config.get("format_version")
+    if version != VERSION:
+        hint = "upgrade this package" if isinstance(version, int) and version > VERSION else "save the adapter again"
+        raise AdapterError(f"{str(file)!r} has format version {version!r}, expected {VERSION}: {hint}")
+    kinds = {"variant": str, "hyperparameters": dict, "sites": dict, "tensors_sha256": str}
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind):
+            raise AdapterError(f"{str(file)!r}: {name!r} must be a {kind.__name__}, found {config.get(name)!r:.80}")
+    if not config["sites"]:
+        raise AdapterError(f"{str(file)!r} names no site")
+    if config.get("factors") != "exact":
+        raise AdapterError(f"{str(file)!r}: factors must be 'exact', found {config.get('factors')!r:.80}")
+    resolve_known(config["variant"])
+    return config
+
+
+def resolve_known(name: str) -> None:
+    """Refuse an adapter of an unknown variant.
+
+    Raises:
+        AdapterError: with the known ones.
+    """
+    try:
+        resolve_variant(name)
+    except SurgeryError as error:
+        raise AdapterError(f"cannot load the adapter: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path, config: dict[str, Any]) -> Iterator[Any]:
+    """Open the tensor file after checking that it is the one that the configuration was written with."""
+    file = path / TENSORS
+    try:
+        with open(file, "rb") as data:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        with safe_open(file, framework="pt") as tensors:
+            if digest != config["tensors_sha256"]:
+                raise AdapterError(f"{str(file)!r} is damaged or not the one that {CONFIG} was written with")
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
+
+
+def _read_site(
+    path: Path, key: str, entry: Any, default: Variant, parameters: dict[str, torch.Tensor], tensors: Any
+) -> tuple[Graft, set[str]]:
+    where = f"{str(path)!r}: site {key!r}"
+    for name, kind in SITE_FIELDS.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+            raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
+    if entry["weight"] not in parameters:
+        raise AdapterError(f"{where}: the model has no parameter {entry['weight']!r}; is it another base model?")
+    if entry.get("bias") is not None and entry["bias"] not in parameters:
+        raise AdapterError(f"{where}: the model has no parameter {entry['bias']!r}; is it another base model?")
+    if entry["layout"] not in ("out_in", "in_out") or entry["host"] not in ("module", "weight"):
+        raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
+    weight = parameters[entry["weight"]]
+    shape = tuple(weight.shape if entry["layout"] == "out_in" else weight.shape[::-1])
+    if weight.dim() != 2 or list(shape) != entry["shape"] or dtype_name(weight) != entry["dtype"]:
+        raise AdapterError(
+            f"{where}: the adapter is for a weight of shape {entry['shape']} and {entry['dtype']}, "
+            f"the model's is {list(shape)} and {dtype_name(weight)}"
+        )
+    if fingerprint(weight) != entry["fingerprint"]:
+        raise AdapterError(
+            f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
+        )
+    variant = _variant(entry["variant"], entry.get("hyperparameters", {})) if "variant" in entry else default
+    (d_out, d_in), r = shape, entry["r"]
+    if not 1 <= r <= min(d_out, d_in):
+        raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
+    dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
+    core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shapes = {f"factors.{n}": (s, dtype) for n, s in zip(FACTORS, [(d_out, r), (r,), (r, d_in)], strict=True)}
+    for name, tensor in variant.init_core(r, torch.Generator()).items():
+        shapes[f"core.{name}"] = (tuple(tensor.shape), core_dtype)
+    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
+    core = Core(
+        {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}, core_dtype, weight.device
+    )
+    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in)
+    return Graft(site, entry["host"], variant, factors, core), {f"{key}.{name}" for name in shapes}
+
+
+def _tensor(where: str, tensors: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if name not in set(tensors.keys()):
+        raise AdapterError(f"{where}: tensor {name!r} is missing")
+    found = tuple(tensors.get_slice(name).get_shape())
+    if found != shape:
+        raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
+    tensor: torch.Tensor = tensors.get_tensor(name)
+    if tensor.dtype != dtype:
+        raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtype}")
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"{where}: tensor {name!r} is not finite")
+    return tensor

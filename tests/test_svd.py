@@ -1,0 +1,143 @@
+"""The factorisation against ``torch.linalg.svd`` in float64, over shapes, ranks, scales and spectra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from surgery.svd import GRAM_LIMIT, factorise
+from tests.tolerance import assert_close, relative_error
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (1, 9), (9, 1), (5, 8), (8, 5), (8, 8), (3, 40), (40, 3))
+sizes = st.integers(1, 24)
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
+
+
+def with_spectrum(d_out: int, d_in: int, S: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float64 matrix with given singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    return orthonormal(d_out, len(S), generator) * S @ orthonormal(d_in, len(S), generator).T
+
+
+def check(weight: torch.Tensor, r: int) -> None:
+    """Shapes, order, orthonormality, signs, singular values, and the best residual of rank r (Eckart and Young)."""
+    found, W = factorise(weight, r), weight.double()
+    S = torch.linalg.svdvals(W)
+    eye = torch.eye(r, dtype=torch.float64)
+    assert (found.U.shape, found.S.shape, found.Vh.shape) == ((len(W), r), (r,), (r, W.shape[1]))
+    assert all(t.dtype == torch.float64 and t.is_contiguous() and torch.isfinite(t).all() for t in found[:3])
+    assert (found.S >= 0).all() and (found.S.diff() <= 0).all()
+    assert_close(found.U.T @ found.U, eye, torch.float32)
+    assert_close(found.Vh @ found.Vh.T, eye, torch.float32)
+    error = max(relative_error(found.U.T @ found.U, eye), relative_error(found.Vh @ found.Vh.T, eye))
+    assert_close(torch.tensor(1 + found.error).double(), torch.tensor(1 + error).double())
+    assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
+    scale = S[0].clamp(min=torch.finfo(torch.float64).tiny)
+    assert_close(found.S / scale, S[:r] / scale, torch.float32)
+    residual = torch.linalg.norm((W - found.U * found.S @ found.Vh) / scale)
+    best = torch.linalg.norm(S[r:] / scale)
+    whole = torch.linalg.norm(S / scale)
+    assert_close(torch.stack([residual, whole]), torch.stack([best, whole]), torch.float32)
+    if S[0] > 0:
+        assert_close(torch.tensor(found.energy), (1 - (best / whole).square()), torch.float32)
+
+
+@given(sizes, sizes, st.integers(1, 24), st.integers(-30, 30), st.sampled_from((torch.float32, torch.float64)))
+@example(1, 1, 1, 30, torch.float32)
+@example(24, 24, 24, -30, torch.float64)
+def test_any_shape_rank_and_scale(d_out, d_in, r, exponent, dtype):
+    W = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(d_out * d_in)) * 10.0**exponent
+    check(W.to(dtype), min(r, d_out, d_in))
+
+
+@given(st.lists(st.floats(-9, 0), min_size=2, max_size=12), st.integers(1, 12), st.booleans())
+@example([0.0, -4.9, -4.95, -4.99], 4, True)
+@example([0.0, -5.9, -5.95, -5.99], 4, False)
+@example([0.0, -6.0, -6.0001, -6.0002], 4, True)
+def test_any_spectrum(exponents, r, wide):
+    S = 10.0 ** torch.tensor(sorted(exponents, reverse=True), dtype=torch.float64)
+    W = with_spectrum(14, 20, S) if wide else with_spectrum(20, 14, S)
+    check(W.float(), min(r, len(S)))
+
+
+@given(sizes, sizes, st.integers(0, 5), st.integers(1, 24))
+def test_rank_deficient(d_out, d_in, rank, r):
+    generator = torch.Generator().manual_seed(rank)
+    W = torch.randn(d_out, rank, generator=generator) @ torch.randn(rank, d_in, generator=generator)
+    check(W, min(r, d_out, d_in))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_dtype(shape, dtype):
+    W = torch.randn(shape).to(dtype)
+    for r in {1, max(1, min(shape) // 2), min(shape)}:
+        check(W, r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero(shape, dtype):
+    check(torch.zeros(shape, dtype=dtype), min(shape))
+    assert (factorise(torch.zeros(shape, dtype=dtype), 1).S == 0).all()
+
+
+@pytest.mark.parametrize("S", [[1.0] * 6, [4.0, 2, 2, 2, 1, 1], [3.0, 3, 1e-3, 1e-3, 0, 0]])
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_repeated_singular_values(S, r):
+    check(with_spectrum(9, 7, torch.tensor(S, dtype=torch.float64)).float(), r)
+
+
+@pytest.mark.parametrize("scale", [torch.finfo(torch.float16).smallest_normal, 1.0, 6e4])
+def test_the_range_of_float16(scale):
+    check((torch.rand(6, 8) * scale).half(), 5)
+
+
+def test_subnormal_entries():
+    check(torch.randn(6, 8) * torch.finfo(torch.float32).smallest_normal / 100, 5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_deterministic_and_of_any_memory_layout(shape):
+    W, r = torch.randn(shape), min(shape)
+    found, again, strided = factorise(W, r), factorise(W.clone(), r), factorise(W.T.contiguous().T, r)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], again[:3], strict=True))
+    assert_close(strided.U * strided.S @ strided.Vh, W.double(), torch.float32)
+
+
+def test_the_sign_belongs_to_the_direction_and_not_to_the_matrix():
+    W = torch.randn(7, 5)
+    found, negated = factorise(W, 5), factorise(-W, 5)
+    assert_close(negated.U, found.U)
+    assert_close(negated.Vh, -found.Vh)
+
+
+def test_factors_of_distinct_singular_values_are_those_of_the_full_decomposition():
+    W = with_spectrum(9, 6, torch.tensor([6.0, 5, 4, 3, 2, 1], dtype=torch.float64))
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    for weight in (W, W.float()):
+        found = factorise(weight, 6)
+        signs = torch.sign((found.U * U).sum(0))
+        assert_close(found.U, U * signs, torch.float32)
+        assert_close(found.Vh, Vh * signs[:, None], torch.float32)
+
+
+def test_the_method_depends_on_dtype_and_on_the_smallest_kept_value():
+    S = torch.tensor([1.0, 1e-2, GRAM_LIMIT / 10], dtype=torch.float64)
+    W = with_spectrum(8, 6, S)
+    assert factorise(W, 2).method == "svd"
+    assert factorise(W.float(), 2).method == "gram"
+    assert factorise(W.float(), 3).method == "svd"
+
+
+def test_gradients_and_the_weight_are_left_alone():
+    W = torch.randn(6, 4, requires_grad=True)
+    before = W.detach().clone()
+    assert not factorise(W, 3).U.requires_grad
+    assert torch.equal(W, before) and W.grad is None
