@@ -56,7 +56,7 @@ def write(
     live = mode == "live"
     subject = merge(working_copy(model), untie=True) if mode == "merged" and sites(reference) else reference
     graph = _convert(subject, {**inputs, KNOB: torch.ones(1)} if live else inputs, opset)
-    _finish(graph)
+    _finish(graph, inputs)
     _save(graph, path)
     coeffs = coefficients(_rows(reference, inputs)) if live else [None]
     error = compare(reference, inputs, path, coeffs, dtype)
@@ -191,7 +191,7 @@ def _output_names(output: Any) -> list[str]:
     return ["_".join(["output", *part] if part[0].isdigit() else part) for part in parts]
 
 
-def _finish(graph: Any) -> None:
+def _finish(graph: Any, inputs: dict[str, Any]) -> None:
     """Give the knob its default, and drop stack traces and inferred shapes, which hold paths and change by the run."""
     import onnx_ir
 
@@ -206,7 +206,7 @@ def _finish(graph: Any) -> None:
         value.shape = onnx_ir.Shape([])
         value.const_value = onnx_ir.tensor(1.0, dtype=value.dtype, name=KNOB)
         graph.graph.register_initializer(value)
-    _name_sizes(graph.graph)
+    _name_sizes(graph.graph, inputs)
     kept = {id(v) for v in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())}
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
@@ -221,13 +221,19 @@ def _finish(graph: Any) -> None:
         value.metadata_props.clear()
 
 
-def _name_sizes(graph: Any) -> None:
-    """Call the free sizes of the first input "batch" and "sequence"; the capture calls them by numbers like s72."""
+def _name_sizes(graph: Any, inputs: dict[str, Any]) -> None:
+    """Name the free sizes, which the capture calls s72 and the like: "batch", "sequence", else by input and axis."""
     import onnx_ir
 
-    first = next((value for value in graph.inputs if value.name != KNOB and value.shape), None)
-    free = [str(size) for size in first.shape] if first is not None else []
-    names = {size: name for size, name in zip(free, ("batch", "sequence"), strict=False) if not size.isdigit()}
+    rows = {tuple(leaf.shape)[:1] for leaf in tree_iter(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or () if value.name != KNOB else ()):
+            if not str(size).isdigit() and str(size) not in names:
+                first = {0: "batch", 1: "sequence"}.get(axis, "")
+                shared = axis == 0 and len(rows) == 1  # all inputs have the rows of one batch
+                free = first and first not in names.values()
+                names[str(size)] = first if shared or free else f"{value.name}_{axis}"
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None and value.name != KNOB:
             sizes = [names.get(str(size), str(size)) for size in value.shape]

@@ -8,7 +8,6 @@ model is run.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from passes.capture import Call, inference_mode_of
+from passes.capture import Call, copied, inference_mode_of, set_mode
 from passes.errors import InputError
 
 
@@ -49,7 +48,7 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
             raise InputError(
                 f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {message[0][:300]}"
             ) from error
-        model.train()
+        set_mode(model, training=True)
         try:
             with torch.enable_grad(), recorder.running():
                 _run(model, call)
@@ -59,7 +58,7 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
 
 
 def _run(model: nn.Module, call: Call) -> None:
-    args, kwargs = copy.deepcopy(call)
+    args, kwargs = copied(call)
     model(*args, **kwargs)
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
 
 from passes.base import run_pass
 from passes.errors import InputError
@@ -117,11 +118,26 @@ def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return {**bound, **extra}
 
 
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Switch a model between train and eval mode; an exported graph, which forbids ``eval()``, by its flags."""
+    if isinstance(model, fx.GraphModule):
+        for module in model.modules():
+            module.training = training
+    else:
+        model.train(training)
+
+
+def copied(call: Call) -> Call:
+    """A deep copy of the inputs (a forward may write into them, or into a cache), detached from any graph."""
+    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, call)
+    return copy.deepcopy((args, kwargs))
+
+
 @contextlib.contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, and each back in the mode that it was in."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    set_mode(model, training=False)
     try:
         yield
     finally:
@@ -150,7 +166,7 @@ def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> 
     """
     with inference_mode_of(model), keep_forward(model), torch.no_grad():
         if not is_pretrained(model):
-            args, kwargs = copy.deepcopy(call)
+            args, kwargs = copied(call)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         from transformers.exporters import DynamoConfig, DynamoExporter
 
@@ -180,7 +196,7 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     """Keyword inputs for a ``transformers`` exporter: no labels (no loss is exported) and no cache unless given."""
-    inputs = copy.deepcopy(keyword_inputs(model, call))
+    inputs = keyword_inputs(model, copied(call))
     inputs.pop("labels", None)
     if getattr(model.config, "use_cache", False):
         inputs.setdefault("use_cache", False)

@@ -93,6 +93,9 @@ def apply_surgery(
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
     model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        found = type(model).__name__
+        raise InputError(f"model must be an nn.Module, not {found} (of an ExportedProgram, pass its .module())")
     config = resolve_variant(variant, r)
     _check_options(config, calibration, form, lowering, keep_base)
     _check_not_meta(model)

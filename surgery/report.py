@@ -12,6 +12,7 @@ from torch import nn
 from passes.sites import Skipped
 from surgery.hosts import host_of
 from surgery.operate import record_of, unwrap
+from surgery.targets import output_head
 from surgery.verbs import sites, trainable_parameters
 
 
@@ -144,9 +145,11 @@ def report(model: nn.Module) -> Report:
     skipped: list[Skipped] = []
     if inspection:
         chosen = {site.key for site in operated}
+        head = output_head(model, [place.key for place in inspection.sites])
         for place in inspection.sites:
             if place.key not in chosen:
-                reason = f"tied to {', '.join(place.tied)}" if place.tied else "not selected"
+                reason = "the output head" if place.key in head else "not selected"
+                reason = f"tied to {', '.join(place.tied)}" if place.tied else reason
                 skipped.append(Skipped(place.key, "linear", reason))
         skipped.extend(inspection.skipped)
     trainable, total = trainable_parameters(model)

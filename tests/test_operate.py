@@ -220,7 +220,8 @@ def test_to_half_keeps_the_cores(name):
     cores = {key: site.core.g.detach().clone() for key, site in sites(found.model).items()}
     found.model.to(torch.bfloat16)
     for key, site in sites(found.model).items():
-        assert torch.equal(site.core.g, cores[key]) and site.core.coeff.dtype == torch.float32
+        assert torch.equal(site.core.g, cores[key])
+        assert site.core.coeff.dtype == torch.float32
         assert site.weight.dtype == site.factors.U.dtype == torch.bfloat16
     found.inputs = tree_map_only(torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, found.inputs)
     assert_close(found.run(), found.run(reference(found, torch.bfloat16), doubled(found.inputs)))

@@ -143,7 +143,7 @@ def test_a_host_or_layout_that_the_module_does_not_have(name, key, values, tmp_p
 
 def test_two_sites_of_one_weight(tmp_path):
     saved(tmp_path)
-    edit_tensors(tmp_path, lambda t: t.update({f"x{name[1:]}": t[name] for name in list(t) if name.startswith("0")}))
+    edit_tensors(tmp_path, lambda t: t.update({f"x{n[1:]}": t[n].clone() for n in list(t) if n[0] == "0"}))
     edit_config(tmp_path, lambda config: config["sites"].update(x=config["sites"]["0"]))
     assert "site 'x'" in refused(tmp_path)
 

@@ -32,7 +32,8 @@ def check(weight: torch.Tensor, r: int) -> None:
     eye = torch.eye(r, dtype=torch.float64)
     assert (found.U.shape, found.S.shape, found.Vh.shape) == ((len(W), r), (r,), (r, W.shape[1]))
     assert all(t.dtype == torch.float64 and t.is_contiguous() and torch.isfinite(t).all() for t in found[:3])
-    assert (found.S >= 0).all() and (found.S.diff() <= 0).all()
+    assert (found.S >= 0).all()
+    assert (found.S.diff() <= 0).all()
     assert_close(found.U.T @ found.U, eye, torch.float32)
     assert_close(found.Vh @ found.Vh.T, eye, torch.float32)
     error = max(relative_error(found.U.T @ found.U, eye), relative_error(found.Vh @ found.Vh.T, eye))
@@ -140,4 +141,5 @@ def test_gradients_and_the_weight_are_left_alone():
     W = torch.randn(6, 4, requires_grad=True)
     before = W.detach().clone()
     assert not factorise(W, 3).U.requires_grad
-    assert torch.equal(W, before) and W.grad is None
+    assert torch.equal(W, before)
+    assert W.grad is None

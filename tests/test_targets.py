@@ -147,7 +147,7 @@ def test_a_rank_pattern_that_matches_nothing_is_refused():
 
 
 def test_a_rank_pattern_that_is_no_expression_is_refused():
-    with pytest.raises(surgery.TargetError, match=r"'\(' is not a regular expression"):
+    with pytest.raises(surgery.TargetError, match=r"\(.* is not a regular expression"):
         site_ranks(inspected("mlp")[1].sites, surgery.AntiPaSTO(), {"(": 3})
 
 
@@ -171,7 +171,8 @@ def test_residual_writers_are_found_from_dataflow(name):
     model, inspection = inspected(name)
     keys = chosen(inspection, model, target_modules="residual-writers")
     expected = [k for k in chosen(inspection, model) if any(k == s or k.endswith(f".{s}") for s in RESIDUAL[name])]
-    assert keys == expected and len(keys) >= len(RESIDUAL[name])
+    assert keys == expected
+    assert len(keys) >= len(RESIDUAL[name])
 
 
 def test_residual_writers_need_a_graph():
@@ -231,10 +232,11 @@ def test_a_string_that_is_no_expression_is_refused(argument):
 def test_a_choice_that_leaves_nothing_names_its_arguments(options):
     with pytest.raises(surgery.TargetError, match="leaves no site") as caught:
         select(target_modules=["q_proj"], **options)
-    assert repr(next(iter(options.values()))) in str(caught.value) and "q_proj" in str(caught.value)
+    assert repr(next(iter(options.values()))) in str(caught.value)
+    assert "q_proj" in str(caught.value)
 
 
 def test_a_model_without_linear_operations_says_so():
     model = nn.Sequential(nn.ReLU(), nn.Conv1d(2, 2, 1))
-    with pytest.raises(surgery.TargetError, match="Sequential has no linear operation with a parameter .*conv1d"):
+    with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation with a parameter .*conv1d"):
         surgery.apply_surgery(model, "antipasto", example_inputs=torch.randn(1, 2, 3), progress=False)

@@ -1,0 +1,118 @@
+"""The way of a newcomer: the README's code and what it prints, the command line, the demo, and the page's figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text("\n".join(blocks("python")))
+    done = run(sys.executable, "example.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = [line.rstrip() for line in blocks("text")[0].strip().splitlines()]
+    assert [line.rstrip() for line in done.stdout.strip().splitlines()] == expected
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_readmes_commands_exist() -> None:
+    targets = re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_readmes_table_is_the_recorded_run() -> None:
+    table = re.search(r"<!-- demo table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert table is not None
+    assert (ROOT / table.group(1)).read_text().strip() == table.group(2).strip()
+    data = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    assert all(passed is not False for _, _, passed in data["rows"])
+    for what, value, _ in data["rows"]:
+        assert f"| {what} | {value} |" in table.group(2)
+    for name in ("command", "commit", "versions", "hardware", "threads", "settings"):
+        assert data[name]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A short run of the whole demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    short = [
+        "--base-steps",
+        "12",
+        "--steps",
+        "6",
+        "--batch",
+        "4",
+        "--length",
+        "32",
+        "--r",
+        "24",
+        "--cache",
+        "cache",
+        "--out",
+        "out",
+    ]
+    return folder / "out", run(sys.executable, "-m", "surgery", "demo", *short, cwd=folder)
+
+
+def test_a_short_demo_verifies_everything_but_learning(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = demo
+    assert (out / "demo.json").is_file(), done.stdout + done.stderr
+    data = json.loads((out / "demo.json").read_text())
+    failed = [what for what, _, passed in data["rows"] if passed is False and not what.startswith("held-out loss")]
+    assert failed == []
+    names = [what for what, _, passed in data["rows"] if passed]
+    for name in ("identity at insertion", "coeff = 0 after training", "undo", "merge error", "ONNX Runtime, live"):
+        assert name in names
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (done.returncode == 0) == all(passed is not False for _, _, passed in data["rows"])
+
+
+def test_the_demos_adapter_and_graphs_are_left_behind(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = demo
+    for name in ("adapter/adapter_config.json", "merged.onnx", "live.onnx", "demo.md"):
+        assert (out / name).stat().st_size > 0
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    helped = run(sys.executable, "-m", "surgery", "--help", cwd=tmp_path)
+    assert helped.returncode == 0
+    assert "demo" in helped.stdout
+    listed = run(sys.executable, "-m", "surgery", "variants", cwd=tmp_path)
+    assert "antipasto" in listed.stdout
+    assert "delta(h)" in listed.stdout
+    failed = run(sys.executable, "-m", "surgery", "demo", "--text", "missing.txt", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "InputError" in failed.stderr
+    assert "missing.txt" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_importing_surgery_is_light() -> None:
+    code = (
+        "import sys, torch\nimport surgery\n"
+        "heavy = {'transformers', 'onnx', 'onnxruntime', 'onnxscript', 'matplotlib', 'peft', 'rich', 'typer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout.strip() == "[]"
