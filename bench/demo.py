@@ -167,7 +167,7 @@ def _steer(
         results.sweep[domain] = []
         for coeff in track(COEFFS, f"coeff sweep, {domain}", enabled=True):
             with steer(model, coeff):
-                results.sweep[domain].append((coeff, held_out_loss(model, data, max_bytes=16384)))
+                results.sweep[domain].append((coeff, held_out_loss(model, data, max_bytes=8192)))
     results.seconds["coeff sweep"] = time.perf_counter() - started
     with steer(model, 0.0):
         same = torch.equal(_logits(model, probe), base)

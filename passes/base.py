@@ -48,7 +48,10 @@ def run_pass(graph_pass: Pass, graph_module: fx.GraphModule) -> PassResult:
         raise PassError(f"pass {graph_pass.name!r} cannot run: {problem}")
     modified = graph_pass.call(graph_module)
     if modified:
-        graph_module.graph.lint()
+        try:
+            graph_module.graph.lint()
+        except RuntimeError as error:
+            raise PassError(f"pass {graph_pass.name!r} left a graph that does not lint: {error}") from error
         graph_module.recompile()
     problem = graph_pass.ensures(graph_module)
     if problem:

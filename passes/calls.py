@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from passes.capture import Call, copied, inference_mode_of, set_mode
+from passes.capture import Call, copied, inference_mode_of, set_mode, state_kept
 from passes.errors import InputError
 
 
@@ -39,7 +39,7 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
     """
     recorder = _Recorder(model)
     note = None
-    with _state_kept(model), inference_mode_of(model):
+    with state_kept(model), inference_mode_of(model):
         try:
             with torch.no_grad(), recorder.running():
                 _run(model, call)
@@ -62,26 +62,13 @@ def _run(model: nn.Module, call: Call) -> None:
     model(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Keep random state and buffers (BatchNorm's statistics) over a forward in train mode."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-
-
 class _Recorder(TorchDispatchMode):
     """Sees every ATen operation while a forward runs, and keeps the stack of modules that are being called.
 
     Neither hooks on the modules nor a torch-function mode would do: PyTorch leaves its fast paths where it finds them.
     """
+
+    supports_higher_order_operators = True  # flex_attention, torch.cond
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -100,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
         try:
-            with self:
+            with torch.compiler.set_stance("force_eager"), self:
                 yield
         finally:
             self.stack.clear()

@@ -22,6 +22,8 @@ import copy
 import inspect
 import io
 import logging
+import operator
+import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,11 +33,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter
 
 from passes.base import run_pass
 from passes.errors import InputError
-from passes.normalize import Normalize
+from passes.normalize import Normalize, linear_layout
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -129,8 +131,8 @@ def set_mode(model: nn.Module, *, training: bool) -> None:
 
 def copied(call: Call) -> Call:
     """A deep copy of the inputs (a forward may write into them, or into a cache), detached from any graph."""
-    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, call)
-    return copy.deepcopy((args, kwargs))
+    cut = [x for x in tree_iter(call) if isinstance(x, torch.Tensor) and not x.is_leaf]
+    return copy.deepcopy(call, {id(x): x.detach().clone() for x in cut})  # one tensor given twice stays one
 
 
 @contextlib.contextmanager
@@ -143,6 +145,36 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Keep random state, buffers and attributes over a forward that may write to them."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    attributes = [
+        (module, type(module), dict(vars(module)), dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+    ]
+    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
+    numbers = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(numbers)
+        for module, kind, before, registered, transient in attributes:
+            if type(module) is not kind:  # a lazy module that has found its shape
+                continue
+            vars(module).clear()
+            vars(module).update(before)
+            module._buffers.clear()
+            module._buffers.update(registered)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(transient)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -221,7 +253,9 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> C
         example_inputs = default_inputs(model)
     try:
         if example_inputs is None:
-            return Capture(_normalised(fx.symbolic_trace(model)), "fx.symbolic_trace")
+            with inference_mode_of(model), state_kept(model):
+                graph = fx.GraphModule(model, _Tracer().trace(model))
+            return Capture(_normalised(graph), "fx.symbolic_trace")
         program = export_program(model, forward_call(example_inputs))
         how = "transformers.exporters" if is_pretrained(model) else "torch.export"
         return Capture(_normalised(program.module()), how)
@@ -232,7 +266,40 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> C
         return Capture(None, "module walk", f"{type(error).__name__}: {reason[0][:200]}")
 
 
+class _Tracer(fx.Tracer):
+    """Keeps every plain linear module a call, GPT-2's ``Conv1D`` and subclasses of ``nn.Linear`` included."""
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return linear_layout(module) is not None or super().is_leaf_module(module, path)
+
+
+REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+
+
+def _inline_regions(graph_module: fx.GraphModule) -> None:
+    """Put the operations of ``autocast`` and ``enable_grad`` regions in line: the graph is for reading."""
+    graph, changed = graph_module.graph, False
+    for node in list(graph.nodes):
+        if node.target not in REGIONS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+        inner: Any = graph_module.get_submodule(str(node.args[at].target))  # type: ignore[union-attr]
+        _inline_regions(inner)
+        holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(inner.graph, dict(zip(holes, node.args[at + 1 :], strict=True)))
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index, call-overload]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        changed = True
+    if changed:
+        graph_module.recompile()
+
+
 def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
+    _inline_regions(graph_module)
     run_pass(Normalize(), graph_module)
     return graph_module
 
@@ -241,4 +308,5 @@ def _shared_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph and share every tensor and module, so that reading a graph patient does not rewrite it."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph._codegen = copy.copy(graph_module.graph._codegen)
     return fx.GraphModule(graph_module, graph)

@@ -73,14 +73,23 @@ def _inspection(
         sites, skipped = sites_from_walk(model)
     else:
         sites, skipped = sites_from_graph(found.graph, model)
-        if calls is None:
-            calls = _calls_of(found.graph)
-            hidden = _leaves(found.graph)
-            extra, more = sites_from_walk(model)
-            known = {site.key for site in sites}
-            sites += [s for s in extra if s.key not in known and s.weight.startswith(hidden)]
-            skipped += [s for s in more if f"{s.where}.".startswith(hidden)]
+        hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
+        calls = calls or _calls_of(found.graph)
+        known = {site.weight for site in sites}
+        sites += [site for site in hidden if site.weight not in known]
     return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+
+
+def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:
+    """Sites that ran but that the graph shows in pieces or not at all, such as a packed weight that is cut in three."""
+    owners = {site.weight.rpartition(".")[0]: site for site in sites_from_walk(model)[0]}
+    return [site for path, site in owners.items() if path in calls.called or site.weight in calls.read]
+
+
+def _kept_whole(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
+    """Sites inside the modules that a symbolic trace does not look into."""
+    leaves = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    return [site for site in sites_from_walk(model)[0] if site.weight.startswith(leaves)]
 
 
 def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
@@ -95,8 +104,3 @@ def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
         elif node.op == "get_attr" and not all("called_module" in user.meta for user in node.users):
             read.add(str(node.target))
     return CallRecord(frozenset(called), frozenset(read))
-
-
-def _leaves(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Prefixes of the modules that a symbolic trace did not look into."""
-    return tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")

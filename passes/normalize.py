@@ -26,7 +26,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.bmm: aten.bmm.default,
     torch.add: aten.add.Tensor,
     operator.add: aten.add.Tensor,
-    operator.iadd: aten.add.Tensor,
+    operator.iadd: aten.add_.Tensor,
     torch.t: aten.t.default,
     torch.transpose: aten.transpose.int,
 }
@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "addmm": aten.addmm.default,
     "bmm": aten.bmm.default,
     "add": aten.add.Tensor,
-    "add_": aten.add.Tensor,
+    "add_": aten.add_.Tensor,
     "t": aten.t.default,
     "transpose": aten.transpose.int,
 }
@@ -47,11 +47,13 @@ def linear_layout(module: nn.Module) -> str | None:
 
     A subclass counts only while it keeps the forward of its base, since any other forward may do more than the product.
     """
-    if "forward" in vars(module):
-        return None
-    if type(module).forward is nn.Linear.forward:
+    return None if "forward" in vars(module) else layout_of_forward(type(module).forward)
+
+
+def layout_of_forward(forward: Callable[..., Any]) -> str | None:
+    """The layout of the weight that a plain linear forward multiplies by, or None."""
+    if forward is nn.Linear.forward:
         return "out_in"
-    forward = type(module).forward
     if forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward":
         return "in_out"
     return None
@@ -72,13 +74,16 @@ class Normalize:
         for node in list(graph_module.graph.nodes):
             if node.op == "call_module":
                 modified |= self._inline_linear(graph_module, node)
+            elif node.op == "call_function" and node.target in SUMS and _is_sum_of_sizes(node):
+                continue
             elif node.op == "call_function" and node.target in FUNCTIONS:
                 modified |= _retarget(node, FUNCTIONS[node.target])
             elif node.op == "call_method" and node.target in METHODS:
                 modified |= _retarget(node, METHODS[node.target])
             elif node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",)):
+                target = aten.numpy_T.default if node.args[1] == "T" else aten.mT.default
                 node.args = node.args[:1]
-                modified |= _retarget(node, aten.t.default)
+                modified |= _retarget(node, target)
         return modified
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
@@ -108,9 +113,33 @@ class Normalize:
         return True
 
 
+SUMS = (operator.add, operator.iadd)
+SIZES = ("size", "dim", "numel", "item", "stride", "ndimension", "nelement", "tolist")
+INTEGERS = (operator.getitem, operator.floordiv, operator.mul, operator.sub, operator.mod, operator.neg, *SUMS)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether an operand of ``+`` is a shape, a number read off a tensor, or a sequence: no tensor to add."""
+    if isinstance(value, (tuple, list)):
+        return True
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method":
+        return value.target in SIZES
+    if value.op == "call_function" and value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    sources = value.all_input_nodes
+    return value.op == "call_function" and value.target in INTEGERS and bool(sources) and all(map(_is_size, sources))
+
+
+def _is_sum_of_sizes(node: fx.Node) -> bool:
+    return all(_is_size(a) for a in node.args if isinstance(a, (fx.Node, tuple, list)))
+
+
 def _retarget(node: fx.Node, target: Callable[..., Any]) -> bool:
     """Point a node at an ATen overload, with all arguments positional where the Python call named them."""
-    names = [argument.name for argument in target._schema.arguments]  # type: ignore[attr-defined]
+    arguments = target._schema.arguments  # type: ignore[attr-defined]
+    names = [argument.name for argument in arguments if not argument.kwarg_only]
     kwargs = {("self" if name == "input" and name not in names else name): v for name, v in node.kwargs.items()}
     positional = list(node.args)
     for name in names[len(positional) :]:

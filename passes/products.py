@@ -29,18 +29,43 @@ class Product:
 
 Lookup = Callable[[str], torch.Tensor | None]
 RULES: dict[Any, Callable[[fx.Node, Lookup], Product | str]] = {}
-UNCOVERED = {
-    aten.bmm.default: "bmm",
-    aten.baddbmm.default: "baddbmm",
-    aten.einsum.default: "einsum",
-    torch.einsum: "einsum",
-    aten.bilinear.default: "bilinear",
-    aten.conv1d.default: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.convolution.default: "convolution",
-    aten._grouped_mm.default: "grouped_mm",
-}
+UNCOVERED = frozenset(
+    [
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "einsum",
+        "bilinear",
+        "tensordot",
+        "inner",
+        "mv",
+        "addmv",
+        "chain_matmul",
+        "linalg_multi_dot",
+        "convolution",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+    ]
+)
+
+
+TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default, aten.adjoint.default)
+CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default, aten.detach.default,
+    aten.type_as.default, aten.contiguous.default, aten.clone.default,
+)  # fmt: skip
 
 
 def rule(*targets: Any) -> Callable[[Callable[[fx.Node, Lookup], Product | str]], Any]:
@@ -67,10 +92,10 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
         return None
     if node.target in RULES:
         return RULES[node.target](node, parameter)
-    name = UNCOVERED.get(node.target)
-    if name is None and "grouped_mm" in str(node.target):
-        name = "grouped_mm"
-    if name is None:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = str(getattr(packet, "__name__", packet))
+    name = "grouped_mm" if "grouped_mm" in name else name
+    if name not in UNCOVERED and name != "grouped_mm":
         return None
     operands = [n for n in node.all_input_nodes if _parameter(n, parameter)]
     return f"{name} with a parameter is not covered yet" if operands else "both operands are activations"
@@ -83,9 +108,14 @@ def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
         if node.op == "get_attr":
             name = str(node.target)
             return (name, transposed) if parameter(name) is not None else None
-        if node.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default):
+        args: Any = node.args
+        if node.target in TRANSPOSES:
             transposed = not transposed
-        elif node.target not in (aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.detach.default):
+        elif node.target in (aten.transpose.int, aten.swapaxes.default):
+            transposed ^= (args[1] - args[2]) % 2 == 1
+        elif node.target is aten.permute.default:
+            transposed ^= args[1][0] % 2 == 1
+        elif node.target not in CASTS:
             return None
         node = node.args[0]
     return None
@@ -98,8 +128,7 @@ def _product(
     if found is None:
         if _parameter(x, parameter):
             return "the parameter is the left operand: the product mixes rows, not features"
-        is_constant = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        return "the operand is a constant, not a parameter" if is_constant else "both operands are activations"
+        return _not_a_parameter(weight, parameter)
     name, transposed = found
     tensor = parameter(name)
     if tensor is None or tensor.dim() != 2:
@@ -110,6 +139,25 @@ def _product(
         bias_name = found_bias[0] if found_bias else None
     layout = "out_in" if times_transpose != transposed else "in_out"
     return Product(node, x, name, layout, bias_name)
+
+
+def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
+    """Say what a second operand is that is no parameter: made of one, a constant, or an activation."""
+    pending, seen, sources = [weight], set(), []
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return "both operands are activations"
+        if node.op == "get_attr":
+            sources.append(str(node.target))
+        pending.extend(node.all_input_nodes)
+    named = [name for name in sources if parameter(name) is not None]
+    if named:
+        return f"the operand is computed from the parameter {named[0]!r}"
+    return "the operand is a constant, not a parameter"
 
 
 @rule(aten.linear.default)

@@ -61,10 +61,30 @@ def residual_writers(graph: fx.Graph, products: Container[fx.Node]) -> set[fx.No
             continue
         one, other = node.all_input_nodes
         for stream, branch in ((one, other), (other, one)):
-            if _depends(branch, {stream, strip_views(stream)}, order):
-                writers |= _last_products(branch, stream, products, graph)
+            if strip_views(stream).op == "get_attr":  # a bias that several layers share is no stream
+                continue
+            ancestors = _terms(stream)
+            if _depends(branch, ancestors, order):
+                writers |= _last_products(branch, ancestors, products, graph)
                 break
     return writers
+
+
+def _terms(stream: fx.Node) -> set[fx.Node]:
+    """The stream and what it is a sum or a multiple of: ``x`` in ``alpha x``, and in ``x + f(x)`` before ``+ g(x)``."""
+    terms, pending = set(), [stream]
+    while pending:
+        node = pending.pop()
+        if node in terms:
+            continue
+        terms.add(node)
+        name = operation(node, node.graph)
+        values = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if name in VIEWS and values:
+            pending.append(values[0])
+        elif name in ("add", "sub") or (name in ("mul", "div") and len(values) == 1):
+            pending.extend(values)
+    return terms
 
 
 def _depends(node: fx.Node, ancestors: set[fx.Node], order: dict[fx.Node, int]) -> bool:
@@ -81,15 +101,16 @@ def _depends(node: fx.Node, ancestors: set[fx.Node], order: dict[fx.Node, int]) 
     return False
 
 
-def _last_products(branch: fx.Node, stream: fx.Node, products: Container[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+def _last_products(branch: fx.Node, stop: set[fx.Node], products: Container[fx.Node], graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stop = {stream, strip_views(stream)}
     pending, seen = [branch], {branch}
     while pending:
         node = pending.pop()
+        if node in stop:
+            continue
         if node in products:
             found.add(node)
-        elif node not in stop and operation(node, graph) in LINEAR:
+        elif operation(node, graph) in LINEAR:
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
             pending.extend(new)

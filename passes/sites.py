@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +63,16 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     skipped = []
     for node in graph_module.graph.nodes:
         product = read_product(node, names.tensors.get)
-        if isinstance(product, Product):
+        if node.op == "call_module" and isinstance(names.modules.get(str(node.target)), OPAQUE):
+            kind = type(names.modules[str(node.target)]).__name__
+            skipped.append(Skipped(str(node.target), kind, f"{kind} is not covered yet"))
+        elif isinstance(product, Product):
             products[names.key(product.weight, _module_path(node))].append(product)
         elif isinstance(product, str):
             skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
-    groups: dict[fx.Node, int] = {}
+    groups: dict[tuple[Any, ...], int] = {}
     sites = []
     for key, found in products.items():
         first = found[0]
@@ -78,7 +82,8 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
             continue
         rows, columns = names.tensors[weight].shape
         d_out, d_in = (rows, columns) if first.layout == "out_in" else (columns, rows)
-        group = groups.setdefault(strip_views(first.input), len(groups))
+        read = (*dict.fromkeys(strip_views(p.input) for p in found), d_in)
+        group = groups.setdefault(read, len(groups))
         others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
         tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
         bias = names.alias(first.bias, key) if first.bias else None
@@ -91,24 +96,39 @@ def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
     names = _Names(model)
     sites, skipped = [], []
-    for path, module in model.named_modules():
-        layout, local = linear_layout(module), "weight"
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            layout, local = "out_in", "in_proj_weight"
+    for path, module, layout, local in _linear_weights(model):
         if layout is None:
-            if isinstance(module, nn.Linear):
-                skipped.append(Skipped(path, type(module).__name__, "a subclass of nn.Linear with its own forward"))
+            skipped.append(Skipped(path, type(module).__name__, "a subclass of nn.Linear with its own forward"))
             continue
         weight = f"{path}.{local}".lstrip(".")
         if weight not in names.tensors:
             skipped.append(Skipped(path, type(module).__name__, "its weight is not a parameter"))
             continue
+        if nn.parameter.is_lazy(names.tensors[weight]):
+            skipped.append(
+                Skipped(path, type(module).__name__, "its weight is not initialised yet: run the model once")
+            )
+            continue
         rows, columns = names.tensors[weight].shape
         d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
         bias = weight.removesuffix("weight") + "bias"
         bias_name = bias if bias in names.tensors else None
-        sites.append(Site(names.key(weight), weight, bias_name, layout, d_out, d_in, tied=names.ties(weight)))
+        sites.append(Site(names.key(weight, path), weight, bias_name, layout, d_out, d_in, tied=names.ties(weight)))
     return sites, skipped
+
+
+def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, str]]:
+    for path, module in model.named_modules():
+        layout = linear_layout(module)
+        if isinstance(module, nn.MultiheadAttention):
+            separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            for local in ("in_proj_weight",) if module.in_proj_weight is not None else separate:
+                yield path, module, "out_in", local
+        elif layout is not None or isinstance(module, nn.Linear):
+            yield path, module, layout, "weight"
+
+
+OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 class _Names:
@@ -140,7 +160,7 @@ class _Names:
         owners = {self.owner(name): name for name in self.by_tensor[id(self.tensors[weight])]}
         if module_path in self.modules:
             module_path = self.first_path[id(self.modules[module_path])]
-        name = owners.get(module_path or "", weight)
+        name = weight if module_path is None else owners.get(module_path, weight)
         owner, local = self.owner(name), name.rpartition(".")[2]
         if not owner:
             return local
@@ -176,6 +196,11 @@ def _other_uses(graph: fx.Graph, names: _Names, products: dict[str, list[Product
     counted = {p.node for found in products.values() for p in found}
     uses: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:
+        if node.op == "call_module" and node.target in names.modules:
+            called = names.modules[node.target]
+            for local, _ in called.named_parameters(remove_duplicate=False):
+                name = f"{node.target}.{local}"
+                uses[names.canonical(name)].append(f"{node.target} ({type(called).__name__.lower()})")
         if node.op != "get_attr" or node.target not in names.tensors:
             continue
         pending: list[Any] = list(node.users)

@@ -114,7 +114,9 @@ class SSpaceLinear(nn.Module):
         if core.coeff.dim():
             raise InputError("coeff steers the rows of a batch differently: set a scalar coeff first")
         dtype = dtype or core.coeff.dtype
-        tensors: Any = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
+        tensors: Any = core
+        if dtype != core.coeff.dtype:
+            tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
         U, S, Vh = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype)
         D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, core.coeff.to(dtype))
         delta = U @ D.T @ Vh
@@ -137,7 +139,8 @@ class SSpaceWeight(SSpaceLinear):
         self.owner = (owner,)  # in a tuple, since a registered owner would make the module tree a cycle
         self.weight_name = weight_name
         self.bias_name = bias_name
-        self.order = tuple(owner._parameters)
+        siblings = [m for m in owner.modules() if isinstance(m, SSpaceWeight) and m.owner[0] is owner]
+        self.order: tuple[str, ...] = siblings[0].order if siblings else tuple(owner._parameters)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]

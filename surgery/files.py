@@ -108,15 +108,17 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
     """Write files into a directory, whole or not at all, the last one last; a new directory appears with all of them.
 
     Raises:
-        OSError: with nothing changed under ``path`` but, at worst, a part of the files of an existing directory renamed
-            in: the last file (the configuration) is then the old one and does not fit, so that a reader refuses.
+        OSError: nothing is changed. Should the process be killed between the two renames over an existing adapter, the
+            new tensors stand beside the old configuration, whose digest then does not fit, and a reader refuses.
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{str(path)!r} is a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        staging = Path(temporary) / "files"
+    place = path if path.is_dir() else path.parent  # on the same file system as the result
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{path.name}.") as temporary:
+        staging, old = Path(temporary) / "files", Path(temporary) / "old"
         staging.mkdir()
+        old.mkdir()
         for name, data in files.items():
             with open(staging / name, "wb") as file:
                 file.write(data)
@@ -126,7 +128,17 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
             os.rename(staging, path)
             return
         for name in files:
-            os.replace(staging / name, path / name)
+            if (path / name).exists():
+                os.link(path / name, old / name)
+        try:
+            for name in files:
+                os.replace(staging / name, path / name)
+        except BaseException:
+            for name in files:
+                (path / name).unlink(missing_ok=True)
+                if (old / name).exists():
+                    os.rename(old / name, path / name)
+            raise
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -137,10 +149,10 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model; the model is untouched.
     """
-    model, path = unwrap(model), Path(path)
+    given, model, path = model, unwrap(model), Path(path)
     grafts = read_adapter(model, path)
     _replace(model, grafts)
-    return model
+    return given
 
 
 def _replace(model: nn.Module, grafts: list[Graft]) -> None:

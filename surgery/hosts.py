@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from passes.calls import CallRecord
 from passes.errors import TargetError
-from passes.normalize import linear_layout
+from passes.normalize import layout_of_forward
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
 from surgery.variants import Variant
@@ -40,8 +40,8 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
     """
     owner_path, _, local = site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
-    plain = local == "weight" and linear_layout(owner) == site.layout and owner is not model
-    if not plain or any(hasattr(owner, name) for name in ATTRIBUTES):
+    plain = local == "weight" and is_module_host(type(owner), site.layout) and "forward" not in vars(owner)
+    if not plain or owner is model or any(hasattr(owner, name) for name in ATTRIBUTES):
         return "weight"
     if calls is not None and site.weight in calls.read:
         return "weight"
@@ -53,24 +53,35 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
     return "weight" if composite else "module"
 
 
+def is_module_host(cls: type[nn.Module], layout: str) -> bool:
+    """Tell ``nn.Linear`` and ``Conv1D`` from subclasses, whose own methods a change of class would hide."""
+    forward = cls.forward
+    return forward.__qualname__ == f"{cls.__name__}.forward" and layout_of_forward(forward) == layout
+
+
 def attach(model: nn.Module, graft: Graft) -> None:
     """Put an adapter on its site."""
     owner_path, _, local = graft.site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
     bias = graft.site.bias.rpartition(".")[2] if graft.site.bias else None
     adapter = SSpaceWeight(owner, local, bias) if graft.host == "weight" else owner
-    values = (graft.variant, graft.factors, graft.core, graft.site.layout, type(owner))
+    cls = type(owner)
     try:
-        for name, value in zip(ATTRIBUTES, values, strict=True):
+        for name, value in zip(
+            ATTRIBUTES, (graft.variant, graft.factors, graft.core, graft.site.layout, cls), strict=True
+        ):
             setattr(adapter, name, value)
-        adapter.train(owner.training)
-        if graft.host == "weight":
+        for part in (graft.factors, graft.core):
+            part.train(owner.training)
+        if isinstance(adapter, SSpaceWeight):
             parametrize.register_parametrization(owner, local, adapter, unsafe=True)
         else:
             owner.__class__ = SSpaceLinear
     except BaseException:
-        if graft.host == "module":
-            _strip(owner, type(owner))
+        if not isinstance(adapter, SSpaceWeight):
+            _strip(owner, cls)
+        elif parametrize.is_parametrized(owner, local):
+            detach(adapter)
         raise
 
 

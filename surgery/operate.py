@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -92,13 +92,13 @@ def apply_surgery(
     Raises:
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise InputError(f"model must be an nn.Module, not {found} (of an ExportedProgram, pass its .module())")
     config = resolve_variant(variant, r)
     _check_options(config, calibration, form, lowering, keep_base)
-    _check_not_meta(model)
+    _check_loaded(model)
     inspection = known_inspection(model) or inspect_model(model, example_inputs)
     chosen = select_sites(
         model,
@@ -116,37 +116,45 @@ def apply_surgery(
     for site in track(chosen, "factorising", enabled=progress):
         graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], inspection, seed)
         grafts.append(graft)
-    operate(model, grafts, inspection, notes)
-    if progress:
-        from surgery.report import report
+    operate(model, grafts, inspection, notes, lambda: _show_report(model) if progress else None)
+    return given
 
-        report(model).show()
-    return model
+
+def _show_report(model: nn.Module) -> None:
+    from surgery.report import report
+
+    report(model).show()
 
 
 def operate(
-    model: nn.Module, grafts: Iterable[Graft], inspection: Inspection | None, notes: dict[str, dict[str, Any]]
+    model: nn.Module,
+    grafts: Iterable[Graft],
+    inspection: Inspection | None,
+    notes: dict[str, dict[str, Any]],
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Attach all adapters and freeze the rest, or leave the model as it was."""
-    before = vars(model).get("_surgery")
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    record = vars(model).get("_surgery")
+    present = set(operated_sites(model))
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    done: list[str] = []
     try:
-        for parameter in model.parameters():
-            if not before:
-                parameter.requires_grad_(False)
+        if record is None:
+            model.requires_grad_(False)
+            vars(model)["_surgery"] = Record(flags, inspection, {})
         for graft in grafts:
             attach(model, graft)
-            done.append(graft.site.key)
-        if before:
-            before.factorisation.update(notes)
-        else:
-            vars(model)["_surgery"] = Record(flags, inspection, notes)
+        vars(model)["_surgery"].factorisation.update(notes)
+        finish()
     except BaseException:
-        attached = operated_sites(model)
-        for key in reversed(done):
-            detach(attached[key])
+        for key, site in reversed(operated_sites(model).items()):
+            if key not in present:
+                detach(site)
         restore_flags(model, flags)
+        if record is None:
+            vars(model).pop("_surgery", None)
+        else:
+            for key in set(notes) - present:
+                record.factorisation.pop(key, None)
         raise
 
 
@@ -156,13 +164,13 @@ def undo_surgery(model: Model) -> Model:
     Raises:
         SurgeryError: the model carries no surgery.
     """
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     record = record_of(model)
     for site in operated_sites(model).values():
         detach(site)
     restore_flags(model, record.requires_grad)
     del vars(model)["_surgery"]
-    return model
+    return given
 
 
 def restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
@@ -199,6 +207,8 @@ def check_weight(model: nn.Module, site: Site) -> None:
         WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
     """
     weight = model.get_parameter(site.weight)
+    if weight.numel() == 0:
+        raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
     supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
     if weight.is_meta:
         raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
@@ -223,9 +233,12 @@ def _check_options(config: Variant, calibration: Any, form: str, lowering: str, 
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
 
 
-def _check_not_meta(model: nn.Module) -> None:
-    if name := next((name for name, p in model.named_parameters() if p.is_meta), None):
-        raise WeightError(f"parameter {name!r} is on the meta device; load the weights before surgery")
+def _check_loaded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise WeightError(f"parameter {name!r} is not initialised yet; run the model once before surgery")
+        if parameter.is_meta:
+            raise WeightError(f"parameter {name!r} is on the meta device; load the weights before surgery")
 
 
 def _make_graft(

@@ -16,7 +16,7 @@ from torch import nn
 from passes.errors import AdapterError, SurgeryError
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear
-from surgery.hosts import Graft, operated_sites
+from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.variants import Variant, resolve_variant, variant_from_dict
 
 FORMAT, VERSION = "sspace-adapter", 1
@@ -41,9 +41,11 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
         parameters[weight] = site.weight
     with _opened(path, config) as tensors:
         expected: set[str] = set()
-        grafts = []
+        grafts: list[Graft] = []
         for key, entry in config["sites"].items():
-            graft, names = _read_site(path, key, entry, default, parameters, tensors)
+            graft, names = _read_site(model, path, key, entry, default, parameters, tensors)
+            if any(graft.site.weight == other.site.weight for other in grafts):
+                raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
             expected |= names
         if extra := sorted(set(tensors.keys()) - expected):
@@ -142,7 +144,13 @@ def _opened(path: Path, config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _read_site(
-    path: Path, key: str, entry: Any, default: Variant, parameters: dict[str, torch.Tensor], tensors: Any
+    model: nn.Module,
+    path: Path,
+    key: str,
+    entry: Any,
+    default: Variant,
+    parameters: dict[str, torch.Tensor],
+    tensors: Any,
 ) -> tuple[Graft, set[str]]:
     where = f"{str(path)!r}: site {key!r}"
     for name, kind in SITE_FIELDS.items():
@@ -150,10 +158,15 @@ def _read_site(
             raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
     if entry["weight"] not in parameters:
         raise AdapterError(f"{where}: the model has no parameter {entry['weight']!r}; is it another base model?")
-    if entry.get("bias") is not None and entry["bias"] not in parameters:
-        raise AdapterError(f"{where}: the model has no parameter {entry['bias']!r}; is it another base model?")
+    bias = entry.get("bias")
+    if bias is not None and (not isinstance(bias, str) or bias not in parameters):
+        raise AdapterError(f"{where}: the model has no parameter {bias!r:.80}; is it another base model?")
     if entry["layout"] not in ("out_in", "in_out") or entry["host"] not in ("module", "weight"):
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
+    owner = model.get_submodule(entry["weight"].rpartition(".")[0])
+    base = getattr(owner, "base_class", type(owner))
+    if entry["host"] == "module" and not is_module_host(base, entry["layout"]):
+        raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
     weight = parameters[entry["weight"]]
     shape = tuple(weight.shape if entry["layout"] == "out_in" else weight.shape[::-1])
     if weight.dim() != 2 or list(shape) != entry["shape"] or dtype_name(weight) != entry["dtype"]:

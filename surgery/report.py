@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from passes.sites import Skipped
 from surgery.hosts import host_of
@@ -110,6 +111,11 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
 
+def _class_name(model: nn.Module) -> str:
+    """Name of the model's own class, where a hosted weight gave it a parametrised one."""
+    return (type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)).__name__
+
+
 def report(model: nn.Module) -> Report:
     """Report on an operated model.
 
@@ -154,7 +160,7 @@ def report(model: nn.Module) -> Report:
         skipped.extend(inspection.skipped)
     trainable, total = trainable_parameters(model)
     return Report(
-        type(model).__name__,
+        _class_name(model),
         tuple(operated),
         tuple(skipped),
         inspection.captured if inspection else False,

@@ -1,7 +1,7 @@
 """Exact truncated singular value decomposition of a weight: float64, deterministic, sign-canonical.
 
 The top r triples come from the eigenvectors of the smaller Gram matrix in float64, which is as exact as a full SVD in
-float32 while ``S_r > 1e-6 S_1`` and about 1.3 to 3 times faster; below that, and for float64 weights, from a full SVD.
+float32 while ``S_r > 1e-5 S_1`` and about 1.3 to 3 times faster; below that, and for float64 weights, from a full SVD.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-GRAM_LIMIT = 1e-6
+GRAM_LIMIT = 1e-5
 
 
 class Factorisation(NamedTuple):

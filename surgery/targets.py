@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from passes.errors import CaptureError, RankError, TargetError
+from passes.errors import CaptureError, RankError, TargetError, WeightError
 from passes.inspection import Inspection
 from passes.sites import Site
 from surgery.variants import Variant
@@ -24,7 +24,13 @@ def matches(pattern: Patterns, key: str) -> bool:
             return re.fullmatch(pattern, key) is not None
         except re.error as error:
             raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
-    return any(key == suffix or key.endswith(f".{suffix}") for suffix in pattern)
+    return key in pattern or any(key.endswith(f".{suffix}") for suffix in pattern)
+
+
+def _check_patterns(name: str, patterns: Patterns) -> None:
+    texts = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise TargetError(f"{name} must be a regular expression or a list of name suffixes, found {patterns!r}")
 
 
 def layer_index(key: str) -> int | None:
@@ -61,8 +67,14 @@ def select_sites(
         CaptureError: residual writers are asked of a model that could not be captured.
     """
     target = default if target_modules is None else target_modules
+    _check_patterns("target_modules", target)
+    _check_patterns("exclude_modules", exclude_modules or "")
     known = {site.key: site for site in inspection.sites}
     if not known:
+        if quantised := _quantised(model):
+            raise WeightError(
+                f"{quantised} is quantised; supported are float16, bfloat16, float32 and float64 parameters"
+            )
         reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
         raise TargetError(
             f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}"
@@ -78,9 +90,10 @@ def select_sites(
     else:
         chosen = [s for s in known.values() if matches(target, s.key)]
         _report_unmatched(target, inspection)
-    if layers_to_transform is not None:
-        layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        chosen = [s for s in chosen if layer_index(s.key) in layers]
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
+    if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
+        named = () if isinstance(target, str) else target
+        chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]
     if exclude_modules:
         chosen = [s for s in chosen if not matches(exclude_modules, s.key)]
     if not chosen:
@@ -89,6 +102,15 @@ def select_sites(
             f"layers_to_transform={layers_to_transform!r} leaves no site of {_some(known)}"
         )
     return chosen
+
+
+def _quantised(model: nn.Module) -> str | None:
+    """The first module or parameter that looks quantised: a class of a quantisation package, an integer matrix."""
+    for path, module in model.named_modules():
+        if "quant" in type(module).__module__:
+            return f"module {path!r} ({type(module).__name__})"
+    matrices = [*model.named_parameters(), *model.named_buffers()]
+    return next((f"{n!r} ({t.dtype})" for n, t in matrices if t.dim() == 2 and not t.is_floating_point()), None)
 
 
 def _report_unmatched(target: Patterns, inspection: Inspection) -> None:
@@ -120,6 +142,13 @@ def _some(keys: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def _rank_pattern_matches(pattern: str, key: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", key) is not None
+    except re.error as error:
+        raise TargetError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
+
+
 def site_ranks(sites: Iterable[Site], variant: Variant, rank_pattern: Mapping[str, int] | None) -> dict[str, int]:
     """The rank of each site: ``min(r, d_out, d_in)`` or what a matching rank pattern says, as the variant can use it.
 
@@ -130,7 +159,7 @@ def site_ranks(sites: Iterable[Site], variant: Variant, rank_pattern: Mapping[st
     patterns, ranks, used = rank_pattern or {}, {}, set()
     for site in sites:
         limit = min(site.d_out, site.d_in)
-        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", site.key)), None)
+        pattern = next((p for p in patterns if _rank_pattern_matches(p, site.key)), None)
         wanted = variant.r if pattern is None else patterns[pattern]
         if pattern is not None:
             used.add(pattern)

@@ -33,11 +33,7 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
         SurgeryError: the model carries no surgery.
     """
     found = _operated(model)
-    value = torch.as_tensor(coeff, dtype=torch.float64).detach()
-    if value.dim() > 1 or value.numel() == 0:
-        raise InputError(f"coeff must be a number or a tensor (batch,), found shape {tuple(value.shape)}")
-    if not torch.isfinite(value).all():
-        raise InputError(f"coeff must be finite, found {value.tolist()}")
+    value = _coefficient(coeff)
     weights = [key for key, site in found.items() if host_of(site) == "weight"]
     if value.dim() and weights:
         raise InputError(
@@ -45,13 +41,30 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
             "use a scalar coeff, or leave such sites out with exclude_modules"
         )
     for site in found.values():
-        old = site.core.coeff
-        if old.shape == value.shape:
-            with torch.no_grad():
-                old.copy_(value)
-        else:
-            site.core.coeff = value.to(dtype=old.dtype, device=old.device)
+        _write(site, value)
     return model
+
+
+def _coefficient(coeff: Coefficient) -> torch.Tensor:
+    try:
+        value = torch.as_tensor(coeff).detach().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"coeff must be a number or a tensor (batch,), found {coeff!r}") from error
+    if value.dim() > 1 or value.numel() == 0 or torch.is_complex(torch.as_tensor(coeff)):
+        raise InputError(f"coeff must be a real number or a tensor (batch,), found {coeff!r}")
+    if not torch.isfinite(value.float()).all():
+        raise InputError(f"coeff must be finite in float32, found {value.tolist()}")
+    return value
+
+
+def _write(site: SSpaceLinear, value: torch.Tensor) -> None:
+    """Write coeff in place where the shape allows, which no compiled code notices."""
+    old = site.core.coeff
+    with torch.inference_mode(False), torch.no_grad():
+        if old.shape == value.shape:
+            old.copy_(value)
+        else:
+            site.core.coeff = value.to(dtype=old.dtype, device=old.device, copy=True)
 
 
 @contextlib.contextmanager
@@ -62,12 +75,8 @@ def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
         yield set_coeff(model, coeff)
     finally:
         for key, site in sites(model).items():
-            old = before[key]
-            if site.core.coeff.shape == old.shape:
-                with torch.no_grad():
-                    site.core.coeff.copy_(old)
-            else:
-                site.core.coeff = old
+            if key in before:
+                _write(site, before[key])
 
 
 def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model:
@@ -85,7 +94,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model
         WeightError: a weight is tied and ``untie`` is false.
         InputError: coeff steers rows, or the merged weight is not finite in its dtype.
     """
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     record, found = record_of(model), _operated(model)
     owners = _owners(model)
     for key, site in found.items():
@@ -111,7 +120,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model
         replace_weight(site, merged[key]) if key in merged else detach(site)
     restore_flags(model, record.requires_grad)
     del vars(model)["_surgery"]
-    return model
+    return given
 
 
 def refresh(model: Model) -> Model:

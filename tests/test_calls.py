@@ -282,6 +282,15 @@ def test_inputs_may_come_out_of_another_computation():
     assert record(nn.Sequential(nn.Linear(4, 4)), embedded).called == {"", "0"}
 
 
+class Same(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x if x is y else y.new_zeros(0, self.not_the_same_tensor)
+
+
+def test_one_tensor_given_twice_stays_one_tensor():
+    assert record(Same(), (X, X)).called == {""}
+
+
 def branch(m, x):
     return torch.cond(x.sum() > 0, m.linear, lambda x: -m.linear(x), (x,))
 

@@ -57,22 +57,8 @@ def test_the_readmes_table_is_the_recorded_run() -> None:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A short run of the whole demo."""
     folder = tmp_path_factory.mktemp("demo")
-    short = [
-        "--base-steps",
-        "12",
-        "--steps",
-        "6",
-        "--batch",
-        "4",
-        "--length",
-        "32",
-        "--r",
-        "24",
-        "--cache",
-        "cache",
-        "--out",
-        "out",
-    ]
+    size = ["--base-steps", "12", "--steps", "6", "--batch", "4", "--length", "32", "--r", "24"]
+    short = [*size, "--cache", "cache", "--out", "out"]
     return folder / "out", run(sys.executable, "-m", "surgery", "demo", *short, cwd=folder)
 
 

@@ -173,6 +173,7 @@ TRAPS: dict[str, Callable[[Any, Any], Any]] = {
     "sizes": lambda m, x: x.view(x.size()[:-1] + (2, 2)),  # noqa: RUF005
     "shapes": lambda m, x: x.reshape(x.shape[:-1] + (2, 2)),  # noqa: RUF005
     "lists": lambda m, x: torch.cat([x] + [x]),  # noqa: RUF005
+    "tensor plus size": lambda m, x: x * x.size(0) + x.size(1),
     "batched mT": lambda m, x: x.unsqueeze(0).mT,
     "transposed activation": lambda m, x: x.T,
     "attribute that is no transpose": lambda m, x: x.real,

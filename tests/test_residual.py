@@ -31,7 +31,6 @@ class Forward(nn.Module):
         self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
         self.router = nn.Linear(8, 2)
         self.norm = nn.LayerNorm(8)
-        self.other_norm = nn.LayerNorm(8)
         self.drop = nn.Dropout(0.1)
         self.scale = nn.Parameter(torch.ones(8))
         self.register_buffer("cos", torch.rand(3, 8))
@@ -199,6 +198,7 @@ BLOCKS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "rotary from the product itself": (lambda m, x: (q := m.a(x)) + rotate(q) * m.sin, ""),
     "attention scores": (lambda m, x: torch.softmax(m.a(x) @ m.b(x).transpose(1, 2) + 1.0, -1) @ m.c(x), ""),
     "sum of constants": (lambda m, x: m.a(x) + m.scale, ""),
+    "one bias in two places": (lambda m, x: m.b(torch.relu(m.a(x) + m.scale)) + m.scale, ""),
 }
 
 

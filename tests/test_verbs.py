@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 import surgery
 from surgery import merge, report, set_coeff, sites, steer, undo_surgery
-from surgery.hosts import host_of
 from tests.test_operate import each_dtype, each_patient, operate, operated, reference, state_of
 from tests.tolerance import RELATIVE, assert_close, relative_error
 from tests.zoo import HUB_NAMES, Patient, patient
@@ -139,6 +138,23 @@ def test_steer_restores_after_an_exception(error):
     assert coefficients(model) == [1.0] * 3
 
 
+def test_steering_in_inference_mode_leaves_a_model_that_trains():
+    found = operated("mlp")
+    with torch.inference_mode(), steer(found.model, torch.zeros(5)):
+        found.run()
+    found.forward().sum().backward()
+    with torch.inference_mode():
+        set_coeff(found.model, torch.ones(5))
+    found.forward().sum().backward()
+
+
+def test_steer_leaves_sites_alone_that_are_new_inside():
+    found = operate(patient("mlp"), target_modules=["0"])
+    with steer(found.model, 0.5):
+        operate(found, target_modules=["2"])
+    assert coefficients(found.model) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("verb", [undo_surgery, merge])
 def test_steer_outlives_the_end_of_surgery_inside(verb):
     model = operated("mlp").model
@@ -151,14 +167,14 @@ def test_steer_outlives_the_end_of_surgery_inside(verb):
 @each_patient
 def test_merged_weights_are_rounded_once(name, dtype):
     found = operated(name, dtype)
-    set_coeff(found.model, 0.7)
-    expected, bases = reference(found, dtype, 0.7), dict(patient(name, dtype).model.named_parameters())
+    set_coeff(found.model, 0.75)
+    expected, bases = reference(found, dtype, 0.75), dict(patient(name, dtype).model.named_parameters())
     merge(found.model)
     changed = 0
     for key, parameter in expected.named_parameters():
         merged = found.model.get_parameter(key)
         assert merged.dtype == dtype
-        assert_close(merged.detach(), parameter.detach(), rounded=True)
+        assert torch.equal(merged, parameter.to(dtype))
         changed += not torch.equal(merged, bases[key])
     assert changed == len(sites(operated(name, dtype).model))
 
@@ -247,40 +263,6 @@ def test_a_peft_model_is_counted_as_peft_counts_it(capsys):
     expected = capsys.readouterr().out
     surgery.print_trainable_parameters(model)
     assert capsys.readouterr().out == expected
-
-
-@each_patient
-def test_report_has_every_site_and_every_other_product(name):
-    model = operated(name).model
-    found = report(model)
-    assert found.model == type(patient(name).model).__name__
-    assert [site.key for site in found.sites] == list(sites(model))
-    assert found.captured
-    assert found.trainable == sum(site.trainable for site in found.sites)
-    for row, site in zip(found.sites, sites(model).values(), strict=True):
-        assert (row.d_out, row.d_in) == tuple(site.weight.shape if site.layout == "out_in" else site.weight.T.shape)
-        assert (row.variant, row.r, row.host) == ("antipasto", len(site.factors.S), host_of(site))
-        assert row.base_macs == site.weight.numel()
-        assert row.method == "gram"
-        assert 0 < row.energy <= 1
-        assert row.macs == (row.r * (row.d_in + row.d_out) if row.host == "module" else 0)
-    inspected = {site.key for site in surgery.inspect_sites(model).sites}
-    assert inspected == {row.key for row in found.sites} | {s.where for s in found.skipped} & inspected
-    assert all(skipped.reason for skipped in found.skipped)
-
-
-def test_report_as_text(capsys):
-    found = patient("qwen3")
-    surgery.apply_surgery(found.model, "antipasto", r=4, target_modules=["q_proj", "lm_head"], progress=True)
-    text = str(report(found.model))
-    assert capsys.readouterr().out.split() == text.split()
-    assert "model.layers.*.self_attn.q_proj" in text
-    assert "lm_head" in text
-    assert "lowrank" in text
-    assert "12 x linear: not selected" in text
-    assert "sites from transformers.exporters" in text
-    text = str(report(surgery.apply_surgery(patient("vit").model, "antipasto", progress=False)))
-    assert "1 x conv2d: conv2d with a parameter is not covered yet" in text
 
 
 @each_patient
