@@ -97,7 +97,7 @@ def apply_surgery(
         found = type(model).__name__
         raise InputError(f"model must be an nn.Module, not {found} (of an ExportedProgram, pass its .module())")
     config = resolve_variant(variant, r)
-    _check_options(config, calibration, form, lowering, keep_base)
+    _check_options(config, calibration, form, lowering, keep_base, seed)
     _check_loaded(model)
     inspection = known_inspection(model) or inspect_model(model, example_inputs)
     chosen = select_sites(
@@ -222,7 +222,9 @@ def check_weight(model: nn.Module, site: Site) -> None:
         raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
 
 
-def _check_options(config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool) -> None:
+def _check_options(config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"seed must be an integer, found {seed!r}")
     if calibration is not None:
         raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
     if form != "delta":
@@ -244,12 +246,13 @@ def _check_loaded(model: nn.Module) -> None:
 def _make_graft(
     model: nn.Module, site: Site, config: Variant, r: int, inspection: Inspection, seed: int
 ) -> tuple[Graft, dict[str, Any]]:
-    weight = model.get_parameter(site.weight).detach()
-    found = factorise(weight if site.layout == "out_in" else weight.T, r)
-    dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-    factors = Factors(*(tensor.to(dtype) for tensor in (found.U, found.S, found.Vh)))
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(site.key.encode()))
-    core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    core = Core(config.init_core(r, generator), core_dtype, weight.device)
-    graft = Graft(site, choose_host(model, site, inspection.calls), config, factors, core)
+    with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
+        weight = model.get_parameter(site.weight).detach()
+        found = factorise(weight if site.layout == "out_in" else weight.T, r)
+        dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
+        factors = Factors(*(tensor.to(dtype) for tensor in (found.U, found.S, found.Vh)))
+        generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(site.key.encode())) % 2**64)
+        core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        core = Core(config.init_core(r, generator), core_dtype, weight.device)
+        graft = Graft(site, choose_host(model, site, inspection.calls), config, factors, core)
     return graft, {"method": found.method, "error": found.error, "energy": found.energy}

@@ -157,6 +157,8 @@ def site_ranks(sites: Iterable[Site], variant: Variant, rank_pattern: Mapping[st
         TargetError: a rank pattern matches no chosen site.
     """
     patterns, ranks, used = rank_pattern or {}, {}, set()
+    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise RankError(f"rank_pattern must map patterns to ranks, found {rank_pattern!r}")
     for site in sites:
         limit = min(site.d_out, site.d_in)
         pattern = next((p for p in patterns if _rank_pattern_matches(p, site.key)), None)

@@ -47,14 +47,14 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
 
 def _coefficient(coeff: Coefficient) -> torch.Tensor:
     try:
-        value = torch.as_tensor(coeff).detach().to(torch.float64)
+        value = torch.as_tensor(coeff).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"coeff must be a number or a tensor (batch,), found {coeff!r}") from error
-    if value.dim() > 1 or value.numel() == 0 or torch.is_complex(torch.as_tensor(coeff)):
+    if value.dim() > 1 or value.numel() == 0 or value.is_complex():
         raise InputError(f"coeff must be a real number or a tensor (batch,), found {coeff!r}")
     if not torch.isfinite(value.float()).all():
         raise InputError(f"coeff must be finite in float32, found {value.tolist()}")
-    return value
+    return value.to(torch.float64)
 
 
 def _write(site: SSpaceLinear, value: torch.Tensor) -> None:

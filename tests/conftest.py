@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no network, two threads, hypothesis without deadlines, a lane for long tests."""
+"""Settings of the whole suite: no network, one thread a process, hypothesis without deadlines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("full", settings.get_profile("fast"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))

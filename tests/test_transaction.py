@@ -57,6 +57,16 @@ def test_rank_pattern_out_of_range(rank):
     assert "site '0' allows 1 to 12" in message
 
 
+@pytest.mark.parametrize("pattern", [["0"], "0", 4, {0: 4}])
+def test_rank_pattern_of_a_wrong_kind(pattern):
+    assert "rank_pattern" in refused(patient("mlp").model, rank_pattern=pattern)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**31, 2**63])
+def test_any_seed_of_torch_will_do(seed):
+    assert len(sites(apply_surgery(patient("mlp").model, "antipasto", seed=seed, progress=False))) == 3
+
+
 def test_unknown_variant_lists_the_known_ones():
     message = refused(patient("mlp").model, surgery.VariantError, variant="antipsto")
     assert "unknown variant 'antipsto'; did you mean 'antipasto'? (known: antipasto" in message

@@ -41,7 +41,11 @@ def patient(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pat
     """Build a patient by name, always with the same weights and inputs."""
     torch.manual_seed(seed)
     model, inputs = {**PYTORCH, **HUB}[name]()
-    cast = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+    made: dict[int, torch.Tensor] = {}
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:  # one tensor given twice stays one tensor
+        return made.setdefault(id(tensor), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, cast, inputs)
     return Patient(name, model.to(dtype).eval(), inputs)
 
