@@ -71,8 +71,11 @@ class Results:
 
 def run(settings: Settings) -> bool:
     """Run the demo, write its table, data and figure, and tell whether every verification held."""
+    from transformers.utils import logging as hub_logging
+
     _check(settings)
     torch.manual_seed(settings.seed)
+    hub_logging.disable_progress_bar()
     started = time.perf_counter()
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.model:
@@ -181,7 +184,7 @@ def _steer(
             apart.append(_logits(model, probe)[i])
     error = relative_error(together, torch.stack(apart))
     results.add("per-row coeff against one by one", f"{error:.1e} relative", error < 1e-5)
-    for key, site in list(sites(model).items())[: len(sites(model))]:
+    for key, site in sites(model).items():
         gains = torch.nn.functional.elu(site.core.g.detach())
         results.gains[key] = {"S": site.factors.S.tolist(), "gain": gains.tolist()}
 
