@@ -36,13 +36,25 @@ class Patient:
     notes: dict[str, Any]
 
 
+def _split(text: Path | None) -> tuple[Tensor, Tensor]:
+    """Training and held-out part of the new domain's text.
+
+    Raises:
+        InputError: the text is too short to hold a part of it out.
+    """
+    try:
+        return corpus.split(corpus.from_file(text) if text else corpus.english())
+    except ValueError as error:
+        raise InputError(f"{str(text)!r}: {error}") from error
+
+
 def small_patient(cache: Path | None, base_steps: int | None, text: Path | None, seed: int) -> Patient:
     """The byte-level model, trained on Python source unless it is cached; the new domain is English prose."""
     folder = cache or default_cache_dir()
     steps = base_steps or DEFAULT_STEPS
-    _, info = base_model(folder, seed=seed, steps=steps)
-    new, new_held_out = corpus.split(corpus.from_file(text) if text else corpus.english())
+    new, new_held_out = _split(text)
     _, source_held_out = corpus.split(corpus.python_source())
+    _, info = base_model(folder, seed=seed, steps=steps)
     return Patient(
         "Qwen3, byte-level",
         lambda: base_model(folder, seed=seed, steps=steps, progress=False)[0],
@@ -73,7 +85,7 @@ def hub_patient(model: str, text: Path | None) -> Patient:
     def tokens(data: Tensor) -> Tensor:
         return torch.tensor(tokenizer(bytes(data.tolist()).decode(errors="ignore"))["input_ids"])
 
-    new, new_held_out = corpus.split(corpus.from_file(text) if text else corpus.english())
+    new, new_held_out = _split(text)
     _, source_held_out = corpus.split(corpus.python_source()[:400_000])
     held_out = {text.name if text else "English": tokens(new_held_out), "Python source": tokens(source_held_out)}
     return Patient(model, load, tokens(new), held_out, "token", {})

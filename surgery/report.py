@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -101,10 +102,11 @@ class Report:
         lines = [f"{self.trainable:,} of {self.total:,} parameters are trainable; sites from {self.how}{captured}"]
         methods = Counter(s.method for s in self.sites if s.method)
         if methods:
-            error = max(s.error for s in self.sites if s.error is not None)
+            worst = max(s.error for s in self.sites if s.error is not None)
+            error = 10.0 ** math.ceil(math.log10(max(worst, 1e-300)))
             names = ", ".join(f"{n} by {method}" for method, n in methods.items())
             lines.append(
-                f"factors: {names}, orthonormal to {error:.0e}; energy is the share of |W|^2 that r directions hold"
+                f"factors: {names}, orthonormal within {error:.0e}; energy is the share of |W|^2 that r directions hold"
             )
         for (reason, operation), n in Counter((s.reason, s.operation) for s in self.skipped).items():
             lines.append(f"left alone: {n} x {operation}: {reason}")

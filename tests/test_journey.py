@@ -81,6 +81,27 @@ def test_the_demos_adapter_and_graphs_are_left_behind(demo: tuple[Path, subproce
         assert (out / name).stat().st_size > 0
 
 
+def test_the_demo_on_a_model_and_a_text_of_ones_own(tmp_path: Path) -> None:
+    import tokenizers
+    import transformers
+
+    characters = {chr(i): i for i in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=characters, merges=[], unk_token="?"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.txt").write_text("a text of my own, long enough to hold some of it out; " * 1200)
+    size = ["--steps", "12", "--batch", "4", "--length", "32", "--r", "16", "--lr", "0.05", "--out", "out"]
+    done = run(sys.executable, "-m", "surgery", "demo", "--model", "model", "--text", "mine.txt", *size, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert list(data["held_out"]) == ["mine.txt", "Python source"]
+    assert data["unit"] == "token"
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     helped = run(sys.executable, "-m", "surgery", "--help", cwd=tmp_path)
     assert helped.returncode == 0
@@ -92,6 +113,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "InputError" in failed.stderr
     assert "missing.txt" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    (tmp_path / "short.txt").write_text("too short")
+    failed = run(sys.executable, "-m", "surgery", "demo", "--model", "model", "--text", "short.txt", cwd=tmp_path)
+    assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
 
 
