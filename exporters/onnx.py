@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_map_only
 
 from exporters._base import Exported, inputs_for, need, working_copy
 from exporters._onnxruntime import KNOB, TOLERANCE, coefficients, compare
-from passes.capture import hub_inputs, is_pretrained, keep_forward, keyword_inputs, quiet
+from passes.capture import hub_inputs, is_pretrained, keyword_inputs
 from passes.errors import ExportError, InputError
+from passes.forward import keep_forward, quiet
 from surgery.hosts import host_of
 from surgery.verbs import merge, sites
 

@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from passes.capture import Call, copied, inference_mode_of, set_mode, state_kept
 from passes.errors import InputError
+from passes.forward import Call, copied, inference_mode_of, set_mode, state_kept
 
 
 @dataclass(frozen=True)

@@ -17,29 +17,22 @@ alias the patient's.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import io
-import logging
 import operator
-import random
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_iter
 
 from passes.base import run_pass
 from passes.errors import InputError
+from passes.forward import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
 from passes.normalize import Normalize, linear_layout
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -120,76 +113,6 @@ def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return {**bound, **extra}
 
 
-def set_mode(model: nn.Module, *, training: bool) -> None:
-    """Switch a model between train and eval mode; an exported graph, which forbids ``eval()``, by its flags."""
-    if isinstance(model, fx.GraphModule):
-        for module in model.modules():
-            module.training = training
-    else:
-        model.train(training)
-
-
-def copied(call: Call) -> Call:
-    """A deep copy of the inputs (a forward may write into them, or into a cache), detached from any graph."""
-    cut = [x for x in tree_iter(call) if isinstance(x, torch.Tensor) and not x.is_leaf]
-    return copy.deepcopy(call, {id(x): x.detach().clone() for x in cut})  # one tensor given twice stays one
-
-
-@contextlib.contextmanager
-def inference_mode_of(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each back in the mode that it was in."""
-    flags = [(module, module.training) for module in model.modules()]
-    set_mode(model, training=False)
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextlib.contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
-    """Keep random state, buffers and attributes over a forward that may write to them."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    attributes = [
-        (module, type(module), dict(vars(module)), dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-    ]
-    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    numbers = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        random.setstate(numbers)
-        for module, kind, before, registered, transient in attributes:
-            if type(module) is not kind:  # a lazy module that has found its shape
-                continue
-            vars(module).clear()
-            vars(module).update(before)
-            module._buffers.clear()
-            module._buffers.update(registered)
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(transient)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def keep_forward(model: nn.Module) -> Iterator[None]:
-    """Undo what an exporter leaves behind when it replaces ``model.forward`` on the instance."""
-    before = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = before
-
-
 def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> ExportedProgram:
     """Export a model in eval mode with ``torch.export`` (non-strict), through transformers' exporter where it is one.
 
@@ -208,22 +131,6 @@ def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> 
             exported = DynamoExporter().export(model, inputs, config)
         program: ExportedProgram = getattr(exported, "program", exported)  # newer transformers wrap the program
         return program
-
-
-@contextlib.contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Keep libraries from reporting every step and every version that they were not tested with; errors still show."""
-    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
-    try:
-        for logger, _ in levels:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        for logger, level in levels:
-            logger.setLevel(level)
 
 
 def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
