@@ -113,22 +113,20 @@ def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return {**bound, **extra}
 
 
-def export_program(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> ExportedProgram:
+def export_program(model: nn.Module, call: Call) -> ExportedProgram:
     """Export a model in eval mode with ``torch.export`` (non-strict), through transformers' exporter where it is one.
 
-    The model is left as it was. ``dynamic_shapes`` follows ``torch.export``; for a ``transformers`` model it names
-    the keyword inputs.
+    The model is left as it was, and every size is that of the inputs.
     """
     with inference_mode_of(model), keep_forward(model), torch.no_grad():
         if not is_pretrained(model):
             args, kwargs = copied(call)
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(model, args, kwargs, strict=False)
         from transformers.exporters import DynamoConfig, DynamoExporter
 
         inputs = hub_inputs(model, call)
-        config = DynamoConfig(dynamic=dynamic_shapes is not None, dynamic_shapes=dynamic_shapes)
         with quiet("transformers"):
-            exported = DynamoExporter().export(model, inputs, config)
+            exported = DynamoExporter().export(model, inputs, DynamoConfig())
         program: ExportedProgram = getattr(exported, "program", exported)  # newer transformers wrap the program
         return program
 

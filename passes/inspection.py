@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.export import ExportedProgram
 
 from passes.calls import CallRecord, record_calls
-from passes.capture import Capture, capture, default_inputs, forward_call
+from passes.capture import capture, default_inputs, forward_call
 from passes.sites import Site, Skipped, sites_from_graph, sites_from_walk
 
 
@@ -60,13 +59,6 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
             notes.append(f"default inputs do not fit: {error}")
             example_inputs = None
     found = capture(model, example_inputs)
-    return _inspection(model, found, calls, notes)
-
-
-def _inspection(
-    model: nn.Module | ExportedProgram, found: Capture, calls: CallRecord | None, notes: list[str]
-) -> Inspection:
-    assert isinstance(model, nn.Module)
     if found.note:
         notes.append(f"not captured: {found.note}")
     if found.graph is None:
@@ -82,8 +74,8 @@ def _inspection(
 
 def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:
     """Sites that ran but that the graph shows in pieces or not at all, such as a packed weight that is cut in three."""
-    owners = {site.weight.rpartition(".")[0]: site for site in sites_from_walk(model)[0]}
-    return [site for path, site in owners.items() if path in calls.called or site.weight in calls.read]
+    found, _ = sites_from_walk(model)
+    return [s for s in found if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
 
 
 def _kept_whole(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:

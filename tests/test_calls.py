@@ -16,26 +16,14 @@ from passes.calls import CallRecord, record_calls
 from passes.capture import forward_call
 from passes.errors import InputError
 from passes.sites import sites_from_walk
-from tests.zoo import HUB_NAMES, patient
+from tests.zoo import HUB_NAMES, Forward, patient
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
-class Forward(nn.Module):
-    """A module whose forward is a given function of itself and one input; tensors become buffers."""
-
-    def __init__(self, function: Callable[..., Any], **members: Any) -> None:
-        super().__init__()
-        self.function = function
-        self.linear = nn.Linear(4, 4)
-        for name, member in members.items():
-            if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
+def with_linear(function: Callable[..., Any], **members: Any) -> Forward:
+    """A module that has a linear one beside its other members."""
+    return Forward(function, linear=nn.Linear(4, 4), **members)
 
 
 def record(model: nn.Module, inputs: Any = None) -> CallRecord:
@@ -112,7 +100,7 @@ READS: dict[str, tuple[Callable[..., Any], set[str]]] = {
 @pytest.mark.parametrize("name", READS)
 def test_what_counts_as_read(name):
     function, read = READS[name]
-    found = record(Forward(function, w=nn.Parameter(torch.randn(4, 4))))
+    found = record(with_linear(function, w=nn.Parameter(torch.randn(4, 4))))
     assert found.read == read
     assert ("linear" in found.called) == (name not in ("read", "read transposed", "own parameter"))
 
@@ -131,21 +119,21 @@ def test_a_tied_weight_is_read_only_where_no_owner_is_called():
     head = nn.Linear(4, 5, bias=False)
     head.weight = embed.weight
     ids = torch.tensor([1, 2])
-    assert record(Forward(lambda m, x: m.head(m.embed(x)), embed=embed, head=head), ids).read == set()
-    found = record(Forward(lambda m, x: F.linear(m.embed(x), m.embed.weight), embed=embed), ids)
+    assert record(with_linear(lambda m, x: m.head(m.embed(x)), embed=embed, head=head), ids).read == set()
+    found = record(with_linear(lambda m, x: F.linear(m.embed(x), m.embed.weight), embed=embed), ids)
     assert found.read == {"embed.weight"}
 
 
 def test_a_module_under_two_names_is_called_under_the_first():
     module = nn.Linear(4, 4)
-    found = record(Forward(lambda m, x: m.second(m.first(x)), first=module, second=module))
+    found = record(with_linear(lambda m, x: m.second(m.first(x)), first=module, second=module))
     assert "first" in found.called
     assert "second" not in found.called
 
 
 def test_modules_of_other_models_are_not_recorded():
     stranger = [nn.Sequential(nn.Linear(4, 4))]
-    found = record(Forward(lambda m, x: m.linear(stranger[0](x))))
+    found = record(with_linear(lambda m, x: m.linear(stranger[0](x))))
     assert found.called == {"", "linear"}
     assert found.read == set()
 
@@ -163,7 +151,7 @@ def fall_back(m, x):
 
 
 def test_a_call_that_fails_and_is_caught_does_not_hide_a_read():
-    assert record(Forward(fall_back, refuses=Refuses(4, 4))).read == {"refuses.weight"}
+    assert record(with_linear(fall_back, refuses=Refuses(4, 4))).read == {"refuses.weight"}
 
 
 # --- the model is left as it was ---
@@ -192,12 +180,12 @@ def new_buffer(m, x):
 WRITES: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)),
-    "noise": lambda: Forward(lambda m, x: m.linear(x) + torch.randn(4)),
-    "python's random numbers": lambda: Forward(lambda m, x: m.linear(x) * random.random()),
-    "buffer in place": lambda: Forward(buffer_in_place, seen=torch.zeros(1)),
-    "buffer by assignment": lambda: Forward(buffer_by_assignment, seen=torch.zeros(1)),
-    "new attribute": lambda: Forward(new_attribute),
-    "new buffer": lambda: Forward(new_buffer),
+    "noise": lambda: with_linear(lambda m, x: m.linear(x) + torch.randn(4)),
+    "python's random numbers": lambda: with_linear(lambda m, x: m.linear(x) * random.random()),
+    "buffer in place": lambda: with_linear(buffer_in_place, seen=torch.zeros(1)),
+    "buffer by assignment": lambda: with_linear(buffer_by_assignment, seen=torch.zeros(1)),
+    "new attribute": lambda: with_linear(new_attribute),
+    "new buffer": lambda: with_linear(new_buffer),
 }
 
 
@@ -272,7 +260,7 @@ def test_inputs_are_not_written_to_and_are_the_same_in_both_runs():
         return m.linear(x.add_(1))
 
     x = torch.zeros(3, 4)
-    record(Forward(function), x)
+    record(with_linear(function), x)
     assert sums == [0.0, 0.0]
     assert torch.equal(x, torch.zeros(3, 4))
 
@@ -301,7 +289,7 @@ def compiled_region(m, x):
 
 @pytest.mark.parametrize("function", [branch, compiled_region])
 def test_operators_of_higher_order_and_compiled_regions_are_seen_through(function):
-    found = record(Forward(function))
+    found = record(with_linear(function))
     assert found.note is None
     assert found.called == {"", "linear"}
     assert found.read == set()

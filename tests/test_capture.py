@@ -16,26 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from passes.capture import capture, default_inputs, forward_call
 from passes.errors import InputError
 from tests.tolerance import assert_close
-from tests.zoo import PLAIN_NAMES, Patient, patient
+from tests.zoo import PLAIN_NAMES, Forward, Patient, patient
 
 PLAIN_VALUES = (int, float, str, bool, type(None), tuple, list, dict, set)
 
 
-class Forward(nn.Module):
-    """A module whose forward is a given function of itself and one input."""
-
-    def __init__(self, function: Callable[..., Any], **members: Any) -> None:
-        super().__init__()
-        self.function = function
-        self.linear = nn.Linear(4, 4)
-        for name, member in members.items():
-            if isinstance(member, torch.Tensor):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
+def with_linear(function: Callable[..., Any], **members: Any) -> Forward:
+    """A module that has a linear one beside its other members."""
+    return Forward(function, linear=nn.Linear(4, 4), **members)
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -197,7 +185,7 @@ def test_without_inputs_a_plain_model_is_traced_symbolically():
 
 @pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["symbolic", "export"])
 def test_the_graph_is_that_of_eval_mode(inputs):
-    model = Forward(lambda m, x: m.linear(x) if m.training else m.other(x), other=nn.Linear(4, 4)).train()
+    model = with_linear(lambda m, x: m.linear(x) if m.training else m.other(x), other=nn.Linear(4, 4)).train()
     graph = capture(model, inputs).graph
     read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr" and n.users}
     assert read == {"other.weight", "other.bias"}
@@ -228,7 +216,7 @@ def draw(model, x):
 @pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["symbolic", "export"])
 @pytest.mark.parametrize("function", [count_in_place, count_by_assignment, remember, draw])
 def test_what_a_forward_writes_is_put_back(function, inputs):
-    model = Forward(function, count=torch.zeros(1), calls=0, last=None)
+    model = with_linear(function, count=torch.zeros(1), calls=0, last=None)
     before = state(model)
     assert capture(model, inputs).graph is not None
     after = state(model)
@@ -274,7 +262,7 @@ def test_an_exported_program_is_read_and_not_rewritten():
 
 @pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["symbolic", "export"])
 def test_a_model_that_resists_gives_a_note_and_is_left_as_it_was(inputs):
-    model = mixed(Forward(lambda m, x: m.linear(x) if x.sum() > 0 else m.other(x), other=nn.Linear(4, 4)))
+    model = mixed(with_linear(lambda m, x: m.linear(x) if x.sum() > 0 else m.other(x), other=nn.Linear(4, 4)))
     before = state(model)
     found = capture(model, inputs)
     assert found.graph is None
@@ -302,7 +290,7 @@ def test_a_forward_set_on_the_instance_is_kept(name):
 
 
 def test_inputs_are_not_changed_by_capture():
-    model = Forward(lambda m, x: m.linear(x.add_(1)))
+    model = with_linear(lambda m, x: m.linear(x.add_(1)))
     x = torch.zeros(2, 4)
     assert capture(model, x).note is None
     assert torch.equal(x, torch.zeros(2, 4))

@@ -17,26 +17,10 @@ from passes.capture import capture
 from passes.inspection import inspect_model
 from passes.sites import Site, Skipped, sites_from_graph, sites_from_walk
 from tests.tolerance import assert_close
-from tests.zoo import ALL_NAMES, HUB_NAMES, patient
+from tests.zoo import ALL_NAMES, HUB_NAMES, Forward, patient
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 ACTIVATIONS = "both operands are activations"
-
-
-class Forward(nn.Module):
-    """A module whose forward is a given function of itself and one input; tensors become buffers."""
-
-    def __init__(self, function: Callable[..., Any], **members: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -99,6 +99,22 @@ class Raw(nn.Module):
         return self.out(self.twice(torch.relu(self.twice(h))))
 
 
+class Forward(nn.Module):
+    """A module whose forward is a given function of itself and one input; plain tensors become buffers."""
+
+    def __init__(self, function: Callable[..., Any], **members: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, member in members.items():
+            if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
 @_plain
 def raw() -> tuple[nn.Module, Any]:
     return Raw(), torch.randn(4, 12)
