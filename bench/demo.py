@@ -19,8 +19,8 @@ from bench.figures import demo_figure
 from bench.patient import Patient, hub_patient, small_patient
 from bench.record import environment
 from exporters import export
-from exporters._base import relative_error
 from passes.errors import InputError
+from passes.tolerance import relative_error
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
 from surgery.progress import track
 from surgery.verbs import trainable_parameters

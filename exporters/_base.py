@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from passes.capture import default_inputs, forward_call
@@ -120,15 +119,3 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     if example_inputs is None:
         raise InputError(f"an export of {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
     return forward_call(example_inputs)
-
-
-def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest deviation over the reference's largest entry, in float64; infinite where the shapes differ."""
-    if found.shape != reference.shape:
-        return float("inf")
-    found, reference = found.to(torch.float64), reference.detach().cpu().to(torch.float64)
-    if reference.numel() == 0:
-        return 0.0
-    scale = reference.abs().max().clamp(min=1e-30)
-    error = float((found - reference).abs().max() / scale)
-    return error if error == error else float("inf")  # NaN on either side is no agreement

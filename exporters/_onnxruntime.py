@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path, tree_iter
 
-from exporters._base import relative_error
 from passes.errors import ExportError
+from passes.tolerance import relative_error
 from surgery.verbs import set_coeff
 
 KNOB = "coeff"

@@ -1,25 +1,41 @@
 """The contract of a graph pass: ``requires -> call -> ensures``, an honest ``modified``, a linted graph.
 
 A pass is one file with one class that has ``name``, ``requires``, ``call`` and ``ensures``; :func:`run_pass` is the
-only way to run one, so no pass can forget a check.
+only way to run one, so no pass can forget a check. A pass that changes sites also tells ``places`` (what to compare)
+and may give ``references`` (what a site should give) and ``frozen`` (tensors that it takes for constants), for
+translation validation.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import fx
 
 from passes.errors import PassError
+from passes.spec import check_graph
+from passes.verify import Validation
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did: the graph module it worked on (in place) and whether anything changed."""
+    """What a pass did: the graph module it worked on (in place) and whether anything changed.
+
+    Attributes:
+        nodes: of the graph afterwards.
+        seconds: of the pass itself, without checks and validation.
+        error: largest relative error that validation found; None where nothing was validated.
+    """
 
     graph_module: fx.GraphModule
     modified: bool
+    name: str = ""
+    nodes: int = 0
+    seconds: float = 0.0
+    error: float | None = None
 
 
 class Pass(Protocol):
@@ -37,23 +53,56 @@ class Pass(Protocol):
         """Say what is wrong with the result, or None."""
 
 
-def run_pass(graph_pass: Pass, graph_module: fx.GraphModule) -> PassResult:
+def debugging() -> bool:
+    """Whether ``SURGERY_DEBUG`` asks for the specification to be checked after every pass."""
+    return os.environ.get("SURGERY_DEBUG", "") not in ("", "0")
+
+
+def run_pass(
+    graph_pass: Pass, graph_module: fx.GraphModule, *, validation: Validation | None = None, debug: bool | None = None
+) -> PassResult:
     """Run one pass under its contract; the graph is linted and recompiled only if it changed.
 
+    Args:
+        validation: inputs to compare the graph on before and after.
+        debug: check the specification of the dialect too; by default where ``SURGERY_DEBUG`` is set.
+
     Raises:
-        PassError: the precondition or the result is violated, naming the pass.
+        PassError: the precondition or the result is violated, or the pass changed what the model computes; names the
+            pass and, where there is one, the site and the node.
     """
+    name = graph_pass.name
     problem = graph_pass.requires(graph_module)
     if problem:
-        raise PassError(f"pass {graph_pass.name!r} cannot run: {problem}")
+        raise PassError(f"pass {name!r} cannot run: {problem}")
+    hints: Any = graph_pass
+    before, places, frozen = [], {}, ()
+    if validation is not None and hasattr(graph_pass, "places"):
+        places = hints.places(graph_module)
+        frozen = getattr(graph_pass, "frozen", ())
+        references = hints.references(graph_module) if hasattr(graph_pass, "references") else None
+        before = validation.observe(graph_module, places, references=references, frozen=frozen)
+    started = time.perf_counter()
     modified = graph_pass.call(graph_module)
     if modified:
         try:
             graph_module.graph.lint()
-        except RuntimeError as error:
-            raise PassError(f"pass {graph_pass.name!r} left a graph that does not lint: {error}") from error
+        except RuntimeError as failure:
+            raise PassError(f"pass {name!r} left a graph that does not lint: {failure}") from failure
         graph_module.recompile()
+    seconds = time.perf_counter() - started
     problem = graph_pass.ensures(graph_module)
     if problem:
-        raise PassError(f"pass {graph_pass.name!r} left a wrong graph: {problem}")
-    return PassResult(graph_module, modified)
+        raise PassError(f"pass {name!r} left a wrong graph: {problem}")
+    if (debugging() if debug is None else debug) and (problems := check_graph(graph_module)):
+        raise PassError(f"pass {name!r} left a graph outside of the dialect: {'; '.join(problems[:5])}")
+    error = None
+    if validation is not None:
+        if before:
+            try:
+                after = validation.observe(graph_module, places, forced=before, frozen=frozen)
+            except Exception as failure:
+                raise PassError(f"after pass {name!r} the graph does not run: {failure}") from failure
+            validation.compare(name, before, after, places)
+        error = validation.error
+    return PassResult(graph_module, modified, name, len(graph_module.graph.nodes), seconds, error)

@@ -17,7 +17,6 @@ alias the patient's.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import sys
@@ -28,10 +27,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from passes.base import run_pass
 from passes.errors import InputError
 from passes.forward import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
+from passes.modules import copy_graph
 from passes.normalize import Normalize, linear_layout
 
 
@@ -113,22 +114,51 @@ def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return {**bound, **extra}
 
 
-def export_program(model: nn.Module, call: Call) -> ExportedProgram:
+def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> ExportedProgram:
     """Export a model in eval mode with ``torch.export`` (non-strict), through transformers' exporter where it is one.
 
-    The model is left as it was, and every size is that of the inputs.
+    The model is left as it was.
+
+    Args:
+        dynamic: leave every size of the inputs free that the model leaves free; else all are those of the inputs.
     """
     with inference_mode_of(model), keep_forward(model), torch.no_grad():
         if not is_pretrained(model):
             args, kwargs = copied(call)
-            return torch.export.export(model, args, kwargs, strict=False)
+            shapes = all_dynamic(keyword_inputs(model, call)) if dynamic else None
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         from transformers.exporters import DynamoConfig, DynamoExporter
 
         inputs = hub_inputs(model, call)
         with quiet("transformers"):
-            exported = DynamoExporter().export(model, inputs, DynamoConfig())
+            exported = DynamoExporter().export(model, inputs, DynamoConfig(dynamic=dynamic))
         program: ExportedProgram = getattr(exported, "program", exported)  # newer transformers wrap the program
         return program
+
+
+def all_dynamic(value: Any) -> Any:
+    """A specification of shapes in which every size is free, unless the model fixes it."""
+    return tree_map(
+        lambda x: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, torch.Tensor) else None, value
+    )
+
+
+def with_two_rows(model: nn.Module, call: Call) -> Call:
+    """The call with a batch of one doubled, since ``torch.export`` takes a size of one to be fixed.
+
+    The call is given back as it is where its dimension 0 is not a batch, or not of one.
+    """
+    tensors = [leaf for leaf in tree_iter(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    if {len(tensor) for tensor in tensors} != {1}:
+        return call
+    doubled: Call = tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, call)
+    args, kwargs = copied(doubled)
+    try:
+        with inference_mode_of(model), state_kept(model), torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, ValueError, IndexError):
+        return call
+    return doubled
 
 
 def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
@@ -153,7 +183,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> C
     if isinstance(model, ExportedProgram):
         return Capture(_normalised(model.module()), "ExportedProgram")
     if isinstance(model, fx.GraphModule):
-        return Capture(_normalised(_shared_copy(model)), "GraphModule")
+        return Capture(normalised(model, model.graph), "GraphModule")
     if example_inputs is None:
         example_inputs = default_inputs(model)
     try:
@@ -203,15 +233,12 @@ def _inline_regions(graph_module: fx.GraphModule) -> None:
         graph_module.recompile()
 
 
+def normalised(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A normalised graph module of a graph whose attributes are a model's; neither is changed, no tensor is copied."""
+    return _normalised(fx.GraphModule(model, copy_graph(graph)))
+
+
 def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
     _inline_regions(graph_module)
     run_pass(Normalize(), graph_module)
     return graph_module
-
-
-def _shared_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph and share every tensor and module, so that reading a graph patient does not rewrite it."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    graph._codegen = copy.copy(graph_module.graph._codegen)
-    return fx.GraphModule(graph_module, graph)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from passes.calls import CallRecord, record_calls
-from passes.capture import capture, default_inputs, forward_call
-from passes.sites import Site, Skipped, sites_from_graph, sites_from_walk
+from passes.capture import capture, default_inputs, forward_call, normalised
+from passes.products import Product
+from passes.sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,43 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         sites, skipped = sites_from_walk(model)
     else:
         sites, skipped = sites_from_graph(found.graph, model)
+        if isinstance(model, fx.GraphModule):
+            rewritable, refused = graph_products(model, model.graph)
+            skipped = [*skipped, *refused]
+            sites = [site for site in sites if site.key in rewritable]
         hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
         calls = calls or _calls_of(found.graph)
         known = {site.weight for site in sites}
         sites += [site for site in hidden if site.weight not in known]
     return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+
+
+def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, list[Product]], list[Skipped]]:
+    """The products that can be rewritten in a graph, by the key of their site, and those that cannot, with the reason.
+
+    Args:
+        graph: a graph whose attributes are the model's; the names of the products' nodes are those of this graph.
+    """
+    products, _ = products_by_site(normalised(model, graph), model)
+    nodes = {node.name: node for node in graph.nodes}
+    refused = []
+    for key, found in list(products.items()):
+        reason = next(filter(None, (_why_not(model, nodes.get(p.node.name)) for p in found)), None)
+        if reason:
+            refused.append(Skipped(key, "linear", reason))
+            del products[key]
+    return products, refused
+
+
+def _why_not(model: fx.GraphModule, node: fx.Node | None) -> str | None:
+    """Why a product cannot be rewritten in a graph, or None."""
+    if node is None:
+        return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "its module carries forward hooks, which a rewritten graph would pass by"
+    return None
 
 
 def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:

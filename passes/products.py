@@ -18,13 +18,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product: the node that is multiplied, the parameter and its layout, the parameter added to it."""
+    """One matrix product: its node, the node that is multiplied, the parameter and its layout, what is added to it."""
 
     node: fx.Node
     input: fx.Node
     weight: str
     layout: str  # "out_in": y = x W^T (nn.Linear);  "in_out": y = x W (GPT-2's Conv1D, raw x @ w)
     bias: str | None
+    added: fx.Node | None = None
 
 
 Lookup = Callable[[str], torch.Tensor | None]
@@ -138,7 +139,7 @@ def _product(
         found_bias = _parameter(bias, parameter)
         bias_name = found_bias[0] if found_bias else None
     layout = "out_in" if times_transpose != transposed else "in_out"
-    return Product(node, x, name, layout, bias_name)
+    return Product(node, x, name, layout, bias_name, bias if isinstance(bias, fx.Node) else None)
 
 
 def _not_a_parameter(weight: Any, parameter: Lookup) -> str:

@@ -28,6 +28,7 @@ class Site:
         tied: other names or uses of the same weight.
         residual: whether the output is added to the residual stream; None if unknown.
         calls: products of this site in one forward.
+        operation: ATen name of the product; None if unknown.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Site:
     tied: tuple[str, ...] = ()
     residual: bool | None = None
     calls: int = 1
+    operation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Skipped:
     reason: str
 
 
-def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
-    """Read the sites off a normalised graph, in the order of execution.
+def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, list[Product]], list[Skipped]]:
+    """Read the products off a normalised graph by the key of their site, and those that are no site.
 
     Args:
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
-        model: the model itself, for ties and owners.
+        model: the model itself, for owners.
     """
     names = _Names(model)
     products: dict[str, list[Product]] = defaultdict(list)
@@ -70,6 +72,21 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
             products[names.key(product.weight, _module_path(node))].append(product)
         elif isinstance(product, str):
             skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
+    for key in [key for key, found in products.items() if len({p.layout for p in found}) > 1]:
+        skipped.append(Skipped(key, "linear", "its weight is used both as it is and transposed"))
+        del products[key]
+    return products, skipped
+
+
+def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
+    """Read the sites off a normalised graph, in the order of execution.
+
+    Args:
+        graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
+        model: the model itself, for ties and owners.
+    """
+    names = _Names(model)
+    products, skipped = products_by_site(graph_module, model)
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
     groups: dict[tuple[Any, ...], int] = {}
@@ -77,9 +94,6 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     for key, found in products.items():
         first = found[0]
         weight = names.alias(first.weight, key)
-        if {p.layout for p in found} != {first.layout}:
-            skipped.append(Skipped(key, "linear", "its weight is used both as it is and transposed"))
-            continue
         rows, columns = names.tensors[weight].shape
         d_out, d_in = (rows, columns) if first.layout == "out_in" else (columns, rows)
         read = (*dict.fromkeys(strip_views(p.input) for p in found), d_in)
@@ -88,7 +102,8 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
         bias = names.alias(first.bias, key) if first.bias else None
         residual = any(p.node in writers for p in found)
-        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, group, tied, residual, len(found)))
+        operation = _operation(first.node)
+        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, group, tied, residual, len(found), operation))
     return sites, skipped
 
 

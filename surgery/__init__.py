@@ -17,6 +17,7 @@ from passes.errors import (
     WeightError,
 )
 from surgery.adapter import SSpaceLinear
+from surgery.compiler import Compiled, fold, pipeline, to_graph
 from surgery.files import load_adapter, save_adapter
 from surgery.operate import apply_surgery, inspect_sites, undo_surgery
 from surgery.report import Report, report
@@ -29,6 +30,7 @@ globals().update({cls.__name__: cls for cls in REGISTRY.values()})
 __all__ = [
     "AdapterError",
     "CaptureError",
+    "Compiled",
     "ExportError",
     "InputError",
     "PassError",
@@ -41,9 +43,11 @@ __all__ = [
     "VariantError",
     "WeightError",
     "apply_surgery",
+    "fold",
     "inspect_sites",
     "load_adapter",
     "merge",
+    "pipeline",
     "print_trainable_parameters",
     "refresh",
     "report",
@@ -51,6 +55,7 @@ __all__ = [
     "set_coeff",
     "sites",
     "steer",
+    "to_graph",
     "undo_surgery",
 ]
 __all__ += [cls.__name__ for cls in REGISTRY.values()]

@@ -87,12 +87,18 @@ class SSpaceLinear(nn.Module):
         y: torch.Tensor = self.base_class.forward(self, x)
         return y + self.adapter_term(x)
 
-    def adapter_term(self, x: torch.Tensor) -> torch.Tensor:
-        """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x."""
+    def adapter_term(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x.
+
+        Args:
+            whole: add the base's own part in the factors' span, ``(S h + delta) U^T``, as the residual form wants it.
+        """
         h = F.linear(x, self.factors.Vh.to(x.dtype))
         core: Any = self.core
         S = self.factors.S.to(core.coeff.dtype)
         d = self.variant.delta(h, S, core, rows_like(core.coeff, h))
+        if whole:
+            d = h * S.to(h.dtype) + d
         return F.linear(d, self.factors.U.to(x.dtype))
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -154,8 +160,29 @@ class SSpaceWeight(SSpaceLinear):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return ``W + dW``, summed in the core's dtype and rounded once."""
-        delta = self.delta_weight()
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return changed_weight(self, weight)
+
+
+def changed_weight(site: SSpaceLinear, weight: torch.Tensor) -> torch.Tensor:
+    """``W + dW``, summed in the core's dtype and rounded once to the weight's."""
+    delta = site.delta_weight()
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def merged_weight(site: SSpaceLinear, key: str) -> torch.Tensor:
+    """``W + dW`` at the present core and coeff, summed in float64 and rounded once; a new tensor.
+
+    Raises:
+        VariantError: the variant is not linear, so that no weight has the same effect.
+        InputError: coeff steers rows, or the sum is not finite in the weight's dtype.
+    """
+    if not site.variant.linear:
+        raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
+    with torch.no_grad():
+        weight = (site.weight.to(torch.float64) + site.delta_weight(torch.float64)).to(site.weight.dtype)
+        if not torch.isfinite(weight).all():
+            raise InputError(f"site {key!r}: the merged weight overflows {weight.dtype}; lower coeff or the gains")
+    return weight
 
 
 def rows_like(coeff: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

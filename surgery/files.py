@@ -22,13 +22,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import fx, nn
 
 from passes.errors import AdapterError
 from passes.sites import Site
 from surgery.adapter import SSpaceLinear
-from surgery.hosts import Graft, attach, detach, host_of, operated_sites
-from surgery.operate import Model, check_weight, known_inspection, operate, record_of, restore_flags, unwrap
+from surgery.graphs import SSpaceNode, graph_state, restore_state
+from surgery.hosts import Graft, attach, host_of, operated_sites
+from surgery.operate import (
+    Model,
+    check_weight,
+    detach_all,
+    known_inspection,
+    operate,
+    patient_of,
+    record_of,
+    restore_flags,
+    unwrap,
+)  # fmt: skip
 from surgery.reading import (
     CONFIG,
     FACTORS,
@@ -71,7 +82,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             "weight": weight,
             "bias": bias,
             "layout": site.layout,
-            "host": host_of(site),
+            "host": getattr(site, "in_place_host", host_of(site)),
             "shape": [site.factors.U.shape[0], site.factors.Vh.shape[1]],
             "r": len(site.factors.S),
             "dtype": dtype_name(site.weight),
@@ -149,7 +160,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model; the model is untouched.
     """
-    given, model, path = model, unwrap(model), Path(path)
+    given: Model
+    (given, model), path = patient_of(model), Path(path)
     grafts = read_adapter(model, path)
     _replace(model, grafts)
     return given
@@ -158,11 +170,13 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 def _replace(model: nn.Module, grafts: list[Graft]) -> None:
     """Attach the grafts in place of whatever the model carries; on any failure the old adapter is back."""
     record = vars(model).get("_surgery")
-    old = [_graft_of(model, key, site) for key, site in operated_sites(model).items()]
+    present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
+    old = [_graft_of(model, key, site) for key, site in present.items()]
     inspection = known_inspection(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    for site in operated_sites(model).values():
-        detach(site)
+    state = graph_state(model)
+    if record:
+        detach_all(model)
     try:
         if record:
             del vars(model)["_surgery"]
@@ -171,6 +185,8 @@ def _replace(model: nn.Module, grafts: list[Graft]) -> None:
             check_weight(model, graft.site)
         operate(model, grafts, inspection, {})
     except BaseException:
+        if isinstance(model, fx.GraphModule) and state is not None:
+            restore_state(model, state)
         for graft in old:
             attach(model, graft)
         if record:

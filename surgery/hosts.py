@@ -1,21 +1,26 @@
-"""Two ways to host an adapter in place: as the module that is called, or as a parametrisation of a weight that is read.
+"""Ways to host an adapter: as the module that is called, as a parametrisation of a weight that is read, or in a graph.
 
 ``attach`` and ``detach`` are exact inverses: same modules, same parameter objects, same order, same class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from passes.calls import CallRecord
 from passes.errors import TargetError
+from passes.insert import Insert
+from passes.modules import private_module
 from passes.normalize import layout_of_forward
 from passes.sites import Site
+from passes.verify import Validation
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
+from surgery.graphs import SSpaceNode, register_sites, rewrite
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
@@ -26,7 +31,7 @@ class Graft:
     """Everything that one site needs to be operated on, made before the model is touched."""
 
     site: Site
-    host: str  # "module" or "weight"
+    host: str  # "module", "weight" or "graph"
     variant: Variant
     factors: Factors
     core: Core
@@ -51,6 +56,47 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, containers)
     return "weight" if composite else "module"
+
+
+def attach_all(
+    model: nn.Module,
+    grafts: Iterable[Graft],
+    original: fx.Graph | None,
+    *,
+    form: str = "delta",
+    validation: Validation | None = None,
+    debug: bool | None = None,
+) -> None:
+    """Put adapters on their sites; the caller undoes what is done if one of them fails.
+
+    Args:
+        original: of a graph patient, its graph before any surgery.
+        form: "delta" or "residual", of adapters in a graph.
+        validation, debug: of the pass that inserts them.
+    """
+    nodes = []
+    reads = {n.target for n in original.nodes if n.op == "get_attr"} if original else set()
+    for graft in grafts:
+        if graft.host == "graph" or graft.site.weight in reads:
+            nodes.append(_node(model, graft, form))
+            continue
+        if isinstance(model, fx.GraphModule):  # a module that a graph calls may be another model's too
+            private_module(model, graft.site.weight.rpartition(".")[0])
+        attach(model, graft)
+    if nodes:
+        assert isinstance(model, fx.GraphModule)
+        assert original is not None
+        rewrite(model, [Insert(register_sites(model, original, nodes))], validation=validation, debug=debug)
+
+
+def _node(model: nn.Module, graft: Graft, form: str) -> SSpaceNode:
+    site, kind = graft.site, "product" if graft.host == "graph" else "weight"
+    names = (site.weight, site.bias)
+    node = SSpaceNode(model, site.key, names, graft.variant, graft.factors, graft.core, site.layout, kind=kind)
+    node.train(model.training)
+    if form == "residual" and kind == "product":
+        node.split()
+    return node
 
 
 def is_module_host(cls: type[nn.Module], layout: str) -> bool:
@@ -87,6 +133,7 @@ def attach(model: nn.Module, graft: Graft) -> None:
 
 def detach(site: SSpaceLinear) -> None:
     """Take an adapter off its site; the owner is what it was."""
+    assert not isinstance(site, SSpaceNode), "adapters in a graph are taken out together"
     if not isinstance(site, SSpaceWeight):
         _strip(site, site.base_class)
         return
@@ -119,7 +166,9 @@ def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
     """All adapters of a model by the keys of their sites, in the order of the modules."""
     found: dict[str, SSpaceLinear] = {}
     for path, module in model.named_modules():
-        if isinstance(module, SSpaceWeight):
+        if isinstance(module, SSpaceNode):
+            found[module.key] = module
+        elif isinstance(module, SSpaceWeight):
             owner, _, local = path.rpartition("parametrizations.")
             owner, local = owner.rstrip("."), local.rpartition(".")[0]
             found[owner if local == "weight" and owner else f"{owner}.{local}".lstrip(".")] = module
@@ -129,7 +178,9 @@ def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
 
 
 def host_of(site: SSpaceLinear) -> str:
-    """How a site is hosted: "module" or "weight"."""
+    """How a site is hosted: "module", "weight" or "graph"."""
+    if isinstance(site, SSpaceNode):
+        return "graph" if site.kind == "product" else "weight"
     return "weight" if isinstance(site, SSpaceWeight) else "module"
 
 

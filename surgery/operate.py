@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError, VariantError, WeightError
-from passes.inspection import Inspection, inspect_model
+from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
+from passes.verify import Validation
 from surgery.adapter import Core, Factors
-from surgery.hosts import Graft, attach, check_not_operated, choose_host, detach, operated_sites
+from surgery.graphs import GraphState, SSpaceNode, as_patient, graph_state, has_base, original_graph, restore_state
+from surgery.hosts import Graft, attach_all, check_not_operated, choose_host, detach, operated_sites
 from surgery.progress import track
 from surgery.svd import factorise
 from surgery.targets import Patterns, select_sites, site_ranks
@@ -26,16 +28,30 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Record:
-    """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised."""
+    """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised.
+
+    A graph patient also remembers what it was before surgery: its graph, its modules and parameters.
+    """
 
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
     factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    original: GraphState | None = None
 
 
 def unwrap(model: nn.Module) -> Any:
     """The module behind ``torch.compile``'s wrapper."""
     return getattr(model, "_orig_mod", model)
+
+
+def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
+    """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
+
+    An ``ExportedProgram`` or a TorchScript module gives a new graph module.
+    """
+    inner = unwrap(model)
+    patient = as_patient(inner, example_inputs)
+    return (model if patient is inner else patient), patient
 
 
 def record_of(model: nn.Module) -> Record:
@@ -92,10 +108,8 @@ def apply_surgery(
     Raises:
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
-    given, model = model, unwrap(model)
-    if not isinstance(model, nn.Module):
-        found = type(model).__name__
-        raise InputError(f"model must be an nn.Module, not {found} (of an ExportedProgram, pass its .module())")
+    given: Model
+    given, model = patient_of(model, example_inputs)
     config = resolve_variant(variant, r)
     _check_options(config, calibration, form, lowering, keep_base, seed)
     _check_loaded(model)
@@ -113,8 +127,10 @@ def apply_surgery(
     for site in chosen:
         check_weight(model, site)
     grafts, notes = [], {}
+    products = graph_products(model, original_graph(model))[0] if isinstance(model, fx.GraphModule) else {}
     for site in track(chosen, "factorising", enabled=progress):
-        graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], inspection, seed)
+        host = "graph" if site.key in products else choose_host(model, site, inspection.calls)
+        graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], host, seed)
         grafts.append(graft)
     operate(model, grafts, inspection, notes, lambda: _show_report(model) if progress else None)
     return given
@@ -132,23 +148,34 @@ def operate(
     inspection: Inspection | None,
     notes: dict[str, dict[str, Any]],
     finish: Callable[[], None] = lambda: None,
+    *,
+    form: str = "delta",
+    validation: Validation | None = None,
+    debug: bool | None = None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
+
+    Args:
+        form, validation, debug: of the adapters in a graph, and of the pass that inserts them.
+    """
     record = vars(model).get("_surgery")
     present = set(operated_sites(model))
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = graph_state(model)
     try:
         if record is None:
             model.requires_grad_(False)
-            vars(model)["_surgery"] = Record(flags, inspection, {})
-        for graft in grafts:
-            attach(model, graft)
+            vars(model)["_surgery"] = Record(flags, inspection, {}, state)
+        original = record_of(model).original
+        attach_all(model, grafts, original.graph if original else None, form=form, validation=validation, debug=debug)
         vars(model)["_surgery"].factorisation.update(notes)
         finish()
     except BaseException:
         for key, site in reversed(operated_sites(model).items()):
-            if key not in present:
+            if key not in present and not isinstance(site, SSpaceNode):
                 detach(site)
+        if state is not None:
+            restore_state(model, state)
         restore_flags(model, flags)
         if record is None:
             vars(model).pop("_surgery", None)
@@ -166,11 +193,24 @@ def undo_surgery(model: Model) -> Model:
     """
     given, model = model, unwrap(model)
     record = record_of(model)
-    for site in operated_sites(model).values():
-        detach(site)
+    if missing := [key for key, site in operated_sites(model).items() if not has_base(site)]:
+        raise SurgeryError(
+            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so nothing can be undone"
+        )
+    detach_all(model)
     restore_flags(model, record.requires_grad)
     del vars(model)["_surgery"]
     return given
+
+
+def detach_all(model: nn.Module) -> None:
+    """Take every adapter off an operated model."""
+    record = record_of(model)
+    for site in operated_sites(model).values():
+        if not isinstance(site, SSpaceNode):
+            detach(site)
+    if record.original is not None:
+        restore_state(model, record.original)
 
 
 def restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
@@ -196,7 +236,7 @@ def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Raises:
         InputError: the model does not run on the example inputs.
     """
-    model = unwrap(model)
+    _, model = patient_of(model, example_inputs)
     return known_inspection(model) or inspect_model(model, example_inputs)
 
 
@@ -244,7 +284,7 @@ def _check_loaded(model: nn.Module) -> None:
 
 
 def _make_graft(
-    model: nn.Module, site: Site, config: Variant, r: int, inspection: Inspection, seed: int
+    model: nn.Module, site: Site, config: Variant, r: int, host: str, seed: int
 ) -> tuple[Graft, dict[str, Any]]:
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         weight = model.get_parameter(site.weight).detach()
@@ -254,5 +294,5 @@ def _make_graft(
         generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(site.key.encode())) % 2**64)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         core = Core(config.init_core(r, generator), core_dtype, weight.device)
-        graft = Graft(site, choose_host(model, site, inspection.calls), config, factors, core)
+        graft = Graft(site, host, config, factors, core)
     return graft, {"method": found.method, "error": found.error, "energy": found.energy}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import fx, nn
 
 from passes.errors import AdapterError, SurgeryError
+from passes.inspection import graph_products
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear
+from surgery.graphs import SSpaceNode, original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.variants import Variant, resolve_variant, variant_from_dict
 
@@ -39,11 +41,14 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     for site in present.values():  # a hosted weight is named as it was before surgery
         weight, _ = parameter_names(model, site)
         parameters[weight] = site.weight
+    products: Collection[str] = ()
+    if isinstance(model, fx.GraphModule):
+        products = graph_products(model, original_graph(model))[0]
     with _opened(path, config) as tensors:
         expected: set[str] = set()
         grafts: list[Graft] = []
         for key, entry in config["sites"].items():
-            graft, names = _read_site(model, path, key, entry, default, parameters, tensors)
+            graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors)
             if any(graft.site.weight == other.site.weight for other in grafts):
                 raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
@@ -63,6 +68,8 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | None]:
     """Names that the weight and bias of a site have, or had before surgery, in the model."""
+    if isinstance(site, SSpaceNode):
+        return site.weight_name, site.bias_name
     host: nn.Module = getattr(site, "owner", (site,))[0]
     path = next(path for path, module in model.named_modules() if module is host)
     weight = getattr(site, "weight_name", "weight")
@@ -149,6 +156,7 @@ def _read_site(
     key: str,
     entry: Any,
     default: Variant,
+    products: Collection[str],
     parameters: dict[str, torch.Tensor],
     tensors: Any,
 ) -> tuple[Graft, set[str]]:
@@ -163,9 +171,10 @@ def _read_site(
         raise AdapterError(f"{where}: the model has no parameter {bias!r:.80}; is it another base model?")
     if entry["layout"] not in ("out_in", "in_out") or entry["host"] not in ("module", "weight"):
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
+    host = "graph" if key in products else entry["host"]
     owner = model.get_submodule(entry["weight"].rpartition(".")[0])
     base = getattr(owner, "base_class", type(owner))
-    if entry["host"] == "module" and not is_module_host(base, entry["layout"]):
+    if host == "module" and not is_module_host(base, entry["layout"]):
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
     weight = parameters[entry["weight"]]
     shape = tuple(weight.shape if entry["layout"] == "out_in" else weight.shape[::-1])
@@ -193,7 +202,7 @@ def _read_site(
         {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}, core_dtype, weight.device
     )
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in)
-    return Graft(site, entry["host"], variant, factors, core), {f"{key}.{name}" for name in shapes}
+    return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
 
 
 def _tensor(where: str, tensors: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

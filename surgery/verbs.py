@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from passes.capture import forward_call
 from passes.errors import InputError, SurgeryError, VariantError, WeightError
-from surgery.adapter import SSpaceLinear
-from surgery.hosts import detach, host_of, operated_sites, replace_weight
+from passes.merge import Merge, other_readers
+from passes.verify import Validation
+from surgery.adapter import SSpaceLinear, merged_weight
+from surgery.graphs import SSpaceNode, drop_sites, rewrite
+from surgery.hosts import host_of, operated_sites, replace_weight
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
 
@@ -34,6 +39,8 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
     """
     found = _operated(model)
     value = _coefficient(coeff)
+    if fixed := [key for key, site in found.items() if getattr(site, "coeff_is_folded", False)]:
+        raise InputError(f"site {fixed[0]!r}: coeff was folded into a constant, so it cannot be set any more")
     weights = [key for key, site in found.items() if host_of(site) == "weight"]
     if value.dim() and weights:
         raise InputError(
@@ -79,7 +86,7 @@ def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
                 _write(site, before[key])
 
 
-def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model:
+def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Any = None) -> Model:
     """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
 
     The sum is formed in float64 and rounded once to the weight's dtype; no base tensor is written. The model is then a
@@ -88,6 +95,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model
     Args:
         untie: give a site whose weight is shared with another module a weight of its own.
         progress: show a progress bar.
+        verify: of a graph patient, example inputs on which the graph is compared before and after.
 
     Raises:
         VariantError: a variant is not linear, so that no weight has the same effect.
@@ -96,28 +104,27 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False) -> Model
     """
     given, model = model, unwrap(model)
     record, found = record_of(model), _operated(model)
-    owners = _owners(model)
+    nodes = {key: site for key, site in found.items() if isinstance(site, SSpaceNode)}
+    shared = _shared(model, found)
     for key, site in found.items():
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
-        if len(owners[id(site.weight)]) > 1 and not untie:
+        if key in shared and not untie:
             raise WeightError(
-                f"site {key!r} shares its weight with {', '.join(sorted(owners[id(site.weight)] - {key}))}: merging "
+                f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; use merge(model, untie=True) to give the site a weight of its own"
             )
-    merged = {}
-    with torch.no_grad():
-        for key, site in track(list(found.items()), "merging", enabled=progress):
-            weight = (site.weight.to(torch.float64) + site.delta_weight(torch.float64)).to(site.weight.dtype)
-            if not torch.isfinite(weight).all():
-                raise InputError(
-                    f"site {key!r}: the merged weight overflows {site.weight.dtype}; lower coeff or the gains"
-                )
-            merged[key] = weight
-    if untie and any(len(owners[id(site.weight)]) > 1 for site in found.values()):
+    items = track(list(found.items()), "merging", enabled=progress)
+    merged = {key: merged_weight(site, key) for key, site in items}
+    if nodes:
+        validation = None if verify is None else Validation(forward_call(verify))
+        rewrite(model, [Merge({key: merged[key] for key in nodes}, untie=untie)], validation=validation)
+        drop_sites(model, nodes)
+    elif untie and shared:
         _forget_ties(model)
     for key, site in found.items():
-        replace_weight(site, merged[key]) if key in merged else detach(site)
+        if key not in nodes:
+            replace_weight(site, merged[key])
     restore_flags(model, record.requires_grad)
     del vars(model)["_surgery"]
     return given
@@ -153,6 +160,17 @@ def _operated(model: nn.Module) -> dict[str, SSpaceLinear]:
             f"{type(unwrap(model)).__name__} carries no surgery: call apply_surgery or load_adapter first"
         )
     return found
+
+
+def _shared(model: nn.Module, found: dict[str, SSpaceLinear]) -> dict[str, list[str]]:
+    """What else has or reads the weight of a site, by the site's key."""
+    owners, shared = _owners(model), {}
+    for key, site in found.items():
+        if not isinstance(site, SSpaceNode) and len(owners[id(site.weight)]) > 1:
+            shared[key] = sorted(owners[id(site.weight)] - {key})
+    if isinstance(model, fx.GraphModule):
+        shared |= {key: [f"node {node.name!r}" for node in nodes] for key, nodes in other_readers(model).items()}
+    return {key: names for key, names in shared.items() if names}
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:

@@ -126,7 +126,7 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
     saved(tmp_path, name)
     found = operated(name, scale=0.5)
     set_coeff(found.model, 0.7)
-    before, output, attach = tensors_of(found.model), found.run(), surgery.operate.attach
+    before, output, attach = tensors_of(found.model), found.run(), surgery.hosts.attach
     calls: list[Any] = []
 
     def failing(model: nn.Module, graft: Any) -> None:
@@ -135,7 +135,7 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
             raise error("injected")
         attach(model, graft)
 
-    monkeypatch.setattr("surgery.operate.attach", failing)
+    monkeypatch.setattr("surgery.hosts.attach", failing)
     with pytest.raises(error, match="injected"):
         load_adapter(found.model, tmp_path)
     assert tensors_of(found.model) == before

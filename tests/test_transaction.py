@@ -206,7 +206,7 @@ def test_surgery_twice_on_one_site(name):
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("target", ["surgery.operate.attach", "surgery.operate.factorise", "surgery.operate.Record"])
+@pytest.mark.parametrize("target", ["surgery.hosts.attach", "surgery.operate.factorise", "surgery.operate.Record"])
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_failure_at_any_site(monkeypatch, name, target, call, after, error):
     found = patient(name)
@@ -236,7 +236,7 @@ def test_failure_of_a_second_surgery_keeps_the_first(monkeypatch, error):
     found = operate(patient("mlp"), target_modules=["0"])
     randomise(found.model)
     before, output = state_of(found.model), found.run()
-    fails_at(monkeypatch, "surgery.operate.attach", 2, error)
+    fails_at(monkeypatch, "surgery.hosts.attach", 2, error)
     with pytest.raises(error, match="injected"):
         operate(found, target_modules=["2", "4"])
     assert state_of(found.model) == before

@@ -1,0 +1,173 @@
+"""Merge: take adapters out of the graph and put dense weights in; the products are plain ones again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.marks import META, Occurrence, occurrences, put_back
+from passes.modules import attribute, set_parameter
+from passes.residual import VIEWS, operation
+
+VIEWS_OF_A_WEIGHT = VIEWS | {"t", "transpose", "permute", "numpy_t", "mt", "getattr", "detach", "expand"}
+
+
+class Merge:
+    """Replace adapters by weights.
+
+    Args:
+        weights: the dense weight of each site to merge, by key, in the layout and dtype of its base weight.
+        untie: give a site whose weight has other readers a weight of its own.
+    """
+
+    name = "merge"
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, untie: bool = False) -> None:
+        self.weights = weights
+        self.untie = untie
+        self.frozen: frozenset[str] = frozenset()
+
+    def requires(self, graph_module: fx.GraphModule) -> str | None:
+        """Every site stands in the graph, its weight has the right shape, and no other reader unless untied."""
+        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        for key, weight in self.weights.items():
+            if key not in found:
+                return f"site {key!r} is not in the graph"
+            adapter: Any = graph_module.get_submodule(found[key][0].mark.path)
+            if weight.shape != adapter.weight.shape or weight.dtype != adapter.weight.dtype:
+                return (
+                    f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
+                    f"{adapter.weight.dtype}, found {tuple(weight.shape)} and {weight.dtype}"
+                )
+            others = _others(found[key], readers[id(adapter.weight)])
+            if others and not self.untie:
+                return (
+                    f"site {key!r} shares its weight with node {', '.join(repr(node.name) for node in others)}, which "
+                    "merging would change too; untie to give the site a weight of its own"
+                )
+        return None
+
+    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """What translation validation compares: each product, as it was named before surgery."""
+        found = occurrences(graph_module.graph, self.weights)
+        paths = tuple(f"{place.mark.path}." for place in found)
+        tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
+        self.frozen = frozenset(name for name, _ in tensors if name.startswith(paths))
+        return {place.mark.at: place.mark.key for place in found}
+
+    def call(self, graph_module: fx.GraphModule) -> bool:
+        """Put the plain products back, and then the weights."""
+        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        for key, places in found.items():
+            adapter: Any = graph_module.get_submodule(places[0].mark.path)
+            weight, name = adapter.weight, adapter.weight_name
+            tied = bool(_others(places, readers[id(weight)]))
+            nodes = [take_out(place) for place in places]
+            # a module that is called gets a copy of its own, in which the weight has its old name
+            if tied and nodes[0].op != "call_module":
+                name = _free_name(graph_module, key)
+                for node in nodes:
+                    _read_instead(graph_module, node, weight, name)
+            set_parameter(graph_module, name, self.weights[key], requires_grad=weight.requires_grad)
+        return bool(self.weights)
+
+    def ensures(self, graph_module: fx.GraphModule) -> str | None:
+        """Nothing of the merged adapters is left."""
+        left = occurrences(graph_module.graph, self.weights)
+        return f"site {left[0].mark.key!r} still carries an adapter" if left else None
+
+
+def take_out(place: Occurrence) -> fx.Node:
+    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node."""
+    out, base = place.out, place.base
+    graph, node = out.graph, base
+    if place.mark.form == "residual":
+        current: dict[str, fx.Node] = {place.mark.input: place.input}
+        if place.mark.added is not None and place.added is not None:
+            current[place.mark.added] = place.added
+        node = put_back(place.mark.erased, out, current)
+    else:
+        del node.meta[META]
+    out.replace_all_uses_with(node)
+    for current_node in reversed(place.nodes):
+        if current_node is not node:
+            graph.erase_node(current_node)
+    return node
+
+
+def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """What reads each parameter, by its identity: operations behind its transposes and casts, and module calls."""
+    readers: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            for parameter in graph_module.get_submodule(node.target).parameters():
+                readers[id(parameter)].append(node)
+        if node.op != "get_attr":
+            continue
+        parameter = attribute(graph_module, node.target)
+        if not isinstance(parameter, torch.nn.Parameter):
+            continue
+        if META in node.meta and node.meta[META].role == "base":
+            readers[id(parameter)].append(node)
+            continue
+        pending = list(node.users)
+        while pending:
+            user = pending.pop()
+            if META not in user.meta and operation(user, node.graph) in VIEWS_OF_A_WEIGHT:
+                pending.extend(user.users)
+            elif user not in readers[id(parameter)]:
+                readers[id(parameter)].append(user)
+    return readers
+
+
+def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """What reads the weight of a site beside the site itself, by the site's key."""
+    readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
+    adapters: dict[str, Any] = {key: graph_module.get_submodule(p[0].mark.path) for key, p in found.items()}
+    return {key: _others(places, readers[id(adapters[key].weight)]) for key, places in found.items()}
+
+
+def _others(places: list[Occurrence], readers: list[fx.Node]) -> list[fx.Node]:
+    own = {place.base for place in places}
+    return [node for node in readers if node not in own]
+
+
+def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[Occurrence]]:
+    found: dict[str, list[Occurrence]] = defaultdict(list)
+    for place in occurrences(graph_module.graph, keys):
+        found[place.mark.key].append(place)
+    return found
+
+
+def _free_name(graph_module: fx.GraphModule, key: str) -> str:
+    """A name for a weight of the site's own: that of its module's weight, unless taken."""
+    name, i = f"{key}.weight", 0
+    while attribute(graph_module, name) is not None:
+        i += 1
+        name = f"{key.replace('.', '_')}_merged_{i}"
+    return name
+
+
+def _read_instead(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor, name: str) -> None:
+    """Let a product read its weight by another name, through copies of the transposes and casts in between."""
+    graph = node.graph
+
+    def renewed(source: fx.Node) -> fx.Node:
+        if source.op == "get_attr" and attribute(graph_module, str(source.target)) is weight:
+            new = graph.create_node("get_attr", name, (), {}, f"{source.name}_merged")
+            new.meta = dict(source.meta)
+            return new
+        if source.op not in ("call_function", "call_method") or operation(source, graph) not in VIEWS_OF_A_WEIGHT:
+            return source
+        inner = renewed(source.all_input_nodes[0])
+        if inner is source.all_input_nodes[0]:
+            return source
+        return graph.node_copy(source, lambda n: inner if n is source.all_input_nodes[0] else n)
+
+    with graph.inserting_before(node):
+        arguments: Any = [fx.map_arg(a, renewed) for a in (node.args, node.kwargs)]
+        node.args, node.kwargs = arguments

@@ -1,0 +1,160 @@
+"""Trace the forward of an adapter once into plain ATen nodes that fit every site of its kind.
+
+The sizes that differ between sites (rows, tokens, ``d_in``, ``d_out``) are symbols while tracing, so that a graph never
+holds one of them as a number, and one trace serves all sites with the same :attr:`Adapter.signature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+aten = torch.ops.aten
+INPUT = "input"
+
+
+class Adapter(Protocol):
+    """What an ``nn.Module`` must tell to be inlined in a graph.
+
+    Its forward takes the input of the product as (rows, tokens, d_in) and gives what is added to the product's output,
+    (rows, tokens, d_out). An adapter of a weight takes the weight and gives the weight to use instead.
+
+    Attributes:
+        signature: adapters of equal signature have the same forward but for free sizes.
+        free_sizes: dimensions of the tensors (and of ``"input"``) that the signature leaves open.
+        knob: name of the tensor with one entry per row of the batch, or a single one for all.
+        base: name of the tensor to multiply by in place of the weight (a remainder), or None for the weight itself.
+        weight, weight_name, weight_dtype, device: of the base.
+        features: ``(d_in, d_out)`` of the product.
+    """
+
+    signature: Hashable
+    free_sizes: Mapping[str, tuple[int, ...]]
+    knob: str
+    base: str | None
+    weight_name: str
+    weight_dtype: torch.dtype
+    device: torch.device
+    features: tuple[int, int]
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def merged_weight(self) -> torch.Tensor:
+        """The dense weight that has the adapter's effect at its present values."""
+
+    def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What an input and its product should become."""
+
+
+_TRACES: dict[Hashable, fx.Graph] = {}
+_KEPT = 64
+
+
+def trace_adapter(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph:
+    """Trace an adapter into a graph whose placeholders are ``input`` and the names of the adapter's tensors.
+
+    Args:
+        adapter: an :class:`Adapter`.
+        shape: of an example input, (rows, tokens, d_in) or the weight's; its sizes are free.
+        dtype: of the input.
+
+    Returns:
+        A graph of ATen overloads with one output; it may be shared, and must not be changed.
+    """
+    key = (adapter.signature, dtype, adapter.device, len(shape))
+    if key not in _TRACES:
+        if len(_TRACES) >= _KEPT:
+            _TRACES.pop(next(iter(_TRACES)))
+        _TRACES[key] = _trace(adapter, shape, dtype)
+    return _TRACES[key]
+
+
+def is_adapter(module: Any) -> bool:
+    """Whether a module tells what :class:`Adapter` asks for."""
+    cls = type(module)
+    return all(hasattr(cls, name) for name in ("signature", "free_sizes", "reference", "merged_weight"))
+
+
+def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of an adapter by name."""
+    return dict(adapter.named_parameters()) | dict(adapter.named_buffers())
+
+
+def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph:
+    tensors, device = adapter_tensors(adapter), adapter.device
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    free = {**adapter.free_sizes, INPUT: tuple(range(len(shape)))}
+
+    def fake(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        open_sizes = free.get(name, ())
+        if name == adapter.knob and len(shape) == 3:
+            open_sizes, sizes = (0,), shape[:1]
+        # a free size of 1 would be taken to be fixed
+        sizes = tuple(2 if i in open_sizes and size == 1 else size for i, size in enumerate(sizes))
+        kinds = [DimDynamic.DYNAMIC if i in open_sizes else DimDynamic.STATIC for i in range(len(sizes))]
+        stand_in = torch.empty(sizes, dtype=dtype, device=device)  # never written: no memory is touched
+        return mode.from_tensor(stand_in, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+    names = list(tensors)
+
+    def forward(x: torch.Tensor, *values: torch.Tensor) -> Any:
+        return functional_call(adapter, dict(zip(names, values, strict=True)), (x,))
+
+    inputs = [fake(INPUT, shape, dtype), *(fake(name, tuple(t.shape), t.dtype) for name, t in tensors.items())]
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), mode:
+        graph = make_fx(forward, tracing_mode="real", pre_dispatch=True)(*inputs).graph
+    for node, name in zip(list(graph.nodes), [INPUT, *names], strict=False):
+        node.target = name
+    _drop_idle_casts(graph)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _drop_idle_casts(graph: fx.Graph) -> None:
+    """Remove casts to the dtype that a tensor has, which ``Tensor.to`` leaves in a trace."""
+    for node in list(graph.nodes):
+        if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+            source = node.args[0]
+            if source.meta["val"].dtype == node.args[1]:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+
+
+def inline(
+    graph: fx.Graph,
+    traced: fx.Graph,
+    values: Mapping[str, Callable[[], fx.Node]],
+    prefix: str,
+    dress: Callable[[fx.Node], fx.Node],
+) -> fx.Node:
+    """Copy a traced forward to the graph's insertion point.
+
+    Args:
+        values: makes the node of each placeholder when it is first needed.
+        prefix: of the new nodes' names.
+        dress: called with each new node, to mark it.
+
+    Returns:
+        The node of the result.
+    """
+    placed: dict[fx.Node, fx.Node] = {}
+    for node in traced.nodes:
+        if node.op == "placeholder":
+            if node.users:
+                placed[node] = values[str(node.target)]()
+        elif node.op == "output":
+            return placed[node.args[0]]
+        else:
+            args, kwargs = (fx.map_arg(a, placed.__getitem__) for a in (node.args, node.kwargs))
+            placed[node] = dress(graph.create_node(node.op, node.target, args, kwargs, f"{prefix}_{node.name}"))
+    raise AssertionError("a graph ends with its output")

@@ -1,0 +1,290 @@
+"""From a model that is operated on in place to a graph that holds its adapters, and through the passes.
+
+capture  the base as one FX graph, its sizes free      (the adapters are taken off a twin that shares every tensor)
+insert   each site's adapter, inlined                  delta or residual form
+fold     the frozen factors                            residual -> delta, constants, S into its neighbour
+merge    dense weights                                 plain products again
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from passes.base import Pass, PassResult
+from passes.capture import default_inputs, export_program, forward_call, with_two_rows
+from passes.errors import CaptureError, InputError, SurgeryError
+from passes.fold import Fold
+from passes.forward import Call
+from passes.insert import Insert
+from passes.inspection import graph_products
+from passes.marks import occurrences
+from passes.merge import Merge
+from passes.modules import attribute, copy_graph
+from passes.pipeline import run_pipeline
+from passes.trace import adapter_tensors
+from passes.verify import Validation
+from surgery.adapter import Core, Factors
+from surgery.graphs import (
+    SSpaceNode,
+    drop_sites,
+    graph_sites,
+    graph_state,
+    original_graph,
+    private_parameters,
+    register_sites,
+    rewrite,
+)  # fmt: skip
+from surgery.hosts import detach, host_of, operated_sites
+from surgery.operate import Record, record_of, restore_flags, unwrap
+from surgery.reading import parameter_names
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph, and what each stage did to it.
+
+    Attributes:
+        graph: operated on like any other; a plain one after the stage "merge".
+        stages: name, whether it changed anything, number of nodes, seconds, and error where it was verified.
+    """
+
+    graph: fx.GraphModule
+    stages: tuple[PassResult, ...]
+
+
+def to_graph(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    form: str = "delta",
+    keep_base: bool = True,
+    verify: bool = False,
+    debug: bool | None = None,
+) -> fx.GraphModule:
+    """Capture an operated model as one graph with its adapters inlined; the model is left as it was.
+
+    The graph's parameters share the memory of the model's, its cores are the model's own (training one trains the
+    other), and its ``coeff`` is its own. Batch, sequence and other sizes stay free where the model leaves them free.
+    All verbs work on it: ``sites``, ``set_coeff``, ``save_adapter``, ``merge``, ``undo_surgery``.
+
+    Args:
+        model: operated on by ``apply_surgery`` or ``load_adapter``.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+        form: "delta", or "residual", in which each product is that of the remainder ``W_res`` and the adapter holds
+            ``S h + delta``.
+        keep_base: in residual form, keep the base weights in the graph module, for ``undo_surgery``, and for ``fold``
+            to put back bit for bit; else it gives them rounded once (each site's ``base_error`` says how far off).
+        verify: compare the graph with the model's own adapters on the example inputs and on random ones.
+        debug: check the specification of the graph dialect after the pass.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+        CaptureError: it cannot be captured.
+        PassError: the insertion failed, or verification found a difference.
+    """
+    compiled = pipeline(
+        model, example_inputs, form=form, keep_base=keep_base, stop_after="insert", verify=verify, debug=debug
+    )
+    return compiled.graph
+
+
+def pipeline(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    form: str = "residual",
+    keep_base: bool = True,
+    stop_after: str | None = None,
+    disable: Collection[str] = (),
+    only: Collection[str] | None = None,
+    untie: bool = False,
+    verify: bool = False,
+    debug: bool | None = None,
+) -> Compiled:
+    """Run the whole compiler on an operated model: capture, insert, fold, merge; the model is left as it was.
+
+    Args:
+        form, keep_base, verify, debug: as in :func:`to_graph`.
+        stop_after: name of the last stage to run ("insert", "fold", "merge").
+        disable: stages to leave out.
+        only: keys of the sites to keep; the others are left as the base has them.
+        untie: give a site whose weight has other readers a weight of its own when it is merged.
+
+    Raises:
+        SurgeryError: as :func:`to_graph`; VariantError or WeightError where a site cannot be merged.
+    """
+    model = unwrap(model)
+    if form not in ("delta", "residual"):
+        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+    if not keep_base and form != "residual":
+        raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
+    record, (graph, call) = record_of(model), capture_base(model, example_inputs)
+    vars(graph)["_surgery"] = Record(
+        dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
+    )
+    sites = _sites(graph, model, only)
+    for site in sites if form == "residual" else ():
+        if site.kind == "product":
+            site.split()
+    places = register_sites(graph, graph.graph, sites)
+    graph.graph = copy_graph(graph.graph)
+    merging = "merge" not in disable and stop_after in (None, "merge")
+    stages: list[Pass] = [
+        Insert(places, keep_base=keep_base),
+        Fold(_tensors(graph, "factors.")),
+        Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
+    ]
+    validation = Validation(call) if verify else None
+    results = run_pipeline(graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug)
+    _settle(graph)
+    return Compiled(graph, tuple(results))
+
+
+def fold(
+    model: fx.GraphModule,
+    *,
+    freeze_core: bool = False,
+    freeze_coeff: bool | None = None,
+    untie: bool = False,
+    verify: Any = None,
+    debug: bool | None = None,
+) -> fx.GraphModule:
+    """Fold the frozen tensors of a graph patient, in place: residual form to delta form, constants, S into ``Vh``.
+
+    Args:
+        freeze_core: take the cores for constants too; they can no longer be trained.
+        freeze_coeff: take coeff for a constant; as ``freeze_core`` by default. With both, the graph becomes the base's,
+            node for node, with the dense weights that :func:`surgery.merge` gives.
+        untie: give a site whose weight has other readers a weight of its own.
+        verify: example inputs on which the graph is compared before and after.
+        debug: check the specification of the graph dialect afterwards.
+
+    Raises:
+        InputError: the model is no graph patient, or coeff steers rows and cannot be a constant.
+        VariantError: an adapter that is all constant is not linear, so that no weight has its effect.
+        PassError: the fold failed or verification found a difference; the graph is what it was.
+    """
+    if not isinstance(model, fx.GraphModule):
+        raise InputError(f"fold works on graphs, and {type(model).__name__} is none: use to_graph first")
+    record_of(model)
+    freeze_coeff = freeze_core if freeze_coeff is None else freeze_coeff
+    nodes = graph_sites(model)
+    if freeze_coeff:
+        for key, site in nodes.items():
+            if site.core.coeff.numel() > 1:
+                raise InputError(f"site {key!r}: coeff steers the rows of a batch: set a scalar coeff first")
+    flags = [(p, p.requires_grad) for site in nodes.values() for p in site.core.parameters()]
+    frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), knob=freeze_coeff)
+    try:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag and not freeze_core)
+        rewrite(
+            model,
+            [Fold(frozen, untie=untie)],
+            validation=None if verify is None else Validation(forward_call(verify)),
+            debug=debug,
+        )
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    for site in nodes.values():
+        site.coeff_is_folded |= freeze_coeff
+    _settle(model)
+    return model
+
+
+def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
+    """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
+
+    Returns:
+        The graph module, whose parameters share the model's memory, and the call that it was captured with.
+
+    Raises:
+        InputError: there are no example inputs.
+        CaptureError: the model cannot be captured.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    example_inputs = default_inputs(model) if example_inputs is None else example_inputs
+    if isinstance(twin, fx.GraphModule):
+        drop_sites(twin, graph_sites(twin))
+        twin.graph = copy_graph(original_graph(twin))
+        return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
+    if example_inputs is None:
+        raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
+    for site in operated_sites(twin).values():
+        detach(site)
+    call = with_two_rows(twin, forward_call(example_inputs))
+    try:
+        module = export_program(twin, call, dynamic=True).module()
+    except SurgeryError:
+        raise
+    except Exception as error:  # a model may resist in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason}") from error
+    assert isinstance(module, fx.GraphModule)
+    return private_parameters(module), call
+
+
+def _sites(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
+    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
+    products, _ = graph_products(graph, graph.graph)
+    reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    found, missing = [], []
+    for key, site in operated_sites(model).items():
+        if only is not None and key not in only:
+            continue
+        weight, bias = parameter_names(model, site)
+        if key in products and attribute(graph, weight) is None:  # of tied names, a capture may keep another
+            weight = products[key][0].weight
+        if key not in products and weight not in reads:
+            missing.append(key)
+            continue
+        core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
+        core._parameters.update(site.core._parameters)
+        core.coeff = site.core.coeff.clone()
+        factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
+        node = SSpaceNode(
+            graph, key, (weight, bias), site.variant, factors, core, site.layout,
+            kind="product" if key in products else "weight", in_place_host=host_of(site),
+        )  # fmt: skip
+        found.append(node.train(graph.training))
+    if missing:
+        warnings.warn(
+            f"{len(missing)} sites do not run on the example inputs and are not in the graph: {', '.join(missing[:5])}",
+            stacklevel=4,
+        )
+    return found
+
+
+def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[str]:
+    """Full names of the tensors of all sites in a graph that start with one of the prefixes."""
+    paths = {id(module): path for path, module in graph.named_modules()}
+    names = set()
+    for site in graph_sites(graph).values():
+        for name in adapter_tensors(site):
+            chosen = name.startswith((*prefixes, "W_res", "folded_")) and name != site.knob
+            if chosen or (knob and name == site.knob):
+                names.add(f"{paths[id(site)]}.{name}")
+    return names
+
+
+def _settle(graph: fx.GraphModule) -> None:
+    """Forget the sites that a graph no longer holds, and the remainders that no product reads."""
+    nodes = graph_sites(graph)
+    standing = {place.mark.key for place in occurrences(graph.graph)}
+    for site in nodes.values():
+        if site.form == "delta":
+            site._buffers.pop("W_res", None)
+    if gone := set(nodes) - standing:
+        drop_sites(graph, gone)
+    if not operated_sites(graph):
+        restore_flags(graph, record_of(graph).requires_grad)
+        del vars(graph)["_surgery"]
