@@ -201,7 +201,10 @@ class _Maker:
         d_in = adapter.features[0]
         knob = self.tensor(f"{self.place.path}.{adapter.knob}")
         rows = self.function(aten.sym_numel.default, (knob,), "rows")
-        tokens = self.function(aten.reshape.default, (x, [rows, -1, d_in]), "tokens")
+        split = self.function(
+            aten.unflatten.int, (x, 0, [rows, -1]), "split"
+        )  # refuses rows that do not divide the batch
+        tokens = self.function(aten.reshape.default, (split, [rows, -1, d_in]), "tokens")
         dtype = adapter.weight_dtype if adapter.base is None else adapter.get_buffer(adapter.base).dtype
         return self.inline(trace_adapter(adapter, (5, 7, d_in), dtype), adapter, tokens, {adapter.knob: knob})
 

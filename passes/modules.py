@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,12 +29,20 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def private_module(root: nn.Module, path: str) -> nn.Module:
-    """Replace every module on a path by a shallow copy, and return the last: the original tree is not written."""
-    current = root
+def private_module(root: nn.Module, path: str, shared: Mapping[str, nn.Module | None] | None = None) -> nn.Module:
+    """Replace every module on a path by a shallow copy, and return the last: the original tree is not written.
+
+    Args:
+        shared: the root's children as another model may have them; a module that is none of theirs is not copied again.
+    """
+    current, always = root, shared is None
     for part in filter(None, path.split(".")):
-        child = shallow_copy(current.get_submodule(part))
-        current._modules[part] = child
+        child = current.get_submodule(part)
+        other = (shared or {}).get(part)
+        if always or child is other:
+            child = shallow_copy(child)
+            current._modules[part] = child
+        shared = other._modules if other is not None else {}
         current = child
     return current
 

@@ -20,7 +20,7 @@ from passes.normalize import layout_of_forward
 from passes.sites import Site
 from passes.verify import Validation
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
-from surgery.graphs import SSpaceNode, register_sites, rewrite
+from surgery.graphs import GraphState, SSpaceNode, register_sites, rewrite
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
@@ -61,7 +61,7 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
 def attach_all(
     model: nn.Module,
     grafts: Iterable[Graft],
-    original: fx.Graph | None,
+    original: GraphState | None,
     *,
     form: str = "delta",
     validation: Validation | None = None,
@@ -70,23 +70,23 @@ def attach_all(
     """Put adapters on their sites; the caller undoes what is done if one of them fails.
 
     Args:
-        original: of a graph patient, its graph before any surgery.
+        original: of a graph patient, what it was before any surgery.
         form: "delta" or "residual", of adapters in a graph.
         validation, debug: of the pass that inserts them.
     """
     nodes = []
-    reads = {n.target for n in original.nodes if n.op == "get_attr"} if original else set()
+    reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
     for graft in grafts:
         if graft.host == "graph" or graft.site.weight in reads:
             nodes.append(_node(model, graft, form))
             continue
-        if isinstance(model, fx.GraphModule):  # a module that a graph calls may be another model's too
-            private_module(model, graft.site.weight.rpartition(".")[0])
+        if original is not None:  # a module that a graph calls may be another model's too
+            private_module(model, graft.site.weight.rpartition(".")[0], original.modules)
         attach(model, graft)
     if nodes:
         assert isinstance(model, fx.GraphModule)
         assert original is not None
-        rewrite(model, [Insert(register_sites(model, original, nodes))], validation=validation, debug=debug)
+        rewrite(model, [Insert(register_sites(model, original.graph, nodes))], validation=validation, debug=debug)
 
 
 def _node(model: nn.Module, graft: Graft, form: str) -> SSpaceNode:

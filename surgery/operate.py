@@ -167,7 +167,7 @@ def operate(
             model.requires_grad_(False)
             vars(model)["_surgery"] = Record(flags, inspection, {}, state)
         original = record_of(model).original
-        attach_all(model, grafts, original.graph if original else None, form=form, validation=validation, debug=debug)
+        attach_all(model, grafts, original, form=form, validation=validation, debug=debug)
         vars(model)["_surgery"].factorisation.update(notes)
         finish()
     except BaseException:
