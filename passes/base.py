@@ -59,11 +59,17 @@ def debugging() -> bool:
 
 
 def run_pass(
-    graph_pass: Pass, graph_module: fx.GraphModule, *, validation: Validation | None = None, debug: bool | None = None
+    graph_pass: Pass,
+    graph_module: fx.GraphModule,
+    *,
+    validation: Validation | None = None,
+    debug: bool | None = None,
+    recompile: bool = True,
 ) -> PassResult:
     """Run one pass under its contract; the graph is linted and recompiled only if it changed.
 
     Args:
+        recompile: generate the module's code anew; without, the caller does so before the module is called.
         validation: inputs to compare the graph on before and after.
         debug: check the specification of the dialect too; by default where ``SURGERY_DEBUG`` is set.
 
@@ -89,7 +95,8 @@ def run_pass(
             graph_module.graph.lint()
         except RuntimeError as failure:
             raise PassError(f"pass {name!r} left a graph that does not lint: {failure}") from failure
-        graph_module.recompile()
+        if recompile:
+            graph_module.recompile()
     seconds = time.perf_counter() - started
     problem = graph_pass.ensures(graph_module)
     if problem:

@@ -61,12 +61,13 @@ class Fold:
         """Fold until nothing changes."""
         dense = self._dense(graph_module)
         modified = bool(dense.weights) and dense.call(graph_module)
+        names = {node.name: node for node in graph_module.graph.nodes}
         for place in occurrences(graph_module.graph, self.keys):
             if place.mark.form == "residual":
                 adapter: Any = graph_module.get_submodule(place.mark.path)
                 adapter.use_base()
                 mark, x, added = place.mark, place.input, place.added
-                node = take_out(place)
+                node = take_out(place, names)
                 insert_delta(
                     Place(mark.key, mark.path, mark.at, x.name, added.name if added else None), adapter, node, x
                 )

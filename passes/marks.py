@@ -159,26 +159,29 @@ def _shows_a_parameter(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def put_back(erased: Sequence[Erased], before: fx.Node, replaced: Mapping[str, fx.Node]) -> fx.Node:
+def put_back(
+    erased: Sequence[Erased], before: fx.Node, replaced: Mapping[str, fx.Node], names: dict[str, fx.Node]
+) -> fx.Node:
     """Make an erased product again, from nodes that are still there and new ones for those that are not.
 
     Args:
         before: the node to put it before.
         replaced: nodes that now stand for names that the product read.
+        names: all nodes of the graph by name, brought up to date here.
 
     Returns:
         The product's node.
     """
     graph, known = before.graph, dict(replaced)
     wanted = {ref.name for item in erased for ref in _refs((item.args, item.kwargs))} - set(known)
-    if wanted:
-        known |= {node.name: node for node in graph.nodes if node.name in wanted and node < before}
+    known |= {n: names[n] for n in wanted if n in names and not names[n]._erased and names[n] < before}
     with graph.inserting_before(before):
         for item in erased:
             if item.name not in known or item is erased[-1]:
                 args, kwargs = (_resolve(value, known) for value in (item.args, item.kwargs))
                 known[item.name] = graph.create_node(item.op, item.target, args, kwargs, item.name)
                 known[item.name].meta = dict(item.meta)
+                names[item.name] = known[item.name]
     return known[erased[-1].name]
 
 

@@ -62,17 +62,19 @@ class Merge:
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Put the plain products back, and then the weights."""
         found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        names = {node.name: node for node in graph_module.graph.nodes}
+        shared = dict(graph_module._modules)
         for key, places in found.items():
             adapter: Any = graph_module.get_submodule(places[0].mark.path)
             weight, name = adapter.weight, adapter.weight_name
             tied = bool(_others(places, readers[id(weight)]))
-            nodes = [take_out(place) for place in places]
+            nodes = [take_out(place, names) for place in places]
             # a module that is called gets a copy of its own, in which the weight has its old name
             if tied and nodes[0].op != "call_module":
                 name = _free_name(graph_module, key)
                 for node in nodes:
                     _read_instead(graph_module, node, weight, name)
-            set_parameter(graph_module, name, self.weights[key], requires_grad=weight.requires_grad)
+            set_parameter(graph_module, name, self.weights[key], requires_grad=weight.requires_grad, shared=shared)
         return bool(self.weights)
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
@@ -81,15 +83,19 @@ class Merge:
         return f"site {left[0].mark.key!r} still carries an adapter" if left else None
 
 
-def take_out(place: Occurrence) -> fx.Node:
-    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node."""
+def take_out(place: Occurrence, names: dict[str, fx.Node]) -> fx.Node:
+    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node.
+
+    Args:
+        names: all nodes of the graph by name, brought up to date here.
+    """
     out, base = place.out, place.base
     graph, node = out.graph, base
     if place.mark.form == "residual":
         current: dict[str, fx.Node] = {place.mark.input: place.input}
         if place.mark.added is not None and place.added is not None:
             current[place.mark.added] = place.added
-        node = put_back(place.mark.erased, out, current)
+        node = put_back(place.mark.erased, out, current, names)
     else:
         del node.meta[META]
     out.replace_all_uses_with(node)

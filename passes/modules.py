@@ -47,10 +47,21 @@ def private_module(root: nn.Module, path: str, shared: Mapping[str, nn.Module | 
     return current
 
 
-def set_parameter(root: nn.Module, name: str, tensor: torch.Tensor, *, requires_grad: bool) -> None:
-    """Register a parameter under a name; modules on the way are copied, since another model may share them."""
+def set_parameter(
+    root: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    requires_grad: bool,
+    shared: Mapping[str, nn.Module | None] | None = None,
+) -> None:
+    """Register a parameter under a name; modules on the way are copied, since another model may share them.
+
+    Args:
+        shared: the root's children as another model may have them, as in :func:`private_module`.
+    """
     path, _, local = name.rpartition(".")
-    owner = private_module(root, path)
+    owner = private_module(root, path, shared)
     owner._parameters[local] = nn.Parameter(tensor, requires_grad=requires_grad)
 
 

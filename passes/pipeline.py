@@ -40,9 +40,11 @@ def run_pipeline(
     results = []
     for stage in stages:
         if stage.name not in disable:
-            results.append(run_pass(stage, graph_module, validation=validation, debug=debug))
+            results.append(run_pass(stage, graph_module, validation=validation, debug=debug, recompile=False))
         if stage.name == stop_after:
             break
+    if any(result.modified for result in results):
+        graph_module.recompile()
     return results
 
 
