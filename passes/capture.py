@@ -130,7 +130,8 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
         from transformers.exporters import DynamoConfig, DynamoExporter
 
         inputs = hub_inputs(model, call)
-        with quiet("transformers"):
+        speaks = sys.modules[DynamoExporter.__module__].logger.name  # named after its file, outside of "transformers"
+        with quiet("transformers", speaks):
             exported = DynamoExporter().export(model, inputs, DynamoConfig(dynamic=dynamic))
         program: ExportedProgram = getattr(exported, "program", exported)  # newer transformers wrap the program
         return program

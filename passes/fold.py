@@ -125,7 +125,7 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
 
 
 def _scale(user: fx.Node, h: fx.Node, frozen: Collection[str]) -> tuple[fx.Node, list[fx.Node]] | None:
-    """Read ``h * cast(s * e)`` or ``h * cast(s)``: the node of the frozen ``s``, and the nodes from it to the factor."""
+    """Read ``h * cast(s * e)`` or ``h * cast(s)``: the node of the frozen ``s``, and those from it to the factor."""
     if user.target is not aten.mul.Tensor or user.args[0] is user.args[1]:
         return None
     factor, path = user.args[1] if user.args[0] is h else user.args[0], []

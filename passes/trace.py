@@ -6,6 +6,7 @@ holds one of them as a number, and one trace serves all sites with the same :att
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
@@ -111,7 +112,12 @@ def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph
         return functional_call(adapter, dict(zip(names, values, strict=True)), (x,))
 
     inputs = [fake(INPUT, shape, dtype), *(fake(name, tuple(t.shape), t.dtype) for name, t in tensors.items())]
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), mode:
+    kinds = {kind for kind in ("cpu", device.type) if torch.amp.is_autocast_available(kind)}  # not of "meta"
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.no_grad(), mode):
+            stack.enter_context(context)
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         graph = make_fx(forward, tracing_mode="real", pre_dispatch=True)(*inputs).graph
     for node, name in zip(list(graph.nodes), [INPUT, *names], strict=False):
         node.target = name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -40,6 +42,52 @@ def variants() -> None:
         lines = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
         equation = next((line.strip() for line in lines if line.strip().startswith("delta(h)")), "")
         typer.echo(f"{name:20}{lines[0]}\n{'':20}{equation}")
+
+
+@app.command()
+def inspect(
+    model: str = typer.Argument(
+        help="A hub id, a directory with a config.json, or package.module:callable (which gives a module, or a module "
+        "and its example inputs). No weights are loaded."
+    ),
+    variant: str = typer.Option("antipasto", help="The variant to choose sites for."),
+    r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
+    target_modules: str | None = typer.Option(
+        None, help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas.'
+    ),
+    exclude_modules: str | None = typer.Option(None, help="Sites to leave out, written like target_modules."),
+    every: bool = typer.Option(False, "--all", help="One row per site, and not one for like sites of all layers."),
+    as_json: bool = typer.Option(False, "--json", help="Print the sites as JSON."),
+    site: str | None = typer.Option(None, help="The site to draw; the first chosen one by default."),
+    form: str = typer.Option("delta", help='Form of the drawn site: "delta" or "residual".'),
+    dot: Path | None = typer.Option(None, help="Write the operated graph around the site as DOT."),
+    svg: Path | None = typer.Option(None, help="Write the operated graph around the site as SVG."),
+) -> None:
+    """Print the sites of a model: shape, operation, what reads the same input, role, ties, chosen or why not."""
+    from surgery.inspecting import choose, load_model, write_text
+
+    found, inputs = load_model(model)
+    targets = {"target_modules": _patterns(target_modules), "exclude_modules": _patterns(exclude_modules)}
+    choice = choose(found, variant, r, inputs, **targets)
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(choice.rows(), indent=1))
+    else:
+        if not console.is_terminal:
+            console = Console(width=140)
+        console.print(choice.table(every=every))
+        for line in choice.lines():
+            console.print(line, highlight=False)
+    if dot or svg:
+        drawing = choice.draw(site or next(iter(choice.ranks)), inputs, form)
+        for path, text in ((dot, drawing.dot()), (svg, drawing.svg())):
+            if path:
+                write_text(path, text)
+                typer.echo(f"wrote {path}", err=True)
+
+
+def _patterns(text: str | None) -> str | list[str] | None:
+    return text.split(",") if text and "," in text else text
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from passes.sites import Skipped
 from surgery.hosts import host_of
 from surgery.operate import record_of, unwrap
-from surgery.targets import output_head
+from surgery.targets import why_not_chosen
 from surgery.verbs import sites, trainable_parameters
 
 
@@ -153,12 +153,7 @@ def report(model: nn.Module) -> Report:
     skipped: list[Skipped] = []
     if inspection:
         chosen = {site.key for site in operated}
-        head = output_head(model, [place.key for place in inspection.sites])
-        for place in inspection.sites:
-            if place.key not in chosen:
-                reason = "the output head" if place.key in head else "not selected"
-                reason = f"tied to {', '.join(place.tied)}" if place.tied else reason
-                skipped.append(Skipped(place.key, "linear", reason))
+        skipped += [Skipped(k, "linear", reason) for k, reason in why_not_chosen(model, inspection, chosen).items()]
         skipped.extend(inspection.skipped)
     trainable, total = trainable_parameters(model)
     return Report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -49,6 +49,17 @@ def output_head(model: nn.Module, keys: Iterable[str]) -> set[str]:
         prefix = paths[id(base)] + "."
         found |= {key for key in keys if not key.startswith(prefix)}
     return found
+
+
+def why_not_chosen(model: nn.Module, inspection: Inspection, chosen: Container[str]) -> dict[str, str]:
+    """Why each site of a model is not among the chosen ones, by key."""
+    head = output_head(model, [site.key for site in inspection.sites])
+    reasons = {}
+    for site in inspection.sites:
+        if site.key not in chosen:
+            reason = "the output head" if site.key in head else "not selected"
+            reasons[site.key] = f"tied to {', '.join(site.tied)}" if site.tied else reason
+    return reasons
 
 
 def select_sites(

@@ -1,0 +1,433 @@
+"""Graph patients: undo and failure leave the very graph, copies are independent, other models are never written."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+
+import passes.insert
+import surgery
+import surgery.graphs
+from surgery import (
+    apply_surgery,
+    fold,
+    load_adapter,
+    merge,
+    report,
+    save_adapter,
+    set_coeff,
+    sites,
+    steer,
+    undo_surgery,
+)
+from surgery.hosts import host_of
+from tests.test_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
+from tests.test_operate import randomise, state_of
+from tests.test_transaction import FAILURES, fails_at
+from tests.tolerance import RELATIVE, assert_close, relative_error
+from tests.zoo import Patient, patient
+
+
+@each_graph
+def test_undo_gives_back_the_very_graph(name):
+    found = graph(name)
+    next(found.model.parameters()).requires_grad_(False)
+    before, output = graph_state(found.model), found.forward().detach()
+    randomise(operate(found).model)
+    assert graph_state(found.model) != before
+    set_coeff(found.model, torch.ones(len(output)))
+    assert undo_surgery(found.model) is found.model
+    assert graph_state(found.model) == before
+    assert torch.equal(found.forward().detach(), output)
+
+
+@each_graph
+def test_second_surgery_on_further_sites(name):
+    found, whole = graph(name), operated(name)
+    before, keys = graph_state(found.model), list(sites(whole.model))
+    operate(found, target_modules=keys[1::2])
+    operate(found, target_modules=keys[::2])
+    assert set(sites(found.model)) == set(keys)
+    for key, site in sites(found.model).items():
+        site.core.load_state_dict(sites(whole.model)[key].core.state_dict())
+    assert torch.equal(found.run(), whole.run())
+    with pytest.raises(surgery.TargetError, match="already carries"):
+        operate(found, target_modules=keys[:1])
+    undo_surgery(found.model)
+    assert graph_state(found.model) == before
+
+
+@each_graph
+def test_nodes_keep_their_names_and_metadata(name):
+    found, plain = graph(name), base(name)
+    before = {node.name: (node, dict(node.meta)) for node in found.model.graph.nodes}
+    randomise(operate(found).model)
+    after = {node.name: node for node in found.model.graph.nodes}
+    assert set(before) < set(after)
+    outs = [node for node in found.model.graph.nodes if (m := node.meta.get("surgery")) and m.role == "out"]
+    assert {node.meta["surgery"].key for node in outs} == set(sites(found.model))
+    for key, (node, meta) in before.items():
+        assert {k: v for k, v in after[key].meta.items() if k != "surgery"} == meta
+        assert "surgery" not in node.meta  # of the graph that undo puts back
+    for out in outs:
+        product = before[out.meta["surgery"].at][1]
+        for field in ("val", "example_value", "stack_trace", "nn_module_stack"):
+            assert (field in out.meta) == (field in product)
+            assert out.meta.get(field) is product.get(field) or out.meta[field] == product[field]
+    merge(found.model)
+    for node, old in zip(found.model.graph.nodes, plain.model.graph.nodes, strict=True):
+        assert node.name == old.name
+        assert set(node.meta) == set(old.meta)
+
+
+def test_exported_products_have_metadata_at_all():
+    found = operate(graph("exported"))
+    outs = [node for node in found.model.graph.nodes if (m := node.meta.get("surgery")) and m.role == "out"]
+    assert len(outs) == 8  # one module is called twice
+    assert all(isinstance(out.meta["val"], torch.Tensor) and out.meta["nn_module_stack"] for out in outs)
+
+
+def changing(model: fx.GraphModule) -> dict:
+    """The verbs that rewrite a graph."""
+    return {"merge": lambda: merge(model), "fold": lambda: fold(model), "dense": lambda: fold(model, freeze_core=True)}
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize(
+    ("target", "call", "after"),
+    [
+        ("passes.insert.insert_delta", 1, False),
+        ("passes.insert.insert_delta", 3, True),
+        ("surgery.graphs.run_pipeline", 1, False),
+        ("surgery.graphs.run_pipeline", 1, True),
+        ("surgery.graphs.copy_whole", 1, True),
+        ("surgery.graphs.copy_graph", 1, True),
+    ],
+)
+@each_graph
+def test_a_failure_leaves_the_graph(name, target, call, after, error, monkeypatch):
+    found = graph(name)
+    next(found.model.parameters()).requires_grad_(False)
+    before, output = graph_state(found.model), found.run()
+    with monkeypatch.context() as patch:
+        fails_at(patch, target, call, error, after=after)
+        with pytest.raises(error, match="injected"):
+            operate(found)
+    assert graph_state(found.model) == before
+    assert sites(found.model) == {}
+    assert "__deepcopy__" not in vars(type(found.model))
+    randomise(operate(found).model)
+    assert relative_error(found.run(), output) > 2 * RELATIVE[torch.float32]
+    undo_surgery(found.model)
+    assert graph_state(found.model) == before
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize("target", ["passes.insert.insert_delta", "surgery.graphs.run_pipeline"])
+@each_graph
+def test_a_failure_of_the_second_surgery_leaves_the_first(name, target, error, monkeypatch):
+    found = graph(name)
+    untouched, keys = graph_state(found.model), list(sites(operated(name).model))
+    randomise(operate(found, target_modules=keys[1::2]).model)
+    before, output = graph_state(found.model), found.run()
+    with monkeypatch.context() as patch:
+        fails_at(patch, target, 1, error)
+        with pytest.raises(error, match="injected"):
+            operate(found, target_modules=keys[::2])
+    assert graph_state(found.model) == before
+    assert torch.equal(found.run(), output)
+    assert set(sites(found.model)) == set(keys[1::2])
+    undo_surgery(found.model)
+    assert graph_state(found.model) == untouched
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize("verb", ["merge", "fold", "dense"])
+@pytest.mark.parametrize("after", [False, True])
+@each_graph
+def test_a_failure_of_a_rewriting_verb_leaves_the_operated_graph(name, verb, after, error, monkeypatch):
+    found = graph(name)
+    untouched = graph_state(found.model)
+    randomise(operate(found).model)
+    before, output = graph_state(found.model), found.run()
+    with monkeypatch.context() as patch:
+        fails_at(patch, "surgery.graphs.run_pipeline", 1, error, after=after)
+        with pytest.raises(error, match="injected"):
+            changing(found.model)[verb]()
+    assert graph_state(found.model) == before
+    assert torch.equal(found.run(), output)
+    undo_surgery(found.model)
+    assert graph_state(found.model) == untouched
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@each_graph
+def test_a_failure_while_loading_leaves_the_old_adapter(name, error, monkeypatch, tmp_path):
+    found = operated(name)
+    save_adapter(found.model, tmp_path)
+    randomise(found.model, 0.5)
+    before, output = graph_state(found.model), found.run()
+    with monkeypatch.context() as patch:
+        fails_at(patch, "passes.insert.insert_delta", 2, error)
+        with pytest.raises(error, match="injected"):
+            load_adapter(found.model, tmp_path)
+    assert graph_state(found.model) == before
+    assert torch.equal(found.run(), output)
+
+
+@each_graph
+def test_a_graph_that_needs_no_surgery_is_refused_as_it_was(name):
+    found = graph(name)
+    before = graph_state(found.model)
+    for options in ({"target_modules": ["nothing"]}, {"r": 0}, {"variant": "none"}):
+        with pytest.raises(surgery.SurgeryError):
+            operate(found, **options)
+    assert graph_state(found.model) == before
+    for verb in (undo_surgery, merge, report, fold, lambda model: set_coeff(model, 1.0)):
+        with pytest.raises(surgery.SurgeryError):
+            verb(found.model)
+    assert graph_state(found.model) == before
+
+
+@pytest.mark.parametrize("verb", [merge, undo_surgery, fold, lambda model: set_coeff(model, 0.2)])
+@each_graph
+def test_a_deep_copy_leaves_the_original_alone_and_is_left_alone(name, verb):
+    found = operated(name)
+    before, output = graph_state(found.model), found.run()
+    twin, other = copy.deepcopy(found.model), copy.deepcopy(copy.deepcopy(found.model))
+    assert list(sites(twin)) == list(sites(found.model))
+    assert not {id(t) for t in twin.state_dict(keep_vars=True).values()} & {
+        id(t) for t in found.model.state_dict(keep_vars=True).values()
+    }
+    assert torch.equal(found.run(twin), output)
+    verb(twin)
+    assert graph_state(found.model) == before
+    assert torch.equal(found.run(), output)
+    changed = found.run(twin)
+    verb(found.model)
+    assert torch.equal(found.run(), changed)
+    assert torch.equal(found.run(other), output)
+    verb(other)
+    assert torch.equal(found.run(other), changed)
+    assert list(other.state_dict()) == list(found.model.state_dict())
+
+
+@each_graph
+def test_an_undone_copy_is_the_base(name):
+    plain, found = base(name), operated(name)
+    twin = undo_surgery(copy.deepcopy(found.model))
+    assert shape_of(twin.graph) == shape_of(plain.model.graph)
+    assert list(twin.state_dict()) == list(plain.model.state_dict())
+    assert torch.equal(found.run(twin), plain.run())
+    again = copy.deepcopy(twin)
+    assert torch.equal(found.run(again), plain.run())
+    assert list(sites(operate(Patient(name, again, found.inputs)).model)) == list(sites(found.model))
+
+
+@pytest.mark.parametrize("verb", [merge, undo_surgery, fold, lambda model: set_coeff(model, 0.0)])
+def test_the_source_of_a_symbolic_trace_never_changes(verb):
+    found = source("symbolic")
+    before, output = state_of(found.model), found.run()
+    model = fx.symbolic_trace(found.model)
+    for _ in range(2):
+        randomise(operate(Patient("shared", model, found.inputs)).model)
+        assert torch.equal(found.run(), output)
+        assert [s.replace("(False,", "(True,") for s in state_of(found.model)] == before
+        verb(model)
+        assert torch.equal(found.run(), output)
+        if sites(model):
+            undo_surgery(model)
+        assert state_of(found.model) == before
+
+
+class Composite(nn.Module):
+    """Leaves of a symbolic trace that read their weights themselves, beside a linear module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(self.layer(h + self.attention(h, h, h, need_weights=False)[0]))
+
+
+def composite(**options) -> tuple[nn.Module, Patient]:
+    torch.manual_seed(0)
+    model = Composite().eval()
+    found = Patient("composite", fx.symbolic_trace(model), torch.randn(2, 5, 12))
+    return model, found
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_leaf_modules_are_hosted_in_copies_of_their_own(known, tmp_path):
+    model, found = composite()
+    before, output, untouched = state_of(model), found.run(model), graph_state(found.model)
+    eager = copy.deepcopy(model)
+    operate(found, example_inputs=found.inputs if known else None)
+    keys = {"first", "attention.in_proj_weight", "attention.out_proj", "layer.self_attn.in_proj_weight"}
+    keys |= {"layer.self_attn.out_proj", "layer.linear1", "layer.linear2", "last"}
+    assert set(sites(found.model)) == keys
+    assert torch.equal(found.run(), output)
+    randomise(found.model)
+    live = found.run()
+    assert torch.equal(found.run(model), output)
+    assert [s.replace("(False,", "(True,") for s in state_of(model)] == before
+    for key, site in sites(found.model).items():  # every site is alive
+        with torch.no_grad():
+            kept = site.core.g.clone()
+            site.core.g.zero_()
+            assert relative_error(found.run(), live) > RELATIVE[torch.float32], key
+            site.core.g.copy_(kept)
+    save_adapter(found.model, tmp_path)
+    load_adapter(eager, tmp_path)
+    assert_close(found.run(eager), live)
+    twin = copy.deepcopy(found.model)
+    assert torch.equal(found.run(twin), live)
+    merge(twin)
+    assert_close(found.run(twin), live)
+    assert torch.equal(found.run(), live)
+    undo_surgery(found.model)
+    assert graph_state(found.model) == untouched
+    assert state_of(model) == before
+    load_adapter(found.model, tmp_path)
+    assert_close(found.run(), live)
+    assert torch.equal(found.run(model), output)
+    merge(found.model)
+    assert_close(found.run(), live)
+    assert state_of(model) == before
+    assert sites(found.model) == {}
+    assert not hasattr(found.model, "sspace")
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize(
+    ("target", "call"), [("surgery.hosts.attach", 1), ("surgery.hosts.attach", 4), ("passes.insert.insert_delta", 2)]
+)
+def test_a_failure_among_leaf_modules_leaves_everything(target, call, error, monkeypatch):
+    model, found = composite()
+    before, untouched = state_of(model), graph_state(found.model)
+    with monkeypatch.context() as patch:
+        fails_at(patch, target, call, error, after=True)
+        with pytest.raises(error, match="injected"):
+            operate(found)
+    assert graph_state(found.model) == untouched
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_failed_merge_of_leaf_modules_leaves_everything(error, monkeypatch):
+    _, found = composite()
+    randomise(operate(found).model)
+    before, live = graph_state(found.model), found.run()
+    with monkeypatch.context() as patch:
+        fails_at(patch, "surgery.graphs.run_pipeline", 1, error, after=True)
+        with pytest.raises(error, match="injected"):
+            merge(found.model)
+    assert graph_state(found.model) == before
+    assert torch.equal(found.run(), live)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_modules_with_hooks_are_skipped_with_a_reason(hook):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    calls = []
+    getattr(model[0], hook)(lambda *args: calls.append(1))
+    found = operate(Patient("hooks", fx.symbolic_trace(model), torch.randn(3, 6)))
+    assert list(sites(found.model)) == ["2"]
+    assert [s.where for s in report(found.model).skipped if "hooks" in s.reason] == ["0"]
+    calls.clear()
+    found.run()
+    assert calls == [1]
+
+
+def test_tied_weights_of_a_graph():
+    plain = patient("qwen3")
+    found = graph("qwen3")
+    operate(found, target_modules=["lm_head", "q_proj"])
+    assert host_of(sites(found.model)["lm_head"]) == "graph"
+    randomise(found.model)
+    embedded = found.model.get_parameter("model.embed_tokens.weight").clone()
+    live = found.run()
+    assert relative_error(live, plain.run()) > 2 * RELATIVE[torch.float32]
+    before = graph_state(found.model)
+    with pytest.raises(surgery.WeightError, match="lm_head"):
+        merge(found.model)
+    assert graph_state(found.model) == before
+    nodes = len(base("qwen3").model.graph.nodes)
+    merge(found.model, untie=True)
+    assert_close(found.run(), live)
+    assert torch.equal(found.model.get_parameter("model.embed_tokens.weight"), embedded)
+    assert len(found.model.graph.nodes) <= nodes + 1
+
+
+class Tied(nn.Module):
+    """Two modules with one weight, one of them called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.free = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.free(torch.tanh(self.two(torch.tanh(self.one(torch.tanh(self.one(x)))))))
+
+
+TRACES = {"symbolic": lambda m, x: fx.symbolic_trace(m), "exported": lambda m, x: torch.export.export(m, (x,)).module()}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_tied_modules_of_a_graph(trace):
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randn(4, 6)
+    output = model(x).detach()
+    found = Patient("tied", TRACES[trace](model, x), x)
+    assert list(sites(operate(found).model)) == ["free"]
+    undo_surgery(found.model)
+    operate(found, target_modules=["two"])
+    randomise(found.model)
+    eager = operate(Patient("tied", copy.deepcopy(model).requires_grad_(True), x), target_modules=["two"])
+    randomise(eager.model)
+    live = found.run()
+    assert_close(live, eager.run())
+    with pytest.raises(surgery.WeightError, match="'two'"):
+        merge(found.model)
+    assert torch.equal(found.run(), live)
+    merge(found.model, untie=True)
+    assert_close(found.run(), live)
+    assert torch.equal(model(x).detach(), output)
+    assert model.two.weight is model.one.weight
+
+
+def test_surgery_on_a_graph_with_buffers_and_in_train_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    found = Patient("buffers", fx.symbolic_trace(model), torch.randn(4, 6))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    before = graph_state(found.model)
+    operate(found)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert found.model.training
+    undo_surgery(found.model)
+    assert graph_state(found.model) == before
+
+
+def test_steer_outlives_undo_and_merge_of_a_graph():
+    for verb in (undo_surgery, merge):
+        model = operated("symbolic").model
+        with steer(model, 0.5):
+            verb(model)
+        assert sites(model) == {}
+
+
+def test_the_graph_module_stays_the_callers():
+    found = graph("symbolic")
+    assert apply_surgery(found.model, "antipasto", r=4, progress=False) is found.model
+    assert merge(found.model) is found.model
+    assert passes.insert.META not in {key for node in found.model.graph.nodes for key in node.meta}
