@@ -21,7 +21,19 @@ from bench.record import environment
 from exporters import export
 from passes.errors import InputError
 from passes.tolerance import relative_error
-from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
+from surgery import (
+    apply_surgery,
+    fold,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_coeff,
+    sites,
+    steer,
+    to_graph,
+    undo_surgery,
+)  # fmt: skip
+from surgery.compiler import capture_base
 from surgery.progress import track
 from surgery.verbs import trainable_parameters
 
@@ -91,6 +103,7 @@ def run(settings: Settings) -> bool:
     _train(settings, patient, model, results)
     _steer(settings, patient, model, probe, base_logits, results)
     _restore(settings, patient, model, probe, base_logits, results)
+    _compile(model, probe, base_logits, results)
     _merge_and_export(settings, model, probe, base_logits, results)
     _show(settings, results)
     return results.passed
@@ -206,6 +219,45 @@ def _restore(
     restored = list(parameters) == list(tensors) and all(torch.equal(p, tensors[n]) for n, p in parameters.items())
     same = restored and torch.equal(_frozen_logits(fresh, probe), base)
     results.add("undo", _bits(same), same)
+
+
+def _compile(model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:
+    """Take the model through the compiler's textbook path, residual form, fold, merge, each pass validated."""
+    steered, inputs = _logits(model, probe), {"input_ids": probe}
+    effect = float((steered - base).abs().max())
+    started = time.perf_counter()
+    plain = len(capture_base(model, inputs)[0].graph.nodes)
+    graph = to_graph(model, inputs, form="residual", verify=True)
+    _stage("to_graph, residual form", graph, probe, steered, effect, results)
+    fold(graph, verify=inputs)
+    with steer(graph, 0.0):
+        same = torch.equal(_graph_logits(graph, probe), base)
+    _stage("fold", graph, probe, steered, effect, results, f", at coeff = 0 the base: {_bits(same)}", same)
+    merge(graph, verify=inputs)
+    nodes = len(graph.graph.nodes)
+    _stage("merge", graph, probe, steered, effect, results, f", the base's graph has {plain}", nodes == plain)
+    results.seconds["graph, fold, merge"] = time.perf_counter() - started
+
+
+def _graph_logits(graph: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return graph(input_ids=tokens).logits
+
+
+def _stage(
+    name: str,
+    graph: Any,
+    probe: Tensor,
+    steered: Tensor,
+    effect: float,
+    results: Results,
+    more: str = "",
+    ok: bool = True,
+) -> None:
+    """Add the line of one stage of the compiler: nodes, and error against the model with its adapters."""
+    nodes, error = len(graph.graph.nodes), float((_graph_logits(graph, probe) - steered).abs().max())
+    results.notes.setdefault("graph nodes", {})[name] = nodes
+    results.add(f"graph: {name}", f"{nodes:,} nodes{more}; error {error:.1e}", ok and error < 1e-3 * effect)
 
 
 def _merge_and_export(settings: Settings, model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:

@@ -51,6 +51,8 @@ def fold_constants(graph_module: fx.GraphModule, frozen: Collection[str]) -> int
                 values[node] = node.target(*args, **kwargs)
     stored = 0
     for node in reversed(list(values)):
+        if node._erased:
+            continue
         if not node.users:
             graph_module.graph.erase_node(node)
         elif node.op != "get_attr" and not all(user in values for user in node.users):
@@ -90,7 +92,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     pending = [node]
     while pending:
         current = pending.pop()
-        if not current.users and (current is node or META in current.meta):
+        if not current._erased and not current.users and (current is node or META in current.meta):
             sources = current.all_input_nodes
             graph.erase_node(current)
             pending.extend(sources)

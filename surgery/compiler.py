@@ -179,11 +179,12 @@ def fold(
         for key, site in nodes.items():
             if site.core.coeff.numel() > 1:
                 raise InputError(f"site {key!r}: coeff steers the rows of a batch: set a scalar coeff first")
-    flags = [(p, p.requires_grad) for site in nodes.values() for p in site.core.parameters()]
+    live = {key: dict(site.core._parameters) for key, site in nodes.items()}
     frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), knob=freeze_coeff)
     try:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag and not freeze_core)
+        for site in nodes.values() if freeze_core else ():  # copies, since the model in place may train the cores on
+            for name, parameter in site.core.named_parameters():
+                site.core._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         rewrite(
             model,
             [Fold(frozen, untie=untie)],
@@ -191,8 +192,8 @@ def fold(
             debug=debug,
         )
     except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for key, site in nodes.items():
+            site.core._parameters.update(live[key])
         raise
     for site in nodes.values():
         site.coeff_is_folded |= freeze_coeff
