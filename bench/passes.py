@@ -50,9 +50,11 @@ def measure(repeats: int = 5, layers: tuple[int, ...] = LAYERS) -> dict[str, Any
     pipeline(models[layers[0]], inputs)
     for _ in range(repeats):
         for n, model in models.items():
+            inserted = pipeline(model, inputs, stop_after="insert").stages[-1]
+            times[n].setdefault(inserted.name, []).append(1000 * inserted.seconds)
             compiled = pipeline(model, inputs)
             sizes[n] = {stage.name: stage.nodes for stage in compiled.stages}
-            for stage in compiled.stages:
+            for stage in compiled.stages[:-1]:
                 times[n].setdefault(stage.name, []).append(1000 * stage.seconds)
             started = time.perf_counter()
             compiled.graph.recompile()
@@ -63,7 +65,7 @@ def measure(repeats: int = 5, layers: tuple[int, ...] = LAYERS) -> dict[str, Any
 def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
     """By pass: milliseconds per 1,000 nodes of the base at each size, and the exponent of their growth."""
     found = []
-    for name in ("insert", "fold", "merge", "recompile"):
+    for name in ("insert", "annotate", "fold", "merge", "recompile"):
         points = [(data["nodes"][n]["merge"], statistics.median(t[name])) for n, t in data["milliseconds"].items()]
         slope = _exponent(points)
         spread = max((max(t[name]) - min(t[name])) / statistics.median(t[name]) for t in data["milliseconds"].values())

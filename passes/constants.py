@@ -45,7 +45,7 @@ def fold_constants(graph_module: fx.GraphModule, frozen: Collection[str]) -> int
             tensor = attribute(graph_module, node.target)
             if isinstance(tensor, torch.Tensor) and not tensor.requires_grad:
                 values[node] = tensor
-        elif is_pure(node) and node.all_input_nodes and all(source in values for source in node.all_input_nodes):
+        elif (sources := node.all_input_nodes) and all(source in values for source in sources) and is_pure(node):
             args, kwargs = (fx.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
             with torch.no_grad(), torch.inference_mode(False):
                 values[node] = node.target(*args, **kwargs)

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from passes.base import Pass, PassResult
+from passes.annotate import Annotate
+from passes.base import Pass, PassResult, run_pass
 from passes.capture import default_inputs, export_program, forward_call, with_two_rows
 from passes.errors import CaptureError, InputError, SurgeryError
 from passes.fold import Fold
@@ -142,6 +143,7 @@ def pipeline(
     ]
     validation = Validation(call) if verify else None
     results = run_pipeline(graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug)
+    results.append(run_pass(Annotate(), graph))
     _settle(graph)
     return Compiled(graph, tuple(results))
 
@@ -187,7 +189,7 @@ def fold(
                 site.core._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         rewrite(
             model,
-            [Fold(frozen, untie=untie)],
+            [Fold(frozen, untie=untie), Annotate()],
             validation=None if verify is None else Validation(forward_call(verify)),
             debug=debug,
         )

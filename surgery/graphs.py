@@ -100,7 +100,8 @@ class SSpaceNode(SSpaceLinear):
     @property
     def signature(self) -> Hashable:
         """Sites of equal signature have the same forward but for d_in and d_out."""
-        dtypes = tuple((name, t.dtype) for name, t in [*self.named_parameters(), *self.named_buffers()])
+        tensors = [*self.core.named_parameters(), *self.core.named_buffers(), *self.factors.named_buffers()]
+        dtypes = tuple((name, tensor.dtype) for name, tensor in tensors)
         return type(self), self.variant, len(self.factors.S), self.layout, self.kind, self.form, dtypes
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from passes.annotate import Annotate
 from passes.calls import CallRecord
 from passes.errors import TargetError
 from passes.insert import Insert
@@ -86,7 +87,12 @@ def attach_all(
     if nodes:
         assert isinstance(model, fx.GraphModule)
         assert original is not None
-        rewrite(model, [Insert(register_sites(model, original.graph, nodes))], validation=validation, debug=debug)
+        rewrite(
+            model,
+            [Insert(register_sites(model, original.graph, nodes)), Annotate()],
+            validation=validation,
+            debug=debug,
+        )
 
 
 def _node(model: nn.Module, graft: Graft, form: str) -> SSpaceNode:
