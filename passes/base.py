@@ -8,8 +8,11 @@ translation validation.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +56,19 @@ class Pass(Protocol):
         """Say what is wrong with the result, or None."""
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector: the many nodes that a pass makes live on, and looking through all of them and
+    of PyTorch, as their number makes Python do, takes several times as long as the pass."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def debugging() -> bool:
     """Whether ``SURGERY_DEBUG`` asks for the specification to be checked after every pass."""
     return os.environ.get("SURGERY_DEBUG", "") not in ("", "0")
@@ -89,7 +105,8 @@ def run_pass(
         references = hints.references(graph_module) if hasattr(graph_pass, "references") else None
         before = validation.observe(graph_module, places, references=references, frozen=frozen)
     started = time.perf_counter()
-    modified = graph_pass.call(graph_module)
+    with _collector_paused():
+        modified = graph_pass.call(graph_module)
     if modified:
         try:
             graph_module.graph.lint()

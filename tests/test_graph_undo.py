@@ -335,16 +335,62 @@ def test_a_failed_merge_of_leaf_modules_leaves_everything(error, monkeypatch):
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
-def test_modules_with_hooks_are_skipped_with_a_reason(hook):
+@pytest.mark.parametrize("known", [False, True])
+def test_modules_with_hooks_are_called_or_skipped_with_a_reason(hook, known):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
     calls = []
     getattr(model[0], hook)(lambda *args: calls.append(1))
-    found = operate(Patient("hooks", fx.symbolic_trace(model), torch.randn(3, 6)))
-    assert list(sites(found.model)) == ["2"]
-    assert [s.where for s in report(found.model).skipped if "hooks" in s.reason] == ["0"]
+    found = Patient("hooks", fx.symbolic_trace(model), torch.randn(3, 6))
+    before = found.run()
+    operate(found, example_inputs=found.inputs if known else None)
+    skipped = [s.where for s in report(found.model).skipped if "hooks" in s.reason]
+    assert sorted([*sites(found.model), *skipped]) == ["0", "2"]
+    assert torch.equal(found.run(), before)
     calls.clear()
-    found.run()
+    live = randomise(found.model) and found.run()
     assert calls == [1]
+    merge(found.model)
+    assert_close(found.run(), live)
+    assert calls == [1, 1]
+    calls.clear()
+    assert torch.equal(found.run(model), before)
+    assert calls == [1]
+
+
+class Region(nn.Module):
+    """A product within a region of its own, which an exported graph shows as a call of a graph within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            h = self.inside(x)
+        return self.outside(torch.tanh(h))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_regions_are_left_alone_or_alive(known):
+    model, x = Region().eval(), torch.randn(4, 6)
+    found = Patient("region", torch.export.export(model, (x,)).module(), x)
+    before, output = graph_state(found.model), found.run()
+    operate(found, example_inputs=x if known else None)
+    skipped = [s.where for s in report(found.model).skipped if "region" in s.reason]
+    assert sorted([*sites(found.model), *skipped]) == ["inside", "outside"]
+    assert torch.equal(found.run(), output)
+    randomise(found.model)
+    live = found.run()
+    for site in sites(found.model).values():
+        with torch.no_grad():
+            kept = site.core.g.clone()
+            site.core.g.zero_()
+            assert relative_error(found.run(), live) > RELATIVE[torch.float32]
+            site.core.g.copy_(kept)
+    twin = merge(copy.deepcopy(found.model))
+    assert_close(found.run(twin), live)
+    undo_surgery(found.model)
+    assert graph_state(found.model) == before
 
 
 def test_tied_weights_of_a_graph():
@@ -431,3 +477,28 @@ def test_the_graph_module_stays_the_callers():
     assert apply_surgery(found.model, "antipasto", r=4, progress=False) is found.model
     assert merge(found.model) is found.model
     assert passes.insert.META not in {key for node in found.model.graph.nodes for key in node.meta}
+
+
+def test_pickling_an_operated_graph_is_refused_and_works_again_without(tmp_path):
+    found = Patient("pickled", fx.symbolic_trace(patient("mlp").model), patient("mlp").inputs)
+    output = found.run()
+    for verb in (undo_surgery, merge):
+        operate(found)
+        with pytest.raises(surgery.SurgeryError, match="save_adapter"):
+            torch.save(found.model, tmp_path / "whole.pt")
+        verb(found.model)
+        torch.save(found.model, tmp_path / "whole.pt")
+        assert_close(found.run(torch.load(tmp_path / "whole.pt", weights_only=False)), output)
+
+
+def test_casting_an_operated_graph_works_or_is_refused():
+    found = operated("symbolic")
+    before, x = found.run(), found.inputs
+    assert_close(found.run(copy.deepcopy(found.model).double(), x.double()), before, torch.float32)
+    twin = copy.deepcopy(found.model)
+    try:
+        twin.bfloat16()
+    except surgery.SurgeryError:
+        assert torch.equal(found.run(twin), before)
+    else:
+        assert_close(found.run(twin, x.bfloat16()), before)
