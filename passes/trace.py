@@ -12,10 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 aten = torch.ops.aten
 INPUT = "input"
@@ -92,6 +89,10 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph:
+    from torch._subclasses import FakeTensorMode  # here, since sympy takes a third of a second to import
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     tensors, device = adapter_tensors(adapter), adapter.device
     mode = FakeTensorMode(shape_env=ShapeEnv())
     free = {**adapter.free_sizes, INPUT: tuple(range(len(shape)))}
