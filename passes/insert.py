@@ -109,6 +109,7 @@ class Insert:
             path, _, local = adapter.weight_name.rpartition(".")
             if adapter.base is not None and adapter.weight_name not in read:
                 graph_module.get_submodule(path)._parameters.pop(local, None)
+                adapter.keeps_base = False
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Every place has the output of an adapter."""
@@ -200,10 +201,10 @@ class _Maker:
         """The adapter's forward on x, seen as (rows, tokens, d_in)."""
         d_in = adapter.features[0]
         knob = self.tensor(f"{self.place.path}.{adapter.knob}")
-        rows = self.function(aten.sym_numel.default, (knob,), "rows")
-        split = self.function(
-            aten.unflatten.int, (x, 0, [rows, -1]), "split"
-        )  # refuses rows that do not divide the batch
+        flat = self.function(aten.reshape.default, (knob, [-1]), "flat")
+        rows = self.function(aten.sym_size.int, (flat, 0), "rows")  # Dynamo traces no sym_numel
+        # unflatten refuses rows that do not divide the batch
+        split = self.function(aten.unflatten.int, (x, 0, [rows, -1]), "split")
         tokens = self.function(aten.reshape.default, (split, [rows, -1, d_in]), "tokens")
         dtype = adapter.weight_dtype if adapter.base is None else adapter.get_buffer(adapter.base).dtype
         return self.inline(trace_adapter(adapter, (5, 7, d_in), dtype), adapter, tokens, {adapter.knob: knob})

@@ -66,6 +66,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         sites, skipped = sites_from_walk(model)
     else:
         sites, skipped = sites_from_graph(found.graph, model)
+        refused: list[Skipped] = []
         if isinstance(model, fx.GraphModule):
             rewritable, refused = graph_products(model, model.graph)
             skipped = [*skipped, *refused]
@@ -74,6 +75,8 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         calls = calls or _calls_of(found.graph)
         known = {site.weight for site in sites}
         sites += [site for site in hidden if site.weight not in known]
+        hosted = {site.key for site in sites}
+        skipped = [skip for skip in skipped if skip not in refused or skip.where not in hosted]
     return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
 
 

@@ -179,8 +179,11 @@ def put_back(
         for item in erased:
             if item.name not in known or item is erased[-1]:
                 args, kwargs = (_resolve(value, known) for value in (item.args, item.kwargs))
-                known[item.name] = graph.create_node(item.op, item.target, args, kwargs, item.name)
-                known[item.name].meta = dict(item.meta)
+                node = graph.create_node(item.op, item.target, args, kwargs, item.name)
+                if item.name not in names or names[item.name]._erased:
+                    node.name = item.name  # free again, though the graph still counts it as taken
+                node.meta = dict(item.meta)
+                known[item.name] = node
                 names[item.name] = known[item.name]
     return known[erased[-1].name]
 

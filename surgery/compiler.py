@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from passes.annotate import Annotate
@@ -39,11 +40,12 @@ from surgery.graphs import (
     original_graph,
     private_parameters,
     register_sites,
+    require_bases,
     rewrite,
 )  # fmt: skip
 from surgery.hosts import detach, host_of, operated_sites
 from surgery.operate import Record, record_of, restore_flags, unwrap
-from surgery.reading import parameter_names
+from surgery.reading import fingerprint, parameter_names
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def pipeline(
     for site in sites if form == "residual" else ():
         if site.kind == "product":
             site.split()
+    for site in () if keep_base else sites:
+        site.base_fingerprint = fingerprint(site.weight)
     places = register_sites(graph, graph.graph, sites)
     graph.graph = copy_graph(graph.graph)
     merging = "merge" not in disable and stop_after in (None, "merge")
@@ -182,6 +186,7 @@ def fold(
             if site.core.coeff.numel() > 1:
                 raise InputError(f"site {key!r}: coeff steers the rows of a batch: set a scalar coeff first")
     live = {key: dict(site.core._parameters) for key, site in nodes.items()}
+    bases = [(site.weight_name, site.weight) for site in nodes.values() if site.keeps_base]
     frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), knob=freeze_coeff)
     try:
         for site in nodes.values() if freeze_core else ():  # copies, since the model in place may train the cores on
@@ -199,7 +204,7 @@ def fold(
         raise
     for site in nodes.values():
         site.coeff_is_folded |= freeze_coeff
-    _settle(model)
+    _settle(model, bases)
     return model
 
 
@@ -217,6 +222,7 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(twin, fx.GraphModule):
+        require_bases(twin)
         drop_sites(twin, graph_sites(twin))
         twin.graph = copy_graph(original_graph(twin))
         return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
@@ -279,15 +285,22 @@ def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[s
     return names
 
 
-def _settle(graph: fx.GraphModule) -> None:
-    """Forget the sites that a graph no longer holds, and the remainders that no product reads."""
+def _settle(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+    """Forget the sites that a graph no longer holds, and the remainders that no product reads.
+
+    Args:
+        bases: weights that the graph had, by name, whose flags are put back with the last site.
+    """
     nodes = graph_sites(graph)
     standing = {place.mark.key for place in occurrences(graph.graph)}
+    original = record_of(graph).original
     for site in nodes.values():
         if site.form == "delta":
             site._buffers.pop("W_res", None)
+        if not site.keeps_base and original is not None:
+            original.parameters.pop(site.weight_name, None)
     if gone := set(nodes) - standing:
         drop_sites(graph, gone)
     if not operated_sites(graph):
-        restore_flags(graph, record_of(graph).requires_grad)
+        restore_flags(graph, record_of(graph).requires_grad, bases)
         del vars(graph)["_surgery"]

@@ -27,7 +27,7 @@ from torch import fx, nn
 from passes.errors import AdapterError
 from passes.sites import Site
 from surgery.adapter import SSpaceLinear
-from surgery.graphs import SSpaceNode, graph_state, restore_state
+from surgery.graphs import SSpaceNode, graph_state, require_bases, restore_state
 from surgery.hosts import Graft, attach, host_of, operated_sites
 from surgery.operate import (
     Model,
@@ -86,7 +86,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             "shape": [site.factors.U.shape[0], site.factors.Vh.shape[1]],
             "r": len(site.factors.S),
             "dtype": dtype_name(site.weight),
-            "fingerprint": fingerprint(site.weight),
+            "fingerprint": getattr(site, "base_fingerprint", None) or fingerprint(site.weight),
         }
         if site.variant != first:
             entries[key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
@@ -162,6 +162,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     """
     given: Model
     (given, model), path = patient_of(model), Path(path)
+    require_bases(model)
     grafts = read_adapter(model, path)
     _replace(model, grafts)
     return given

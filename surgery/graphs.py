@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from passes.base import PassResult
 from passes.capture import forward_call
-from passes.errors import CaptureError, InputError
+from passes.errors import CaptureError, InputError, SurgeryError
 from passes.insert import Place
 from passes.inspection import graph_products
 from passes.modules import attribute, copy_graph, private_module
@@ -54,7 +54,7 @@ class SSpaceNode(SSpaceLinear):
         layout: str,
         *,
         kind: str = "product",
-        in_place_host: str = "weight",
+        in_place_host: str | None = None,
     ) -> None:
         super().__init__()
         self.owner = (owner,)
@@ -65,6 +65,8 @@ class SSpaceNode(SSpaceLinear):
         self.weight_dtype = self.owner[0].get_parameter(self.weight_name).dtype
         self.base_error: float | None = None
         self.coeff_is_folded = False
+        self.keeps_base = True
+        self.base_fingerprint: str | None = None
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -160,6 +162,7 @@ class GraphState:
     parameters: dict[str, Any]
     sites: dict[str, Any]
     forms: dict[str, str]
+    buffers: dict[str, tuple[dict[str, Any], set[str]]]
 
 
 def graph_state(model: nn.Module) -> GraphState | None:
@@ -170,7 +173,8 @@ def graph_state(model: nn.Module) -> GraphState | None:
     holder = _container(model)
     inner = dict(holder._modules) if holder is not None else {}
     forms = {key: site.form for key, site in nodes.items()}
-    return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms)
+    buffers = {key: (dict(site._buffers), set(site._non_persistent_buffers_set)) for key, site in nodes.items()}
+    return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms, buffers)
 
 
 def restore_state(model: Any, state: GraphState) -> None:
@@ -185,8 +189,13 @@ def restore_state(model: Any, state: GraphState) -> None:
         holder._modules.update(state.sites)
     for key, site in graph_sites(model).items():
         site.form = state.forms[key]
-    if holder is None and "__deepcopy__" in vars(type(model)):
-        delattr(type(model), "__deepcopy__")
+        buffers, transient = state.buffers[key]
+        site._buffers.clear()
+        site._buffers.update(buffers)
+        site._non_persistent_buffers_set.clear()
+        site._non_persistent_buffers_set.update(transient)
+    if holder is None:
+        copy_as_ever(model)
     if model.graph is not state.graph:
         model.graph = state.graph
 
@@ -269,9 +278,11 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SS
         if site.kind == "weight":
             reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
             places += [Place(site.key, path, node.name, node.name) for node in reads]
+            site.in_place_host = site.in_place_host or "weight"
             continue
         for p in products[site.key]:
-            site.in_place_host = _in_place_host(model, site, p)
+            if site.in_place_host is None:
+                site.in_place_host = _in_place_host(model, site, p)
             added = p.added.name if p.added is not None and p.added.name in known else None
             places.append(Place(site.key, path, p.node.name, p.input.name, added, p.bias))
     return places
@@ -287,10 +298,12 @@ def _in_place_host(model: nn.Module, site: SSpaceNode, product: Product) -> str:
     if path is not None:
         return "module" if path == site.key else "weight"
     stack = product.node.meta.get("nn_module_stack") or {"": ("", "")}
-    path, kind = next(reversed(stack.values()))
-    name = kind if isinstance(kind, str) else kind.__qualname__
-    plain = name.rpartition(".")[2] in ("Linear", "Conv1D") and f"{path}.weight" == site.weight_name
-    return "module" if plain else "weight"
+    names = [k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for _, k in reversed(stack.values())]
+    path = next(reversed(stack.values()))[0]
+    plain = names[0].rpartition(".")[2] in ("Linear", "Conv1D") and f"{path}.weight" == site.weight_name
+    # PyTorch's own composite modules may read the weight without the call (TransformerEncoderLayer in eval mode)
+    composite = len(names) > 1 and names[1].startswith("torch.nn.") and ".container." not in names[1]
+    return "module" if plain and not composite else "weight"
 
 
 def rewrite(
@@ -321,7 +334,7 @@ def drop_sites(model: Any, keys: Iterable[str]) -> None:
     if not holder._modules:
         for name in [name for name, module in model._modules.items() if module is holder]:
             delattr(model, name)
-        delattr(type(model), "__deepcopy__")
+        copy_as_ever(model)
 
 
 def original_graph(model: fx.GraphModule) -> fx.Graph:
@@ -332,11 +345,25 @@ def original_graph(model: fx.GraphModule) -> fx.Graph:
 
 def has_base(site: SSpaceLinear) -> bool:
     """Whether the base weight of a site was kept."""
-    return not isinstance(site, SSpaceNode) or attribute(site.owner[0], site.weight_name) is not None
+    return not isinstance(site, SSpaceNode) or site.keeps_base
+
+
+def require_bases(model: nn.Module) -> None:
+    """Refuse what goes back to the graph before surgery, where it has lost its weights.
+
+    Raises:
+        SurgeryError: a base weight was not kept.
+    """
+    if missing := [key for key, site in graph_sites(model).items() if not has_base(site)]:
+        raise SurgeryError(
+            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so the graph before surgery is gone; "
+            "make the graph again from the model"
+        )
 
 
 def copy_whole(model: fx.GraphModule) -> None:
-    """Let ``copy.deepcopy`` of an operated graph module copy all of it, and not only what the graph reads.
+    """Let ``copy.deepcopy`` of an operated graph module copy all of it, and not only what the graph reads; refuse what
+    would leave it broken: a pickle, and a cast to a half dtype.
 
     PyTorch copies the tensors that the graph names into plain modules, which would lose the sites. Every graph module
     has a class of its own, so that this changes no other.
@@ -352,5 +379,25 @@ def copy_whole(model: fx.GraphModule) -> None:
         copy_whole(twin)
         return twin
 
+    def refuse(self: fx.GraphModule) -> Any:
+        raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
+
+    def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:
+        for key, site in graph_sites(self).items():
+            dtype = fn(site.factors.S).dtype
+            if dtype != site.factors.S.dtype and dtype in (torch.float16, torch.bfloat16):
+                raise SurgeryError(
+                    f"site {key!r}: the casts in an operated graph are fixed, so it cannot become {dtype}; cast the "
+                    "model before surgery, or the model that the graph was made from"
+                )
+        return super(cls, self)._apply(fn, recurse)
+
     cls: Any = type(model)
-    cls.__deepcopy__ = deepcopy
+    cls.__deepcopy__, cls.__reduce__, cls._apply = deepcopy, refuse, apply
+
+
+def copy_as_ever(model: fx.GraphModule) -> None:
+    """Undo :func:`copy_whole`."""
+    for name in ("__deepcopy__", "__reduce__", "_apply"):
+        if name in vars(type(model)):
+            delattr(type(model), name)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from passes.annotate import Annotate
 from passes.calls import CallRecord
-from passes.errors import TargetError
+from passes.errors import InputError, TargetError
 from passes.insert import Insert
 from passes.modules import private_module
 from passes.normalize import layout_of_forward
@@ -170,10 +170,13 @@ def replace_weight(site: SSpaceLinear, weight: torch.Tensor) -> None:
 
 def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
     """All adapters of a model by the keys of their sites, in the order of the modules."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
     found: dict[str, SSpaceLinear] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
     for path, module in model.named_modules():
-        if isinstance(module, SSpaceNode):
-            found[module.key] = module
+        if isinstance(module, SSpaceNode):  # of the model itself, or of a graph module inside
+            found[f"{paths[id(module.owner[0])]}.{module.key}".lstrip(".")] = module
         elif isinstance(module, SSpaceWeight):
             owner, _, local = path.rpartition("parametrizations.")
             owner, local = owner.rstrip("."), local.rpartition(".")[0]

@@ -15,7 +15,16 @@ from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
 from passes.verify import Validation
 from surgery.adapter import Core, Factors
-from surgery.graphs import GraphState, SSpaceNode, as_patient, graph_state, has_base, original_graph, restore_state
+from surgery.graphs import (
+    GraphState,
+    SSpaceNode,
+    as_patient,
+    graph_state,
+    has_base,
+    original_graph,
+    require_bases,
+    restore_state,
+)
 from surgery.hosts import Graft, attach_all, check_not_operated, choose_host, detach, operated_sites
 from surgery.progress import track
 from surgery.svd import factorise
@@ -113,6 +122,7 @@ def apply_surgery(
     config = resolve_variant(variant, r)
     _check_options(config, calibration, form, lowering, keep_base, seed)
     _check_loaded(model)
+    require_bases(model)
     inspection = known_inspection(model) or inspect_model(model, example_inputs)
     chosen = select_sites(
         model,
@@ -213,9 +223,15 @@ def detach_all(model: nn.Module) -> None:
         restore_state(model, record.original)
 
 
-def restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Set ``requires_grad`` by parameter name."""
-    for name, parameter in model.named_parameters():
+def restore_flags(
+    model: nn.Module, flags: Mapping[str, bool], replaced: Iterable[tuple[str, torch.Tensor]] = ()
+) -> None:
+    """Set ``requires_grad`` by parameter name.
+
+    Args:
+        replaced: parameters that the model no longer has, and that another model may share, by name.
+    """
+    for name, parameter in (*model.named_parameters(), *replaced):
         if name in flags:
             parameter.requires_grad_(flags[name])
 

@@ -18,6 +18,7 @@ from surgery.graphs import SSpaceNode, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
+from surgery.reading import parameter_names
 
 Coefficient = float | torch.Tensor
 
@@ -114,6 +115,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; use merge(model, untie=True) to give the site a weight of its own"
             )
+    bases = [(parameter_names(model, site)[0], site.weight) for site in found.values()]
     items = track(list(found.items()), "merging", enabled=progress)
     merged = {key: merged_weight(site, key) for key, site in items}
     if nodes:
@@ -125,7 +127,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
     for key, site in found.items():
         if key not in nodes:
             replace_weight(site, merged[key])
-    restore_flags(model, record.requires_grad)
+    restore_flags(model, record.requires_grad, bases)
     del vars(model)["_surgery"]
     return given
 
