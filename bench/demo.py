@@ -33,7 +33,7 @@ from surgery import (
     to_graph,
     undo_surgery,
 )  # fmt: skip
-from surgery.compiler import capture_base
+from surgery.base_graph import capture_base
 from surgery.progress import track
 from surgery.verbs import trainable_parameters
 

@@ -89,8 +89,12 @@ class Fold:
         return Merge(weights, untie=self.untie)
 
     def _constants(self, graph_module: fx.GraphModule) -> bool:
-        folded = scale_neighbours(graph_module, self.frozen)
-        return bool(fold_constants(graph_module, self.frozen) + folded)
+        frozen: Collection[str] = self.frozen
+        if self.keys is not None:
+            paths = tuple({f"{place.mark.path}." for place in occurrences(graph_module.graph, self.keys)})
+            frozen = {name for name in self.frozen if name.startswith(paths)}
+        folded = scale_neighbours(graph_module, frozen)
+        return bool(fold_constants(graph_module, frozen) + folded)
 
 
 def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> int:

@@ -43,7 +43,7 @@ class Merge:
                     f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
                     f"{adapter.weight.dtype}, found {tuple(weight.shape)} and {weight.dtype}"
                 )
-            others = _others(found[key], readers[id(adapter.weight)])
+            others = _others(found[key], readers[identity(graph_module, adapter)])
             if others and not self.untie:
                 return (
                     f"site {key!r} shares its weight with node {', '.join(repr(node.name) for node in others)}, which "
@@ -67,13 +67,13 @@ class Merge:
         for key, places in found.items():
             adapter: Any = graph_module.get_submodule(places[0].mark.path)
             weight, name = adapter.weight, adapter.weight_name
-            tied = bool(_others(places, readers[id(weight)]))
+            tied = bool(_others(places, readers[identity(graph_module, adapter)]))
             nodes = [take_out(place, names) for place in places]
             # a module that is called gets a copy of its own, in which the weight has its old name
             if tied and nodes[0].op != "call_module":
                 name = _free_name(graph_module, key)
                 for node in nodes:
-                    _read_instead(graph_module, node, weight, name)
+                    _read_instead(graph_module, node, adapter.weight_name, name)
             set_parameter(graph_module, name, self.weights[key], requires_grad=weight.requires_grad, shared=shared)
         return bool(self.weights)
 
@@ -105,9 +105,9 @@ def take_out(place: Occurrence, names: dict[str, fx.Node]) -> fx.Node:
     return node
 
 
-def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int, list[fx.Node]]:
+def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int | str, list[fx.Node]]:
     """What reads each parameter, by its identity: operations behind its transposes and casts, and module calls."""
-    readers: dict[int, list[fx.Node]] = defaultdict(list)
+    readers: dict[int | str, list[fx.Node]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             for parameter in graph_module.get_submodule(node.target).parameters():
@@ -127,14 +127,23 @@ def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int, list[fx.Nod
                 pending.extend(user.users)
             elif user not in readers[id(parameter)]:
                 readers[id(parameter)].append(user)
+    for place in occurrences(graph_module.graph):
+        if place.mark.form == "residual":  # reads its weight again when it is taken out
+            readers[identity(graph_module, graph_module.get_submodule(place.mark.path))].append(place.base)
     return readers
+
+
+def identity(graph_module: fx.GraphModule, adapter: Any) -> int | str:
+    """What tells the weight of an adapter from others: the tensor, or its name where it was not kept."""
+    kept = attribute(graph_module, adapter.weight_name)
+    return adapter.weight_name if kept is None else id(kept)
 
 
 def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """What reads the weight of a site beside the site itself, by the site's key."""
     readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
     adapters: dict[str, Any] = {key: graph_module.get_submodule(p[0].mark.path) for key, p in found.items()}
-    return {key: _others(places, readers[id(adapters[key].weight)]) for key, places in found.items()}
+    return {key: _others(places, readers[identity(graph_module, adapters[key])]) for key, places in found.items()}
 
 
 def _others(places: list[Occurrence], readers: list[fx.Node]) -> list[fx.Node]:
@@ -158,12 +167,13 @@ def _free_name(graph_module: fx.GraphModule, key: str) -> str:
     return name
 
 
-def _read_instead(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor, name: str) -> None:
+def _read_instead(graph_module: fx.GraphModule, node: fx.Node, old: str, name: str) -> None:
     """Let a product read its weight by another name, through copies of the transposes and casts in between."""
-    graph = node.graph
+    graph, weight = node.graph, attribute(graph_module, old)
 
     def renewed(source: fx.Node) -> fx.Node:
-        if source.op == "get_attr" and attribute(graph_module, str(source.target)) is weight:
+        same = source.target == old or (weight is not None and attribute(graph_module, str(source.target)) is weight)
+        if source.op == "get_attr" and same:
             new = graph.create_node("get_attr", name, (), {}, f"{source.name}_merged")
             new.meta = dict(source.meta)
             return new

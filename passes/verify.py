@@ -137,6 +137,8 @@ class _Runner(fx.Interpreter):
         if at is not None:
             self.found[at] = value.detach().clone() if isinstance(value, torch.Tensor) else value
             value = self.forced.get(at, value)
+            if isinstance(value, torch.Tensor) and at in self.forced:
+                value = value.clone()  # the model may write to it
         return value
 
 

@@ -8,8 +8,6 @@ merge    dense weights                                 plain products again
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,33 +17,27 @@ from torch import fx, nn
 
 from passes.annotate import Annotate
 from passes.base import Pass, PassResult, run_pass
-from passes.capture import default_inputs, export_program, forward_call, with_two_rows
-from passes.errors import CaptureError, InputError, SurgeryError
+from passes.capture import forward_call
+from passes.errors import InputError
 from passes.fold import Fold
-from passes.forward import Call
 from passes.insert import Insert
-from passes.inspection import graph_products
 from passes.marks import occurrences
 from passes.merge import Merge
-from passes.modules import attribute, copy_graph
+from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
 from passes.trace import adapter_tensors
 from passes.verify import Validation
-from surgery.adapter import Core, Factors
+from surgery.base_graph import capture_base, check_capture, sites_for
 from surgery.graphs import (
-    SSpaceNode,
     drop_sites,
     graph_sites,
     graph_state,
-    original_graph,
-    private_parameters,
     register_sites,
-    require_bases,
     rewrite,
 )  # fmt: skip
-from surgery.hosts import detach, host_of, operated_sites
+from surgery.hosts import operated_sites
 from surgery.operate import Record, record_of, restore_flags, unwrap
-from surgery.reading import fingerprint, parameter_names
+from surgery.reading import fingerprint
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def pipeline(
     vars(graph)["_surgery"] = Record(
         dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
     )
-    sites = _sites(graph, model, only)
+    sites = sites_for(graph, model, only)
     for site in sites if form == "residual" else ():
         if site.kind == "product":
             site.split()
@@ -146,6 +138,8 @@ def pipeline(
         Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
     ]
     validation = Validation(call) if verify else None
+    if validation is not None and only is None:
+        check_capture(model, graph, stages[0], _tensors(graph, "", knob=True), validation)
     results = run_pipeline(graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug)
     results.append(run_pass(Annotate(), graph))
     _settle(graph)
@@ -206,71 +200,6 @@ def fold(
         site.coeff_is_folded |= freeze_coeff
     _settle(model, bases)
     return model
-
-
-def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
-    """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
-
-    Returns:
-        The graph module, whose parameters share the model's memory, and the call that it was captured with.
-
-    Raises:
-        InputError: there are no example inputs.
-        CaptureError: the model cannot be captured.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    example_inputs = default_inputs(model) if example_inputs is None else example_inputs
-    if isinstance(twin, fx.GraphModule):
-        require_bases(twin)
-        drop_sites(twin, graph_sites(twin))
-        twin.graph = copy_graph(original_graph(twin))
-        return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
-    if example_inputs is None:
-        raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
-    for site in operated_sites(twin).values():
-        detach(site)
-    call = with_two_rows(twin, forward_call(example_inputs))
-    try:
-        module = export_program(twin, call, dynamic=True).module()
-    except SurgeryError:
-        raise
-    except Exception as error:  # a model may resist in any way
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason}") from error
-    assert isinstance(module, fx.GraphModule)
-    return private_parameters(module), call
-
-
-def _sites(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
-    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
-    products, _ = graph_products(graph, graph.graph)
-    reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    found, missing = [], []
-    for key, site in operated_sites(model).items():
-        if only is not None and key not in only:
-            continue
-        weight, bias = parameter_names(model, site)
-        if key in products and attribute(graph, weight) is None:  # of tied names, a capture may keep another
-            weight = products[key][0].weight
-        if key not in products and weight not in reads:
-            missing.append(key)
-            continue
-        core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
-        core._parameters.update(site.core._parameters)
-        core.coeff = site.core.coeff.clone()
-        factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
-        node = SSpaceNode(
-            graph, key, (weight, bias), site.variant, factors, core, site.layout,
-            kind="product" if key in products else "weight", in_place_host=host_of(site),
-        )  # fmt: skip
-        found.append(node.train(graph.training))
-    if missing:
-        warnings.warn(
-            f"{len(missing)} sites do not run on the example inputs and are not in the graph: {', '.join(missing[:5])}",
-            stacklevel=4,
-        )
-    return found
 
 
 def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[str]:

@@ -356,8 +356,8 @@ def require_bases(model: nn.Module) -> None:
     """
     if missing := [key for key, site in graph_sites(model).items() if not has_base(site)]:
         raise SurgeryError(
-            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so the graph before surgery is gone; "
-            "make the graph again from the model"
+            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so the graph before surgery is "
+            "gone; make the graph again from the model"
         )
 
 

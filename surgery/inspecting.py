@@ -18,7 +18,7 @@ from passes.inspection import Inspection, graph_products
 from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
 from surgery.adapter import Core, Factors
-from surgery.compiler import capture_base
+from surgery.base_graph import capture_base
 from surgery.graphs import SSpaceNode, register_sites
 from surgery.operate import inspect_sites
 from surgery.targets import select_sites, site_ranks, why_not_chosen

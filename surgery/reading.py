@@ -211,7 +211,7 @@ def _tensor(where: str, tensors: Any, name: str, shape: tuple[int, ...], dtype: 
     found = tuple(tensors.get_slice(name).get_shape())
     if found != shape:
         raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
-    tensor: torch.Tensor = tensors.get_tensor(name)
+    tensor: torch.Tensor = tensors.get_tensor(name).clone()
     if tensor.dtype != dtype:
         raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtype}")
     if not torch.isfinite(tensor).all():

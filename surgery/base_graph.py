@@ -1,0 +1,148 @@
+"""The base of an operated model as a graph, and its sites made anew for that graph."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from passes.capture import default_inputs, export_program, forward_call, with_two_rows
+from passes.errors import CaptureError, InputError, PassError, SurgeryError
+from passes.forward import Call, copied, inference_mode_of, state_kept
+from passes.inspection import graph_products
+from passes.modules import attribute, copy_graph
+from passes.tolerance import disagreement
+from passes.verify import Validation
+from surgery.adapter import Core, Factors
+from surgery.graphs import (
+    SSpaceNode,
+    drop_sites,
+    graph_sites,
+    original_graph,
+    private_parameters,
+    require_bases,
+)  # fmt: skip
+from surgery.hosts import detach, host_of, operated_sites
+from surgery.reading import parameter_names
+
+
+def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
+    """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
+
+    Returns:
+        The graph module, whose parameters share the model's memory, and the call that it was captured with.
+
+    Raises:
+        InputError: there are no example inputs.
+        CaptureError: the model cannot be captured.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    example_inputs = default_inputs(model) if example_inputs is None else example_inputs
+    if isinstance(twin, fx.GraphModule):
+        require_bases(twin)
+        drop_sites(twin, graph_sites(twin))
+        twin.graph = copy_graph(original_graph(twin))
+        return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
+    if example_inputs is None:
+        raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
+    for site in operated_sites(twin).values():
+        detach(site)
+    call = with_two_rows(twin, forward_call(example_inputs))
+    try:
+        module = export_program(twin, call, dynamic=True).module()
+    except SurgeryError:
+        raise
+    except Exception as error:  # a model may resist in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason}") from error
+    assert isinstance(module, fx.GraphModule)
+    _share_modules(module, model)
+    return private_parameters(module), call
+
+
+def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Let a module with several paths be one module in the graph too, where ``torch.export`` makes one of each path."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = first.setdefault(id(module), path)
+        if kept == path or attribute(graph, path) is None:
+            continue
+        twin = graph.get_submodule(path)
+        if attribute(graph, kept) is None:
+            first[id(module)] = path
+            continue
+        one = graph.get_submodule(kept)
+        if one is not twin:
+            for name, parameter in twin._parameters.items():
+                one._parameters.setdefault(name, parameter)
+            for name, buffer in twin._buffers.items():
+                one._buffers.setdefault(name, buffer)
+            parent, _, local = path.rpartition(".")
+            graph.get_submodule(parent)._modules[local] = one
+
+
+def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
+    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
+    products, _ = graph_products(graph, graph.graph)
+    reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    found, missing = [], []
+    for key, site in operated_sites(model).items():
+        if only is not None and key not in only:
+            continue
+        weight, bias = parameter_names(model, site)
+        if key in products:  # of tied names, a capture may keep another, and so may a product read another
+            weight = products[key][0].weight
+        if key not in products and weight not in reads:
+            missing.append(key)
+            continue
+        core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
+        core._parameters.update(site.core._parameters)
+        core.coeff = site.core.coeff.clone()
+        factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
+        node = SSpaceNode(
+            graph, key, (weight, bias), site.variant, factors, core, site.layout,
+            kind="product" if key in products else "weight", in_place_host=host_of(site),
+        )  # fmt: skip
+        found.append(node.train(graph.training))
+    if missing:
+        warnings.warn(
+            f"{len(missing)} sites do not run on the example inputs and are not in the graph: {', '.join(missing[:5])}",
+            stacklevel=4,
+        )
+    return found
+
+
+def check_capture(
+    model: nn.Module, graph: fx.GraphModule, insert: Any, tensors: Collection[str], validation: Validation
+) -> None:
+    """Compare what the model gives with the captured base whose products are changed by the model's own adapters.
+
+    Args:
+        insert: the pass that is to put the adapters in.
+        tensors: names of all tensors of the adapters, which keep their values.
+
+    Raises:
+        PassError: they differ, so that the capture, or the choice of products, is wrong.
+    """
+    places, references = insert.places(graph), insert.references(graph)
+    found = validation.observe(graph, places, references=references, frozen=tensors)
+    for (args, kwargs), values in zip(validation.calls, found, strict=True):
+        with inference_mode_of(model), state_kept(model), torch.no_grad():
+            torch.manual_seed(validation.seed)
+            expected = model(*copied((args, kwargs))[0], **copied((args, kwargs))[1])
+        output = values[""]
+        if isinstance(output, Mapping) and isinstance(expected, Mapping):  # a model may give a cache, a graph does not
+            pairs = [(output[name], expected[name]) for name in output if name in expected]
+        else:
+            pairs = [(output, expected)]
+        for one, other in pairs:
+            for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+                problem = disagreement(a, b) if isinstance(b, torch.Tensor) else None
+                if problem:
+                    raise PassError(f"the captured graph does not compute what the model does: {problem}")
