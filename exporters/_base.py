@@ -17,6 +17,7 @@ from torch import nn
 
 from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
+from passes.forward import set_mode
 from surgery.verbs import sites
 
 
@@ -102,7 +103,8 @@ def need(package: str, extra: str) -> ModuleType:
 def working_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
     tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    set_mode(twin, training=False)
     for site in sites(twin).values():
         site.core.coeff = site.core.coeff.clone()
     return twin

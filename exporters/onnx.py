@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_map_only
 
 from exporters._base import Exported, inputs_for, need, working_copy
@@ -149,6 +149,7 @@ def _named_forward(model: nn.Module, inputs: dict[str, Any], fixed: dict[str, An
 
 def _convert(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> Any:
     """Capture and convert to an ``onnx_ir.Model`` whose batch, sequence and other free sizes are dynamic."""
+    model = _Called(model) if isinstance(model, fx.GraphModule) else model
     fixed = {name: value for name, value in inputs.items() if value is None or isinstance(value, bool)}
     traced = {name: value for name, value in inputs.items() if name not in fixed}
     shapes = {name: _all_dynamic(value) if name != KNOB else None for name, value in traced.items()}
@@ -177,6 +178,17 @@ def _convert(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> Any
             f"{type(model).__name__} cannot be exported to ONNX: {type(error).__name__}: {reason}"
         ) from error
     return getattr(program, "model", program)
+
+
+class _Called(nn.Module):
+    """Calls a graph module, since ``torch.export`` interprets one that it is given and passes its ``forward`` by."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.inner = graph
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.inner(**kwargs)
 
 
 def _all_dynamic(value: Any) -> Any:

@@ -105,7 +105,7 @@ def apply_surgery(
         rank_pattern: ranks of single sites by pattern.
         example_inputs: dict, tuple or tensor to capture with; ``transformers`` models have defaults.
         calibration: for variants that need data; none of the present ones does.
-        form: "delta" (``W`` as it is, plus the change).
+        form: "delta" (``W`` as it is, plus the change), or for graphs "residual" (``W_res`` in place of ``W``).
         lowering: "auto" or "lowrank" (two thin products beside the dense one).
         keep_base: keep what undo needs.
         seed: of the core's initial values.
@@ -120,7 +120,7 @@ def apply_surgery(
     given: Model
     given, model = patient_of(model, example_inputs)
     config = resolve_variant(variant, r)
-    _check_options(config, calibration, form, lowering, keep_base, seed)
+    _check_options(config, calibration, form, lowering, keep_base, seed, isinstance(model, fx.GraphModule))
     _check_loaded(model)
     require_bases(model)
     inspection = known_inspection(model) or inspect_model(model, example_inputs)
@@ -142,7 +142,7 @@ def apply_surgery(
         host = "graph" if site.key in products else choose_host(model, site, inspection.calls)
         graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], host, seed)
         grafts.append(graft)
-    operate(model, grafts, inspection, notes, lambda: _show_report(model) if progress else None)
+    operate(model, grafts, inspection, notes, lambda: _show_report(model) if progress else None, form=form)
     return given
 
 
@@ -278,13 +278,17 @@ def check_weight(model: nn.Module, site: Site) -> None:
         raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
 
 
-def _check_options(config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int) -> None:
+def _check_options(
+    config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
+) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, found {seed!r}")
     if calibration is not None:
         raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
-    if form != "delta":
-        raise InputError(f"form must be 'delta' (residual form is not supported yet), found {form!r}")
+    if form not in ("delta", "residual"):
+        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+    if form == "residual" and not is_graph:
+        raise InputError("residual form is not supported in place yet: use to_graph(model, inputs, form='residual')")
     if lowering not in ("auto", "lowrank"):
         raise InputError(f"lowering must be 'auto' or 'lowrank', found {lowering!r}")
     if not keep_base:

@@ -224,3 +224,16 @@ def test_only_chosen_sites_fold():
     forms = {place.mark.key: place.mark.form for place in occurrences(graph.graph)}
     assert forms.pop(key) == "delta"
     assert set(forms.values()) == {"residual"}
+
+
+def test_a_graph_patient_takes_the_residual_form():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).requires_grad_(False), torch.randn(3, 6)
+    base = model(x)
+    graph = apply_surgery(fx.symbolic_trace(model), "antipasto", r=3, form="residual", progress=False)
+    assert {site.form for site in sites(graph).values()} == {"residual"}
+    assert_close(graph(x), base)
+    assert torch.equal(undo_surgery(graph)(x), base)
+    with pytest.raises(surgery.InputError, match="in place yet"):
+        apply_surgery(model, "antipasto", form="residual", progress=False)
+    with pytest.raises(surgery.InputError, match="form must be"):
+        apply_surgery(fx.symbolic_trace(model), "antipasto", form="other", progress=False)

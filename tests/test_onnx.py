@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from exporters import ExportError, export, formats
-from surgery import InputError, apply_surgery, set_coeff, sites, steer
+from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
 from tests.tolerance import assert_close
 from tests.zoo import Patient, patient
 
@@ -45,6 +45,19 @@ def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray)
     names = {value.name for value in running.get_inputs()}
     feed = {name: value.numpy() for name, value in inputs.items() if name in names}
     return torch.from_numpy(running.run(None, {**feed, **knob})[0])
+
+
+@pytest.mark.parametrize("name", ["mlp", "qwen3"])
+def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> None:
+    p = operated(name)
+    graph = to_graph(p.model, p.inputs)
+    for mode in ("merged", "live"):
+        report = export(graph, "onnx", tmp_path / f"{mode}.onnx", mode=mode, example_inputs=p.inputs)
+        assert 0 <= report.max_error < 1e-5
+        assert_close(first_output(report.path, p), p.run())
+    with steer(p.model, -0.5):
+        assert_close(first_output(tmp_path / "live.onnx", p, coeff=np.float32(-0.5)), p.run())
+    assert sites(graph).keys() == sites(p.model).keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
