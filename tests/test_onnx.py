@@ -56,7 +56,7 @@ def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> 
         assert 0 <= report.max_error < 1e-5
         assert_close(first_output(report.path, p), p.run())
     with steer(p.model, -0.5):
-        assert_close(first_output(tmp_path / "live.onnx", p, coeff=np.float32(-0.5)), p.run())
+        assert_close(first_output(tmp_path / "live.onnx", p, coeff=np.array(-0.5, np.float32)), p.run())
     assert sites(graph).keys() == sites(p.model).keys()
 
 
