@@ -44,7 +44,7 @@ def disagreement(
         return f"shape {tuple(found.shape)}, expected {tuple(reference.shape)}"
     table = ROUNDED if rounded else RELATIVE
     dtype = dtype or found.dtype
-    if dtype not in table:
+    if found.dtype not in table:
         return None if torch.equal(found, reference) else "values differ"
     special = ~reference.isfinite()
     if special.any():  # infinities and NaNs agree where they are the same

@@ -16,7 +16,7 @@ from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.inspection import graph_products
 from passes.modules import attribute, copy_graph
-from passes.tolerance import disagreement
+from passes.tolerance import RELATIVE, disagreement
 from passes.verify import Validation
 from surgery.adapter import Core, Factors
 from surgery.graphs import (
@@ -130,6 +130,9 @@ def check_capture(
     Raises:
         PassError: they differ, so that the capture, or the choice of products, is wrong.
     """
+    tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls)]
+    dtypes = {t.dtype for t in tensors_of_all if isinstance(t, torch.Tensor) and t.dtype in RELATIVE}
+    coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)  # an output may have been computed in another dtype
     places, references = insert.places(graph), insert.references(graph)
     found = validation.observe(graph, places, references=references, frozen=tensors)
     for (args, kwargs), values in zip(validation.calls, found, strict=True):
@@ -143,6 +146,6 @@ def check_capture(
             pairs = [(output, expected)]
         for one, other in pairs:
             for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
-                problem = disagreement(a, b) if isinstance(b, torch.Tensor) else None
+                problem = disagreement(a, b, coarsest) if isinstance(b, torch.Tensor) else None
                 if problem:
                     raise PassError(f"the captured graph does not compute what the model does: {problem}")

@@ -310,7 +310,9 @@ def _make_graft(
         weight = model.get_parameter(site.weight).detach()
         found = factorise(weight if site.layout == "out_in" else weight.T, r)
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-        factors = Factors(*(tensor.to(dtype) for tensor in (found.U, found.S, found.Vh)))
+        # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
+        kept = (torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t) for t in (found.U, found.S, found.Vh))
+        factors = Factors(*kept)
         generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(site.key.encode())) % 2**64)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         core = Core(config.init_core(r, generator), core_dtype, weight.device)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.passes import markdown, summary
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -41,16 +43,19 @@ def test_the_readmes_commands_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_the_readmes_table_is_the_recorded_run() -> None:
-    table = re.search(r"<!-- demo table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+@pytest.mark.parametrize("name", ["demo", "passes"])
+def test_the_readmes_tables_are_recorded_runs(name: str) -> None:
+    table = re.search(rf"<!-- {name} table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert table is not None
     assert (ROOT / table.group(1)).read_text().strip() == table.group(2).strip()
-    data = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
-    assert all(passed is not False for _, _, passed in data["rows"])
-    for what, value, _ in data["rows"]:
-        assert f"| {what} | {value} |" in table.group(2)
-    for name in ("command", "commit", "versions", "hardware", "threads", "settings"):
-        assert data[name]
+    data = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    for entry in ("command", "commit", "versions", "hardware", "threads"):
+        assert data[entry]
+    if name == "demo":
+        assert all(passed is not False for _, _, passed in data["rows"])
+        assert all(f"| {what} | {value} |" in table.group(2) for what, value, _ in data["rows"])
+    else:
+        assert markdown(summary(data), data["trace_milliseconds"]).strip() == table.group(2).strip()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,8 @@ def test_a_short_demo_verifies_everything_but_learning(demo: tuple[Path, subproc
     failed = [what for what, _, passed in data["rows"] if passed is False and not what.startswith("held-out loss")]
     assert failed == []
     names = [what for what, _, passed in data["rows"] if passed]
-    for name in ("identity at insertion", "coeff = 0 after training", "undo", "merge error", "ONNX Runtime, live"):
+    graphs = ("graph: to_graph, residual form", "graph: fold", "graph: merge")
+    for name in ("identity at insertion", "coeff = 0 after training", "undo", "merge error", *graphs, "ONNX Runtime, live"):
         assert name in names
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (done.returncode == 0) == all(passed is not False for _, _, passed in data["rows"])
