@@ -19,15 +19,10 @@ from passes.modules import attribute, copy_graph
 from passes.tolerance import RELATIVE, disagreement
 from passes.verify import Validation
 from surgery.adapter import Core, Factors
-from surgery.graphs import (
-    SSpaceNode,
-    drop_sites,
-    graph_sites,
-    original_graph,
-    private_parameters,
-    require_bases,
-)  # fmt: skip
+from surgery.graphs import drop_sites, graph_sites, original_graph, require_bases
 from surgery.hosts import detach, host_of, operated_sites
+from surgery.node import SSpaceNode
+from surgery.patients import private_parameters
 from surgery.reading import parameter_names
 
 

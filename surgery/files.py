@@ -27,19 +27,11 @@ from torch import fx, nn
 from passes.errors import AdapterError
 from passes.sites import Site
 from surgery.adapter import SSpaceLinear
-from surgery.graphs import SSpaceNode, graph_state, require_bases, restore_state
+from surgery.checks import check_weight
+from surgery.graphs import graph_state, require_bases, restore_state
 from surgery.hosts import Graft, attach, host_of, operated_sites
-from surgery.operate import (
-    Model,
-    check_weight,
-    detach_all,
-    known_inspection,
-    operate,
-    patient_of,
-    record_of,
-    restore_flags,
-    unwrap,
-)  # fmt: skip
+from surgery.node import SSpaceNode
+from surgery.operate import Model, detach_all, known_inspection, operate, patient_of, record_of, restore_flags, unwrap
 from surgery.reading import (
     CONFIG,
     FACTORS,

@@ -21,7 +21,8 @@ from passes.normalize import layout_of_forward
 from passes.sites import Site
 from passes.verify import Validation
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
-from surgery.graphs import GraphState, SSpaceNode, register_sites, rewrite
+from surgery.graphs import GraphState, register_sites, rewrite
+from surgery.node import SSpaceNode
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")

@@ -19,7 +19,8 @@ from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
 from surgery.adapter import Core, Factors
 from surgery.base_graph import capture_base
-from surgery.graphs import SSpaceNode, register_sites
+from surgery.graphs import register_sites
+from surgery.node import SSpaceNode
 from surgery.operate import inspect_sites
 from surgery.targets import select_sites, site_ranks, why_not_chosen
 from surgery.variants import Variant, resolve_variant

@@ -10,29 +10,28 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from passes.errors import InputError, SurgeryError, VariantError, WeightError
+from passes.errors import SurgeryError
 from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
 from passes.verify import Validation
 from surgery.adapter import Core, Factors
+from surgery.checks import check_loaded, check_options, check_weight
 from surgery.graphs import (
     GraphState,
-    SSpaceNode,
-    as_patient,
     graph_state,
-    has_base,
     original_graph,
     require_bases,
     restore_state,
 )
 from surgery.hosts import Graft, attach_all, check_not_operated, choose_host, detach, operated_sites
+from surgery.node import SSpaceNode, has_base
+from surgery.patients import as_patient
 from surgery.progress import track
 from surgery.svd import factorise
 from surgery.targets import Patterns, select_sites, site_ranks
 from surgery.variants import Variant, resolve_variant
 
 Model = TypeVar("Model", bound=nn.Module)
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -120,8 +119,8 @@ def apply_surgery(
     given: Model
     given, model = patient_of(model, example_inputs)
     config = resolve_variant(variant, r)
-    _check_options(config, calibration, form, lowering, keep_base, seed, isinstance(model, fx.GraphModule))
-    _check_loaded(model)
+    check_options(config, calibration, form, lowering, keep_base, seed, isinstance(model, fx.GraphModule))
+    check_loaded(model)
     require_bases(model)
     inspection = known_inspection(model) or inspect_model(model, example_inputs)
     chosen = select_sites(
@@ -254,53 +253,6 @@ def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """
     _, model = patient_of(model, example_inputs)
     return known_inspection(model) or inspect_model(model, example_inputs)
-
-
-def check_weight(model: nn.Module, site: Site) -> None:
-    """Refuse a weight that cannot be factorised.
-
-    Raises:
-        WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
-    """
-    weight = model.get_parameter(site.weight)
-    if weight.numel() == 0:
-        raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
-    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
-    if weight.is_meta:
-        raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
-        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
-        raise WeightError(
-            f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}"
-        )
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
-
-
-def _check_options(
-    config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
-) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed must be an integer, found {seed!r}")
-    if calibration is not None:
-        raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
-    if form not in ("delta", "residual"):
-        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
-    if form == "residual" and not is_graph:
-        raise InputError("residual form is not supported in place yet: use to_graph(model, inputs, form='residual')")
-    if lowering not in ("auto", "lowrank"):
-        raise InputError(f"lowering must be 'auto' or 'lowrank', found {lowering!r}")
-    if not keep_base:
-        raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
-
-
-def _check_loaded(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise WeightError(f"parameter {name!r} is not initialised yet; run the model once before surgery")
-        if parameter.is_meta:
-            raise WeightError(f"parameter {name!r} is on the meta device; load the weights before surgery")
 
 
 def _make_graft(

@@ -17,8 +17,9 @@ from passes.errors import AdapterError, SurgeryError
 from passes.inspection import graph_products
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear
-from surgery.graphs import SSpaceNode, original_graph
+from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
+from surgery.node import SSpaceNode
 from surgery.variants import Variant, resolve_variant, variant_from_dict
 
 FORMAT, VERSION = "sspace-adapter", 1

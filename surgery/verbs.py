@@ -14,8 +14,9 @@ from passes.errors import InputError, SurgeryError, VariantError, WeightError
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear, merged_weight
-from surgery.graphs import SSpaceNode, drop_sites, rewrite
+from surgery.graphs import drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
+from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
 from surgery.reading import parameter_names

@@ -15,7 +15,8 @@ from torch import fx, nn
 import surgery
 from passes.capture import export_program, forward_call
 from surgery import apply_surgery, load_adapter, merge, report, save_adapter, set_coeff, sites, steer, undo_surgery
-from surgery.graphs import SSpaceNode, as_patient
+from surgery.node import SSpaceNode
+from surgery.patients import as_patient
 from tests.test_operate import State, randomise, state_of
 from tests.tolerance import RELATIVE, assert_close, relative_error
 from tests.zoo import Patient, patient

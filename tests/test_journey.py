@@ -75,7 +75,14 @@ def test_a_short_demo_verifies_everything_but_learning(demo: tuple[Path, subproc
     assert failed == []
     names = [what for what, _, passed in data["rows"] if passed]
     graphs = ("graph: to_graph, residual form", "graph: fold", "graph: merge")
-    for name in ("identity at insertion", "coeff = 0 after training", "undo", "merge error", *graphs, "ONNX Runtime, live"):
+    for name in (
+        "identity at insertion",
+        "coeff = 0 after training",
+        "undo",
+        "merge error",
+        *graphs,
+        "ONNX Runtime, live",
+    ):
         assert name in names
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (done.returncode == 0) == all(passed is not False for _, _, passed in data["rows"])

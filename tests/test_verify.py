@@ -23,7 +23,7 @@ from passes.merge import Merge
 from passes.pipeline import Culprit, bisect, run_pipeline
 from passes.verify import Validation
 from surgery import apply_surgery, fold, merge, set_coeff, sites, to_graph
-from surgery.graphs import SSpaceNode
+from surgery.node import SSpaceNode
 from tests.test_graph_programs import listing, tensors
 from tests.tolerance import assert_close
 

@@ -1,0 +1,61 @@
+"""What is refused before a model is touched: wrong options, weights that are not there or cannot be factorised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.errors import InputError, VariantError, WeightError
+from passes.sites import Site
+from surgery.variants import Variant
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_weight(model: nn.Module, site: Site) -> None:
+    """Refuse a weight that cannot be factorised.
+
+    Raises:
+        WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
+    """
+    weight = model.get_parameter(site.weight)
+    if weight.numel() == 0:
+        raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
+    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
+    if weight.is_meta:
+        raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
+        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
+        raise WeightError(
+            f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}"
+        )
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
+
+
+def check_options(
+    config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
+) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"seed must be an integer, found {seed!r}")
+    if calibration is not None:
+        raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
+    if form not in ("delta", "residual"):
+        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+    if form == "residual" and not is_graph:
+        raise InputError("residual form is not supported in place yet: use to_graph(model, inputs, form='residual')")
+    if lowering not in ("auto", "lowrank"):
+        raise InputError(f"lowering must be 'auto' or 'lowrank', found {lowering!r}")
+    if not keep_base:
+        raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
+
+
+def check_loaded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise WeightError(f"parameter {name!r} is not initialised yet; run the model once before surgery")
+        if parameter.is_meta:
+            raise WeightError(f"parameter {name!r} is on the meta device; load the weights before surgery")
