@@ -135,7 +135,7 @@ class Program(nn.Module):
             elif step.kind in PRODUCTS and step.name in changes:
                 values.append(wide.step(step, sources) + F.linear(sources[0], changes[step.name]))
             elif step.kind == "cast":
-                values.append(sources[0])
+                values.append(sources[0].clone())  # a cast to another dtype is a copy, which later writes pass by
             else:
                 values.append(wide.step(step, sources))
         return tuple(values[i] for i in self.outputs)
