@@ -104,10 +104,11 @@ def _rows(model: nn.Module, inputs: dict[str, Any]) -> int:
     found = sites(model).values()
     fits = [host_of(site) == "module" for site in found]
 
-    def look(site: nn.Module, args: Any) -> None:
-        fits.append(args[0].dim() > 1 and args[0].shape[0] == rows)
+    def look(site: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        fits.append(x.dim() > 1 and x.shape[0] == rows)
 
-    handles = [site.register_forward_pre_hook(look) for site in found]
+    handles = [site.register_forward_pre_hook(look, with_kwargs=True) for site in found]
     try:
         with torch.no_grad():
             model(**inputs)

@@ -2,8 +2,8 @@
 
 A pass is one file with one class that has ``name``, ``requires``, ``call`` and ``ensures``; :func:`run_pass` is the
 only way to run one, so no pass can forget a check. A pass that changes sites also tells ``places`` (what to compare)
-and may give ``references`` (what a site should give) and ``frozen`` (tensors that it takes for constants), for
-translation validation.
+and may give ``references`` (what a site should give) and ``constants`` (names of tensors whose values it takes over),
+for translation validation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PassResult:
     """What a pass did: the graph module it worked on (in place) and whether anything changed.
 
     Attributes:
-        nodes: of the graph afterwards.
+        nodes_before, nodes: of the graph.
         seconds: of the pass itself, without checks and validation.
         error: largest relative error that validation found; None where nothing was validated.
     """
@@ -36,6 +36,7 @@ class PassResult:
     graph_module: fx.GraphModule
     modified: bool
     name: str = ""
+    nodes_before: int = 0
     nodes: int = 0
     seconds: float = 0.0
     error: float | None = None
@@ -101,9 +102,10 @@ def run_pass(
     before, places, frozen = [], {}, ()
     if validation is not None and hasattr(graph_pass, "places"):
         places = hints.places(graph_module)
-        frozen = getattr(graph_pass, "frozen", ())
+        frozen = hints.constants(graph_module) if hasattr(graph_pass, "constants") else ()
         references = hints.references(graph_module) if hasattr(graph_pass, "references") else None
         before = validation.observe(graph_module, places, references=references, frozen=frozen)
+    nodes = len(graph_module.graph.nodes)
     started = time.perf_counter()
     with _collector_paused():
         modified = graph_pass.call(graph_module)
@@ -129,4 +131,4 @@ def run_pass(
                 raise PassError(f"after pass {name!r} the graph does not run: {failure}") from failure
             validation.compare(name, before, after, places)
         error = validation.error
-    return PassResult(graph_module, modified, name, len(graph_module.graph.nodes), seconds, error)
+    return PassResult(graph_module, modified, name, nodes, len(graph_module.graph.nodes), seconds, error)

@@ -57,6 +57,10 @@ class Fold:
         """What translation validation compares: the output of each site."""
         return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.keys)}
 
+    def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
+        """The tensors that are taken for constants."""
+        return self.frozen
+
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Fold until nothing changes."""
         dense = self._dense(graph_module)

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import random
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_iter
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function outside of inference mode, since tensors that are made in it can never be trained."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def set_mode(model: nn.Module, *, training: bool) -> None:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from passes.calls import CallRecord, record_calls
 from passes.capture import capture, default_inputs, forward_call, normalised
-from passes.products import Product
+from passes.products import Product, casts_its_weight
 from passes.sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
 
 
@@ -90,17 +90,19 @@ def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, li
     nodes = {node.name: node for node in graph.nodes}
     refused = []
     for key, found in list(products.items()):
-        reason = next(filter(None, (_why_not(model, nodes.get(p.node.name)) for p in found)), None)
+        reason = next(filter(None, (_why_not(model, p, nodes.get(p.node.name)) for p in found)), None)
         if reason:
             refused.append(Skipped(key, "linear", reason))
             del products[key]
     return products, refused
 
 
-def _why_not(model: fx.GraphModule, node: fx.Node | None) -> str | None:
+def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> str | None:
     """Why a product cannot be rewritten in a graph, or None."""
     if node is None:
         return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
+    if casts_its_weight(product, model.get_parameter(product.weight).dtype):
+        return "its weight is cast before the product"
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         if module._forward_hooks or module._forward_pre_hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,7 +30,6 @@ class Merge:
     def __init__(self, weights: Mapping[str, torch.Tensor], *, untie: bool = False) -> None:
         self.weights = weights
         self.untie = untie
-        self.frozen: frozenset[str] = frozenset()
 
     def requires(self, graph_module: fx.GraphModule) -> str | None:
         """Every site stands in the graph, its weight has the right shape, and no other reader unless untied."""
@@ -53,11 +53,13 @@ class Merge:
 
     def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: each product, as it was named before surgery."""
-        found = occurrences(graph_module.graph, self.weights)
-        paths = tuple(f"{place.mark.path}." for place in found)
+        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.weights)}
+
+    def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
+        """The tensors of the merged adapters, whose values are in the weights."""
+        paths = tuple(f"{place.mark.path}." for place in occurrences(graph_module.graph, self.weights))
         tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
-        self.frozen = frozenset(name for name, _ in tensors if name.startswith(paths))
-        return {place.mark.at: place.mark.key for place in found}
+        return frozenset(name for name, _ in tensors if name.startswith(paths))
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Put the plain products back, and then the weights."""
@@ -160,11 +162,10 @@ def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[st
 
 def _free_name(graph_module: fx.GraphModule, key: str) -> str:
     """A name for a weight of the site's own: that of its module's weight, unless taken."""
-    name, i = f"{key}.weight", 0
-    while attribute(graph_module, name) is not None:
-        i += 1
-        name = f"{key.replace('.', '_')}_merged_{i}"
-    return name
+    name, plain = f"{key}.weight", key.replace(".", "_")
+    if isinstance(attribute(graph_module, key), torch.nn.Module) and attribute(graph_module, name) is None:
+        return name
+    return next(n for i in itertools.count(1) if attribute(graph_module, n := f"{plain}_merged_{i}") is None)
 
 
 def _read_instead(graph_module: fx.GraphModule, node: fx.Node, old: str, name: str) -> None:

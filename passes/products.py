@@ -69,6 +69,9 @@ CASTS = (
 )  # fmt: skip
 
 
+DTYPE_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+
+
 def rule(*targets: Any) -> Callable[[Callable[[fx.Node, Lookup], Product | str]], Any]:
     """Register a rule for ATen overloads."""
 
@@ -120,6 +123,19 @@ def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
             return None
         node = node.args[0]
     return None
+
+
+def casts_its_weight(product: Product, dtype: torch.dtype) -> bool:
+    """Whether the weight of a product, of the given dtype, is cast to another on the way to it."""
+    for node in product.node.all_input_nodes:
+        cast = False
+        while node.op == "call_function" and node.all_input_nodes:
+            wanted = node.args[1] if node.target is aten.to.dtype else node.kwargs.get("dtype")
+            cast |= node.target in DTYPE_CASTS and wanted is not dtype
+            node = node.all_input_nodes[0]
+        if cast and node.op == "get_attr" and node.target == product.weight:
+            return True
+    return False
 
 
 def _product(

@@ -146,12 +146,19 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
 OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
+def original_names(model: nn.Module) -> dict[str, str]:
+    """Names that parameters had before Dynamo flattened them, by their present names; empty for any other model."""
+    names: dict[str, str] = getattr(model, "meta", {}).get("dynamo_flat_name_to_original_fqn", {})
+    return names
+
+
 class _Names:
     """The model's parameters by every name they have, and which of these names are one tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.originals = original_names(model)
         self.first_path: dict[int, str] = {}
         for path, module in self.modules.items():
             self.first_path.setdefault(id(module), path)
@@ -176,6 +183,9 @@ class _Names:
         if module_path in self.modules:
             module_path = self.first_path[id(self.modules[module_path])]
         name = weight if module_path is None else owners.get(module_path, weight)
+        if name in self.originals:
+            name = self.originals[name]
+            return name.removesuffix(".weight")
         owner, local = self.owner(name), name.rpartition(".")[2]
         if not owner:
             return local

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from passes.errors import PassError
+from passes.errors import InputError, PassError
 from passes.forward import Call, copied, state_kept
 from passes.marks import mark_of
 from passes.tolerance import RELATIVE, disagreement, relative_error
@@ -123,7 +123,12 @@ class _Runner(fx.Interpreter):
                 self.looked_at[node.name] = mark.at
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
-        bound = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
+        signature = inspect.signature(self.graph_module.forward)
+        known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no labels, no flags
+        try:
+            bound = signature.bind(*args, **known)
+        except TypeError as error:
+            raise InputError(f"the graph does not take the inputs to verify it on: {error}") from error
         bound.apply_defaults()
         output = self.run(*bound.args, *bound.kwargs.values())
         return {**self.found, "": output}

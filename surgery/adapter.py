@@ -82,10 +82,10 @@ class SSpaceLinear(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Run the base's own forward and add the adapter's term; x is (..., d_in), the result (..., d_out)."""
-        y: torch.Tensor = self.base_class.forward(self, x)
-        return y + self.adapter_term(x)
+        y: torch.Tensor = self.base_class.forward(self, *args, **kwargs)
+        return y + self.adapter_term(*args, *kwargs.values())
 
     def adapter_term(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
         """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x.
@@ -158,7 +158,7 @@ class SSpaceWeight(SSpaceLinear):
         """The frozen bias that is added to the product, or None."""
         return getattr(self.owner[0], self.bias_name) if self.bias_name else None
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return ``W + dW``, summed in the core's dtype and rounded once."""
         return changed_weight(self, weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Collection, Mapping
@@ -9,9 +10,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.capture import default_inputs, export_program, forward_call, with_two_rows
+from passes.capture import (
+    default_inputs,
+    export_program,
+    forward_call,
+    hub_inputs,
+    is_pretrained,
+    with_two_rows,
+)  # fmt: skip
 from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.inspection import graph_products
@@ -48,9 +56,11 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
         raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
     for site in operated_sites(twin).values():
         detach(site)
-    call = with_two_rows(twin, forward_call(example_inputs))
+    # one tensor given twice would be one input of the graph
+    call = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), forward_call(example_inputs))
+    call = with_two_rows(twin, ((), hub_inputs(twin, call)) if is_pretrained(twin) else call)
     try:
-        module = export_program(twin, call, dynamic=True).module()
+        module = _export(twin, call)
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way
@@ -59,6 +69,22 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     assert isinstance(module, fx.GraphModule)
     _share_modules(module, model)
     return private_parameters(module), call
+
+
+def free_ones() -> Any:
+    """Let ``torch.export`` treat a size of 1 like any other."""
+    from torch.fx.experimental import _config
+
+    patch: Any = _config.patch  # type: ignore[attr-defined]
+    return patch(backed_size_oblivious=True)
+
+
+def _export(model: nn.Module, call: Call) -> Any:
+    """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
+    if any(1 in leaf.shape for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)):
+        with free_ones(), contextlib.suppress(Exception):
+            return export_program(model, call, dynamic=True).module()  # else as ever, with that size fixed
+    return export_program(model, call, dynamic=True).module()
 
 
 def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
@@ -125,7 +151,8 @@ def check_capture(
     Raises:
         PassError: they differ, so that the capture, or the choice of products, is wrong.
     """
-    tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls)]
+    vals = [node.meta.get("val") for node in graph.graph.nodes]  # also of regions that compute in another dtype
+    tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls), *vals]
     dtypes = {t.dtype for t in tensors_of_all if isinstance(t, torch.Tensor) and t.dtype in RELATIVE}
     coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)  # an output may have been computed in another dtype
     places, references = insert.places(graph), insert.references(graph)

@@ -20,6 +20,7 @@ from passes.base import Pass, PassResult, run_pass
 from passes.capture import forward_call
 from passes.errors import InputError
 from passes.fold import Fold
+from passes.forward import outside_inference_mode
 from passes.insert import Insert
 from passes.marks import occurrences
 from passes.merge import Merge
@@ -60,7 +61,8 @@ def to_graph(
 
     The graph's parameters share the memory of the model's, its cores are the model's own (training one trains the
     other), and its ``coeff`` is its own. Batch, sequence and other sizes stay free where the model leaves them free.
-    All verbs work on it: ``sites``, ``set_coeff``, ``save_adapter``, ``merge``, ``undo_surgery``.
+    All verbs work on it: ``sites``, ``set_coeff``, ``save_adapter``, ``merge``, ``undo_surgery``. The graph of a
+    ``transformers`` model takes its inputs by keyword.
 
     Args:
         model: operated on by ``apply_surgery`` or ``load_adapter``.
@@ -83,6 +85,7 @@ def to_graph(
     return compiled.graph
 
 
+@outside_inference_mode
 def pipeline(
     model: nn.Module,
     example_inputs: Any = None,
@@ -140,6 +143,7 @@ def pipeline(
     return Compiled(graph, tuple(results))
 
 
+@outside_inference_mode
 def fold(
     model: fx.GraphModule,
     *,
@@ -153,8 +157,8 @@ def fold(
 
     Args:
         freeze_core: take the cores for constants too; they can no longer be trained.
-        freeze_coeff: take coeff for a constant; as ``freeze_core`` by default. With both, the graph becomes the base's,
-            node for node, with the dense weights that :func:`surgery.merge` gives.
+        freeze_coeff: take coeff for a constant; as ``freeze_core`` by default. With both, the graph has the base's
+            nodes and no others, with the dense weights that :func:`surgery.merge` gives.
         untie: give a site whose weight has other readers a weight of its own.
         verify: example inputs on which the graph is compared before and after.
         debug: check the specification of the graph dialect afterwards.

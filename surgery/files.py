@@ -25,7 +25,7 @@ from safetensors.torch import save as to_safetensors
 from torch import fx, nn
 
 from passes.errors import AdapterError
-from passes.sites import Site
+from passes.sites import Site, original_names
 from surgery.adapter import SSpaceLinear
 from surgery.checks import check_weight
 from surgery.graphs import graph_state, require_bases, restore_state
@@ -66,13 +66,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
     found = operated_sites(model)
     first = next(iter(found.values())).variant
     names = {key: parameter_names(model, site) for key, site in found.items()}
+    originals = original_names(model)
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for key, site in found.items():
         weight, bias = names[key]
         entries[key] = {
-            "weight": weight,
-            "bias": bias,
+            "weight": originals.get(weight, weight),
+            "bias": originals.get(str(bias), bias),
             "layout": site.layout,
             "host": getattr(site, "in_place_host", host_of(site)),
             "shape": [site.factors.U.shape[0], site.factors.Vh.shape[1]],
@@ -144,8 +145,11 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
             raise
 
 
-def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
+def load_adapter(model: Model, path: str | os.PathLike[str], *, example_inputs: Any = None) -> Model:
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
+
+    Args:
+        example_inputs: to convert a TorchScript module with, which gives a new graph module.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
 
@@ -153,7 +157,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
         AdapterError: the directory is missing, damaged, or of another base model; the model is untouched.
     """
     given: Model
-    (given, model), path = patient_of(model), Path(path)
+    (given, model), path = patient_of(model, example_inputs), Path(path)
     require_bases(model)
     grafts = read_adapter(model, path)
     _replace(model, grafts)

@@ -213,10 +213,11 @@ def copy_whole(model: fx.GraphModule) -> None:
     def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:
         for key, site in graph_sites(self).items():
             dtype = fn(site.factors.S).dtype
-            if dtype != site.factors.S.dtype and dtype in (torch.float16, torch.bfloat16):
+            before, half = site.factors.S.dtype, (torch.float16, torch.bfloat16)
+            if dtype != before and (dtype in half or before in half):
                 raise SurgeryError(
-                    f"site {key!r}: the casts in an operated graph are fixed, so it cannot become {dtype}; cast the "
-                    "model before surgery, or the model that the graph was made from"
+                    f"site {key!r}: the casts in an operated graph are fixed, so it cannot go from {before} to "
+                    f"{dtype}; cast the model before surgery, or the model that the graph was made from"
                 )
         return super(cls, self)._apply(fn, recurse)
 

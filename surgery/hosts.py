@@ -19,7 +19,6 @@ from passes.insert import Insert
 from passes.modules import private_module
 from passes.normalize import layout_of_forward
 from passes.sites import Site
-from passes.verify import Validation
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
 from surgery.graphs import GraphState, register_sites, rewrite
 from surgery.node import SSpaceNode
@@ -66,15 +65,12 @@ def attach_all(
     original: GraphState | None,
     *,
     form: str = "delta",
-    validation: Validation | None = None,
-    debug: bool | None = None,
 ) -> None:
     """Put adapters on their sites; the caller undoes what is done if one of them fails.
 
     Args:
         original: of a graph patient, what it was before any surgery.
         form: "delta" or "residual", of adapters in a graph.
-        validation, debug: of the pass that inserts them.
     """
     nodes = []
     reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
@@ -88,12 +84,7 @@ def attach_all(
     if nodes:
         assert isinstance(model, fx.GraphModule)
         assert original is not None
-        rewrite(
-            model,
-            [Insert(register_sites(model, original.graph, nodes)), Annotate()],
-            validation=validation,
-            debug=debug,
-        )
+        rewrite(model, [Insert(register_sites(model, original.graph, nodes)), Annotate()])
 
 
 def _node(model: nn.Module, graft: Graft, form: str) -> SSpaceNode:

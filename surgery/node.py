@@ -92,7 +92,7 @@ class SSpaceNode(SSpaceLinear):
         """Dimensions that the signature leaves open."""
         return {"factors.U": (0,), "factors.Vh": (1,), "W_res": (0, 1)}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """What the graph adds to the product of x, (rows, tokens, d_in); or the changed weight, of the weight."""
         if self.kind == "weight":
             return changed_weight(self, x)

@@ -13,7 +13,6 @@ from torch import fx, nn
 from passes.errors import SurgeryError
 from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
-from passes.verify import Validation
 from surgery.adapter import Core, Factors
 from surgery.checks import check_loaded, check_options, check_weight
 from surgery.graphs import (
@@ -159,13 +158,11 @@ def operate(
     finish: Callable[[], None] = lambda: None,
     *,
     form: str = "delta",
-    validation: Validation | None = None,
-    debug: bool | None = None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was.
 
     Args:
-        form, validation, debug: of the adapters in a graph, and of the pass that inserts them.
+        form: "delta" or "residual", of adapters in a graph.
     """
     record = vars(model).get("_surgery")
     present = set(operated_sites(model))
@@ -176,7 +173,8 @@ def operate(
             model.requires_grad_(False)
             vars(model)["_surgery"] = Record(flags, inspection, {}, state)
         original = record_of(model).original
-        attach_all(model, grafts, original, form=form, validation=validation, debug=debug)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+            attach_all(model, grafts, original, form=form)
         vars(model)["_surgery"].factorisation.update(notes)
         finish()
     except BaseException:

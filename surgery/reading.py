@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from passes.errors import AdapterError, SurgeryError
 from passes.inspection import graph_products
-from passes.sites import Site
+from passes.sites import Site, original_names
 from surgery.adapter import Core, Factors, SSpaceLinear
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
@@ -43,12 +43,15 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
         weight, _ = parameter_names(model, site)
         parameters[weight] = site.weight
     products: Collection[str] = ()
+    flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
     with _opened(path, config) as tensors:
         expected: set[str] = set()
         grafts: list[Graft] = []
         for key, entry in config["sites"].items():
+            if isinstance(entry, dict):  # a Dynamo graph has flat names
+                entry = entry | {name: flat.get(str(entry.get(name)), entry.get(name)) for name in ("weight", "bias")}
             graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors)
             if any(graft.site.weight == other.site.weight for other in grafts):
                 raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
-from torch import nn
+from torch import fx, nn
 
 from passes.errors import CaptureError, RankError, TargetError, WeightError
 from passes.inspection import Inspection
@@ -85,6 +85,11 @@ def select_sites(
         if quantised := _quantised(model):
             raise WeightError(
                 f"{quantised} is quantised; supported are float16, bfloat16, float32 and float64 parameters"
+            )
+        if isinstance(model, fx.GraphModule) and not list(model.parameters()):
+            raise TargetError(
+                "this graph has no parameters: they are among its inputs, as in a graph that torch.compile gives to a "
+                "backend; capture the model with torch.export or torch._dynamo.export"
             )
         reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
         raise TargetError(

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from passes.capture import forward_call
 from passes.errors import InputError, SurgeryError, VariantError, WeightError
+from passes.forward import outside_inference_mode
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear, merged_weight
@@ -88,6 +89,7 @@ def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
                 _write(site, before[key])
 
 
+@outside_inference_mode
 def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Any = None) -> Model:
     """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
 

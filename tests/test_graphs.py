@@ -115,7 +115,7 @@ def operated(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> P
 
 def in_place(name: str, dtype: torch.dtype = torch.float32) -> Patient:
     """The source, operated on in place, with the very sites of the graph."""
-    keys = None if name == "dynamo" else sorted(sites(operated(name).model))
+    keys = sorted(sites(operated(name).model))
     return operate(source(name, dtype), target_modules=keys)
 
 
