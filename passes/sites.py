@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,8 +149,16 @@ OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 def original_names(model: nn.Module) -> dict[str, str]:
     """Names that parameters had before Dynamo flattened them, by their present names; empty for any other model."""
-    names: dict[str, str] = getattr(model, "meta", {}).get("dynamo_flat_name_to_original_fqn", {})
-    return names
+    known: dict[str, str] = getattr(model, "meta", {}).get("dynamo_flat_name_to_original_fqn", {})
+    plain: dict[str, list[str]] = defaultdict(list)  # of numbered modules, it records names before their last cleaning
+    for flat, original in known.items():
+        plain[re.sub("_+", "_", flat.replace("getattr_", ""))].append(original)
+    found = {}
+    for name, _ in model.named_parameters() if known else ():
+        same = [known[name]] if name in known else plain[re.sub("_+", "_", name)]
+        if len(same) == 1:
+            found[name] = same[0]
+    return found
 
 
 class _Names:
