@@ -18,13 +18,19 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "sspac
 def environment() -> dict[str, Any]:
     """Command line, commit, package versions, processor, threads."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "hardware": _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _program() -> str:
+    """The program as it is typed: a console command, or a module of this package."""
+    path = Path(sys.argv[0])
+    return f"python -m bench.{path.stem}" if path.parent == Path(__file__).parent else path.name
 
 
 def _version(package: str) -> str | None:
