@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from passes.capture import (
     hub_inputs,
     is_pretrained,
     with_two_rows,
-)  # fmt: skip
+)
 from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.inspection import graph_products
@@ -32,6 +32,8 @@ from surgery.hosts import detach, host_of, operated_sites
 from surgery.node import SSpaceNode
 from surgery.patients import private_parameters
 from surgery.reading import parameter_names
+
+logger = logging.getLogger(__name__)
 
 
 def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
@@ -81,9 +83,13 @@ def free_ones() -> Any:
 
 def _export(model: nn.Module, call: Call) -> Any:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
-    if any(1 in leaf.shape for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)):
-        with free_ones(), contextlib.suppress(Exception):
-            return export_program(model, call, dynamic=True).module()  # else as ever, with that size fixed
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    if any(1 in tensor.shape for tensor in tensors):
+        try:
+            with free_ones():
+                return export_program(model, call, dynamic=True).module()
+        except Exception as error:  # some models treat a size of 1 apart
+            logger.info("a size of 1 in the example inputs is taken to be fixed: %s", error)
     return export_program(model, call, dynamic=True).module()
 
 

@@ -42,7 +42,7 @@ from surgery.reading import (
     fingerprint,
     parameter_names,
     read_adapter,
-)  # fmt: skip
+)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact") -> Path:

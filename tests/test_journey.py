@@ -30,7 +30,7 @@ def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text("\n".join(blocks("python")))
     done = run(sys.executable, "example.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = [line.rstrip() for line in blocks("text")[0].strip().splitlines()]
+    expected = [line.rstrip() for block in blocks("text") for line in block.strip().splitlines()]
     assert [line.rstrip() for line in done.stdout.strip().splitlines()] == expected
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
