@@ -23,7 +23,8 @@ def demo(
     seed: int = typer.Option(0, help="Seed of everything."),
 ) -> None:
     """Operate on a model, train the core on another domain, steer, save, merge, export, and verify every step."""
-    from bench.demo import Settings, run
+    from bench.demo import run
+    from bench.steps import Settings
 
     settings = Settings(
         model=model, text=text, out=out, cache=cache, r=r, steps=steps, batch=batch, length=length, lr=lr,

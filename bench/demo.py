@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +15,28 @@ from torch import Tensor, nn
 
 from bench import corpus
 from bench.base_model import held_out_loss, language_model_loss
+from bench.compiled import through_the_compiler
 from bench.figures import demo_figure
 from bench.patient import Patient, hub_patient, small_patient
 from bench.record import environment
+from bench.steps import Results, Settings, bits, frozen_logits, logits
 from exporters import export
 from passes.errors import InputError
 from passes.tolerance import relative_error
 from surgery import (
     apply_surgery,
-    fold,
     load_adapter,
     merge,
     save_adapter,
     set_coeff,
     sites,
     steer,
-    to_graph,
     undo_surgery,
 )  # fmt: skip
-from surgery.base_graph import capture_base
 from surgery.progress import track
 from surgery.verbs import trainable_parameters
 
 COEFFS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of the demo, as on the command line."""
-
-    model: str | None = None
-    text: Path | None = None
-    out: Path = Path("demo-out")
-    cache: Path | None = None
-    r: int = 128
-    steps: int = 60
-    batch: int = 16
-    length: int = 128
-    lr: float = 2e-2
-    base_steps: int | None = None
-    seed: int = 0
-
-
-@dataclass
-class Results:
-    """Everything that one run measured."""
-
-    patient: str
-    unit: str
-    rows: list[tuple[str, str, bool | None]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    train_loss: list[float] = field(default_factory=list)
-    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
-    sweep: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    gains: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, what: str, value: str, passed: bool | None = None) -> None:
-        """Add a line to the table; ``passed`` is None where nothing is verified."""
-        self.rows.append((what, value, passed))
-
-    @property
-    def passed(self) -> bool:
-        """Whether every verification held."""
-        return all(passed is not False for _, _, passed in self.rows)
 
 
 def run(settings: Settings) -> bool:
@@ -98,12 +56,12 @@ def run(settings: Settings) -> bool:
     results.seconds["base model"] = time.perf_counter() - started
     model = patient.load()
     probe = _probe(patient)
-    base_logits = _frozen_logits(model, probe)
+    base_logits = frozen_logits(model, probe)
     _operate(settings, model, probe, base_logits, results)
     _train(settings, patient, model, results)
     _steer(settings, patient, model, probe, base_logits, results)
     _restore(settings, patient, model, probe, base_logits, results)
-    _compile(model, probe, base_logits, results)
+    through_the_compiler(model, probe, base_logits, results)
     _merge_and_export(settings, model, probe, base_logits, results)
     _show(settings, results)
     return results.passed
@@ -122,26 +80,14 @@ def _probe(patient: Patient) -> Tensor:
     return next(iter(corpus.windows(data, batch=2, length=32, count=2)))
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-def _frozen_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    model.requires_grad_(False)
-    logits = _logits(model, tokens)
-    model.requires_grad_(True)
-    return logits
-
-
 def _operate(settings: Settings, model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:
     started = time.perf_counter()
     apply_surgery(model, "antipasto", r=settings.r, example_inputs={"input_ids": probe}, seed=settings.seed)
     results.seconds["surgery"] = time.perf_counter() - started
     trainable, total = trainable_parameters(model)
     results.add("trainable parameters", f"{trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
-    same = torch.equal(_logits(model, probe), base)
-    results.add("identity at insertion", _bits(same), same)
+    same = torch.equal(logits(model, probe), base)
+    results.add("identity at insertion", bits(same), same)
 
 
 def _train(settings: Settings, patient: Patient, model: nn.Module, results: Results) -> None:
@@ -186,15 +132,15 @@ def _steer(
                 results.sweep[domain].append((coeff, held_out_loss(model, data, max_bytes=8192)))
     results.seconds["coeff sweep"] = time.perf_counter() - started
     with steer(model, 0.0):
-        same = torch.equal(_logits(model, probe), base)
-    results.add("coeff = 0 after training", _bits(same), same)
+        same = torch.equal(logits(model, probe), base)
+    results.add("coeff = 0 after training", bits(same), same)
     rows = torch.linspace(-1, 1, len(probe))
     with steer(model, rows):
-        together = _logits(model, probe)
+        together = logits(model, probe)
     apart = []
     for i, coeff in enumerate(rows.tolist()):
         with steer(model, coeff):
-            apart.append(_logits(model, probe)[i])
+            apart.append(logits(model, probe)[i])
     error = relative_error(together, torch.stack(apart))
     results.add("per-row coeff against one by one", f"{error:.1e} relative", error < 1e-5)
     for key, site in sites(model).items():
@@ -206,68 +152,29 @@ def _restore(
     settings: Settings, patient: Patient, model: nn.Module, probe: Tensor, base: Tensor, results: Results
 ) -> None:
     """Save, reload on a fresh base, undo on a copy."""
-    steered = _logits(model, probe)
+    steered = logits(model, probe)
     folder = save_adapter(model, settings.out / "adapter")
     size = sum(file.stat().st_size for file in folder.iterdir())
     fresh = patient.load()
     tensors = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     load_adapter(fresh, folder)
-    same = torch.equal(_logits(fresh, probe), steered)
-    results.add(f"reload from disk ({size / 1e6:.1f} MB)", _bits(same), same)
+    same = torch.equal(logits(fresh, probe), steered)
+    results.add(f"reload from disk ({size / 1e6:.1f} MB)", bits(same), same)
     undo_surgery(fresh)
     parameters = dict(fresh.named_parameters())
     restored = list(parameters) == list(tensors) and all(torch.equal(p, tensors[n]) for n, p in parameters.items())
-    same = restored and torch.equal(_frozen_logits(fresh, probe), base)
-    results.add("undo", _bits(same), same)
-
-
-def _compile(model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:
-    """Take the model through the compiler's textbook path, residual form, fold, merge, each pass validated."""
-    steered, inputs = _logits(model, probe), {"input_ids": probe}
-    effect = float((steered - base).abs().max())
-    started = time.perf_counter()
-    plain = len(capture_base(model, inputs)[0].graph.nodes)
-    graph = to_graph(model, inputs, form="residual", verify=True)
-    _stage("to_graph, residual form", graph, probe, steered, effect, results)
-    fold(graph, verify=inputs)
-    with steer(graph, 0.0):
-        same = torch.equal(_graph_logits(graph, probe), base)
-    _stage("fold", graph, probe, steered, effect, results, f", at coeff = 0 the base: {_bits(same)}", same)
-    merge(graph, verify=inputs)
-    nodes = len(graph.graph.nodes)
-    _stage("merge", graph, probe, steered, effect, results, f", the base's graph has {plain}", nodes == plain)
-    results.seconds["graph, fold, merge"] = time.perf_counter() - started
-
-
-def _graph_logits(graph: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return graph(input_ids=tokens).logits
-
-
-def _stage(
-    name: str,
-    graph: Any,
-    probe: Tensor,
-    steered: Tensor,
-    effect: float,
-    results: Results,
-    more: str = "",
-    ok: bool = True,
-) -> None:
-    """Add the line of one stage of the compiler: nodes, and error against the model with its adapters."""
-    nodes, error = len(graph.graph.nodes), float((_graph_logits(graph, probe) - steered).abs().max())
-    results.notes.setdefault("graph nodes", {})[name] = nodes
-    results.add(f"graph: {name}", f"{nodes:,} nodes{more}; error {error:.1e}", ok and error < 1e-3 * effect)
+    same = restored and torch.equal(frozen_logits(fresh, probe), base)
+    results.add("undo", bits(same), same)
 
 
 def _merge_and_export(settings: Settings, model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:
     """Merge a copy and export to ONNX; errors are judged against the adapter's own effect."""
-    steered = _logits(model, probe)
+    steered = logits(model, probe)
     effect = float((steered - base).abs().max())
     started = time.perf_counter()
     merged = merge(copy.deepcopy(model))
     results.seconds["merge"] = time.perf_counter() - started
-    error = float((_logits(merged, probe) - steered).abs().max())
+    error = float((logits(merged, probe) - steered).abs().max())
     results.add("merge error", f"{error:.1e}, adapter's effect {effect:.2g}", error < 1e-3 * effect)
     for mode in ("merged", "live"):
         started = time.perf_counter()
@@ -294,15 +201,11 @@ def _in_onnxruntime(path: Path, model: nn.Module, base: Tensor, probe: Tensor, m
         found = session.run(["logits"], {"input_ids": tokens.numpy(), **knob})[0]
         return float((torch.from_numpy(found) - expected).abs().max())
 
-    errors = [deviation(probe, _logits(model, probe))]
+    errors = [deviation(probe, logits(model, probe))]
     if mode == "live":
         errors.append(deviation(probe, base, coeff=np.zeros((), np.float32)))
     other = torch.cat([probe[:, :11]] * 2)[:3]
-    return max(errors), deviation(other, _logits(model, other))
-
-
-def _bits(same: bool) -> str:
-    return "equal bit for bit" if same else "DIFFERENT"
+    return max(errors), deviation(other, logits(model, other))
 
 
 def _show(settings: Settings, results: Results) -> None:

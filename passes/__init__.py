@@ -1,4 +1,4 @@
-"""FX graphs and nothing else: capture a model, normalise its dialect, find the linear sites in it."""
+"""FX graphs and nothing else: capture a model, find its linear sites, insert, fold, merge, and check every step."""
 
 from passes.base import Pass, PassResult
 from passes.capture import Capture, capture, forward_call
