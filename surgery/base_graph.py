@@ -60,9 +60,9 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
         detach(site)
     # one tensor given twice would be one input of the graph
     call = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), forward_call(example_inputs))
-    call = with_two_rows(twin, ((), hub_inputs(twin, call)) if is_pretrained(twin) else call)
+    call = ((), hub_inputs(twin, call)) if is_pretrained(twin) else call
     try:
-        module = _export(twin, call)
+        module, call = _export(twin, call)
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way
@@ -81,16 +81,20 @@ def free_ones() -> Any:
     return patch(backed_size_oblivious=True)
 
 
-def _export(model: nn.Module, call: Call) -> Any:
+def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
+    doubled = with_two_rows(model, call)
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     if any(1 in tensor.shape for tensor in tensors):
         try:
             with free_ones():
-                return export_program(model, call, dynamic=True).module()
+                module = export_program(model, call, dynamic=True).module()
+            for args, kwargs in (copied(call), copied(doubled)):  # its guards may still fix a size
+                module(*args, **kwargs)
+            return module, call
         except Exception as error:  # some models treat a size of 1 apart
             logger.info("a size of 1 in the example inputs is taken to be fixed: %s", error)
-    return export_program(model, call, dynamic=True).module()
+    return export_program(model, doubled, dynamic=True).module(), doubled
 
 
 def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
