@@ -207,7 +207,7 @@ class _Maker:
         split = self.function(aten.unflatten.int, (x, 0, [rows, -1]), "split")
         tokens = self.function(aten.reshape.default, (split, [rows, -1, d_in]), "tokens")
         dtype = adapter.weight_dtype if adapter.base is None else adapter.get_buffer(adapter.base).dtype
-        return self.inline(trace_adapter(adapter, (5, 7, d_in), dtype), adapter, tokens, {adapter.knob: knob})
+        return self.inline(trace_adapter(adapter, (5, 7, d_in), dtype), adapter, tokens, {adapter.knob: flat})
 
     def inline(
         self, traced: fx.Graph, adapter: nn.Module, x: fx.Node, known: dict[str, fx.Node] | None = None

@@ -17,10 +17,13 @@ from passes.errors import (
     WeightError,
 )
 from surgery.adapter import SSpaceLinear
+from surgery.calibrate import Contrast
 from surgery.compiler import Compiled, fold, pipeline, to_graph
 from surgery.files import load_adapter, save_adapter
 from surgery.operate import apply_surgery, inspect_sites, undo_surgery
+from surgery.recalibrate import calibrate, recalibrate
 from surgery.report import Report, report
+from surgery.statistics_file import Statistics
 from surgery.variants import REGISTRY, Variant
 from surgery.verbs import merge, print_trainable_parameters, refresh, set_coeff, sites, steer
 
@@ -31,24 +34,28 @@ __all__ = [
     "AdapterError",
     "CaptureError",
     "Compiled",
+    "Contrast",
     "ExportError",
     "InputError",
     "PassError",
     "RankError",
     "Report",
     "SSpaceLinear",
+    "Statistics",
     "SurgeryError",
     "TargetError",
     "Variant",
     "VariantError",
     "WeightError",
     "apply_surgery",
+    "calibrate",
     "fold",
     "inspect_sites",
     "load_adapter",
     "merge",
     "pipeline",
     "print_trainable_parameters",
+    "recalibrate",
     "refresh",
     "report",
     "save_adapter",

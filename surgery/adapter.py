@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,10 +40,20 @@ class Core(nn.Module):
 
     coeff: torch.Tensor
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        frozen: Collection[str] = (),
+    ) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True)))
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            if name in frozen:
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
         self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -54,8 +64,51 @@ class Core(nn.Module):
 
         return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and frozen tensors by name: all that the variant's core is, without the knob."""
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name != "coeff"}
+        return dict(self.named_parameters()) | buffers
+
+    def prepared(self, variant: Variant) -> Any:
+        """The core, with what the variant prepares from it where no gradient is wanted.
+
+        It is kept until the values of the core change. On the CPU they are compared, since ``.data`` may be written
+        unnoticed; on an accelerator, where that would synchronise, the tensors' version counters are.
+        """
+        if type(variant).prepare is Variant.prepare or torch.is_grad_enabled():
+            return self
+        tensors = list(self.parameters())
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or any(type(p) is not nn.Parameter for p in tensors)
+        ):
+            return self  # what traces must see the computation
+        kept = vars(self).get("_prepared")
+        if kept is None or not all(same(p) for p, same in zip(tensors, kept[0], strict=True)):
+            with torch.inference_mode(False):
+                kept = ([_watch(p) for p in tensors], SimpleNamespace(**self.tensors(), **variant.prepare(self)))  # type: ignore[arg-type]
+            vars(self)["_prepared"] = kept
+        return kept[1]
+
+    def forget(self) -> None:
+        """Drop what was prepared."""
+        vars(self).pop("_prepared", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_prepared"}
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())
+        return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.tensors().items())
+
+
+def _watch(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """A function that tells whether a tensor still is what it is now."""
+    if tensor.device.type == "cpu":
+        value = tensor.detach().clone()
+        return lambda now: torch.equal(now, value)
+    mark = (tensor.data_ptr(), tensor._version)
+    return lambda now: (now.data_ptr(), now._version) == mark
 
 
 class SSpaceLinear(nn.Module):
@@ -94,9 +147,9 @@ class SSpaceLinear(nn.Module):
             whole: add the base's own part in the factors' span, ``(S h + delta) U^T``, as the residual form wants it.
         """
         h = F.linear(x, self.factors.Vh.to(x.dtype))
-        core: Any = self.core
-        S = self.factors.S.to(core.coeff.dtype)
-        d = self.variant.delta(h, S, core, rows_like(core.coeff, h))
+        coeff = self.core.coeff
+        S = self.factors.S.to(coeff.dtype)
+        d = self.variant.delta(h, S, self.core.prepared(self.variant), rows_like(coeff, h))
         if whole:
             d = h * S.to(h.dtype) + d
         return F.linear(d, self.factors.U.to(x.dtype))
@@ -122,7 +175,7 @@ class SSpaceLinear(nn.Module):
         dtype = dtype or core.coeff.dtype
         tensors: Any = core
         if dtype != core.coeff.dtype:
-            tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.named_parameters()})
+            tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.tensors().items()})
         U, S, Vh = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype)
         D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, core.coeff.to(dtype))
         delta = U @ D.T @ Vh

@@ -134,6 +134,7 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
             continue
         core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
         core._parameters.update(site.core._parameters)
+        core._buffers.update(site.core._buffers)
         core.coeff = site.core.coeff.clone()
         factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
         node = SSpaceNode(

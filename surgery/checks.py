@@ -9,6 +9,7 @@ from torch import nn
 
 from passes.errors import InputError, VariantError, WeightError
 from passes.sites import Site
+from surgery.adapter import Factors
 from surgery.variants import Variant
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,13 +37,29 @@ def check_weight(model: nn.Module, site: Site) -> None:
         raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
 
 
+def check_factors(site: Site, factors: Factors) -> None:
+    """Refuse factors that do not fit their dtype.
+
+    Raises:
+        WeightError: one of them is not finite.
+    """
+    for name in ("U", "S", "Vh"):
+        factor = getattr(factors, name)
+        if not torch.isfinite(factor).all():
+            raise WeightError(
+                f"site {site.key!r}: its factor {name} overflows {str(factor.dtype).removeprefix('torch.')}; "
+                "set factors_dtype='float32' on the variant"
+            )
+
+
 def check_options(
     config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
 ) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, found {seed!r}")
-    if calibration is not None:
-        raise VariantError(f"calibration is not supported by {config.name!r} yet; leave it out")
+    if calibration is None and config.needs_calibration:
+        wanted = "Contrast(positive, negative)" if config.statistic == "contrast" else "an iterable of batches"
+        raise VariantError(f"{config.name} needs data to choose its factors by: pass calibration={wanted}")
     if form not in ("delta", "residual"):
         raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
     if form == "residual" and not is_graph:

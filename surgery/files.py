@@ -22,16 +22,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import fx, nn
+from torch import nn
 
 from passes.errors import AdapterError
-from passes.sites import Site, original_names
-from surgery.adapter import SSpaceLinear
-from surgery.checks import check_weight
-from surgery.graphs import graph_state, require_bases, restore_state
-from surgery.hosts import Graft, attach, host_of, operated_sites
-from surgery.node import SSpaceNode
-from surgery.operate import Model, detach_all, known_inspection, operate, patient_of, record_of, restore_flags, unwrap
+from passes.sites import original_names
+from surgery.graphs import require_bases
+from surgery.hosts import host_of, operated_sites
+from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.reading import (
     CONFIG,
     FACTORS,
@@ -43,6 +40,7 @@ from surgery.reading import (
     parameter_names,
     read_adapter,
 )
+from surgery.replace import replace_adapters
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact") -> Path:
@@ -83,8 +81,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
         }
         if site.variant != first:
             entries[key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
-        for name, parameter in site.core.named_parameters():
-            tensors[f"{key}.core.{name}"] = parameter.detach().cpu().contiguous()
+        for name, tensor in site.core.tensors().items():
+            tensors[f"{key}.core.{name}"] = tensor.detach().cpu().contiguous()
         for name in FACTORS:
             tensors[f"{key}.factors.{name}"] = getattr(site.factors, name).detach().cpu().contiguous()
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
@@ -160,40 +158,5 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, example_inputs: 
     (given, model), path = patient_of(model, example_inputs), Path(path)
     require_bases(model)
     grafts = read_adapter(model, path)
-    _replace(model, grafts)
+    replace_adapters(model, lambda: (grafts, {}))
     return given
-
-
-def _replace(model: nn.Module, grafts: list[Graft]) -> None:
-    """Attach the grafts in place of whatever the model carries; on any failure the old adapter is back."""
-    record = vars(model).get("_surgery")
-    present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
-    old = [_graft_of(model, key, site) for key, site in present.items()]
-    inspection = known_inspection(model)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    state = graph_state(model)
-    if record:
-        detach_all(model)
-    try:
-        if record:
-            del vars(model)["_surgery"]
-            restore_flags(model, record.requires_grad)
-        for graft in grafts:
-            check_weight(model, graft.site)
-        operate(model, grafts, inspection, {})
-    except BaseException:
-        if isinstance(model, fx.GraphModule) and state is not None:
-            restore_state(model, state)
-        for graft in old:
-            attach(model, graft)
-        if record:
-            vars(model)["_surgery"] = record
-        restore_flags(model, flags)
-        raise
-
-
-def _graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
-    weight, bias = parameter_names(model, site)
-    d_out, d_in = site.factors.U.shape[0], site.factors.Vh.shape[1]
-    place = Site(key, weight, bias, site.layout, d_out, d_in)
-    return Graft(place, host_of(site), site.variant, site.factors, site.core)

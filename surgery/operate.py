@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,24 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from passes.capture import is_pretrained
 from passes.errors import SurgeryError
-from passes.inspection import Inspection, graph_products, inspect_model
-from passes.sites import Site
-from surgery.adapter import Core, Factors
-from surgery.checks import check_loaded, check_options, check_weight
-from surgery.graphs import (
-    GraphState,
-    graph_state,
-    original_graph,
-    require_bases,
-    restore_state,
-)
-from surgery.hosts import Graft, attach_all, check_not_operated, choose_host, detach, operated_sites
+from passes.inspection import Inspection, inspect_model
+from surgery.calibrate import calibrated, first_batch
+from surgery.checks import check_options
+from surgery.graft import make_grafts
+from surgery.graphs import GraphState, graph_state, restore_state
+from surgery.hosts import Graft, attach_all, detach, operated_sites
 from surgery.node import SSpaceNode, has_base
 from surgery.patients import as_patient
-from surgery.progress import track
-from surgery.svd import factorise
-from surgery.targets import Patterns, select_sites, site_ranks
+from surgery.plan import known_inspection, make_plan
+from surgery.targets import Patterns
 from surgery.variants import Variant, resolve_variant
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,7 +95,9 @@ def apply_surgery(
         layers_to_transform: index or indices of the layers to keep to.
         rank_pattern: ranks of single sites by pattern.
         example_inputs: dict, tuple or tensor to capture with; ``transformers`` models have defaults.
-        calibration: for variants that need data; none of the present ones does.
+        calibration: data that the factors are chosen by: an iterable of batches (each like ``example_inputs``; padding
+            is left out by ``attention_mask``), a :class:`Contrast`, or :class:`Statistics` that were collected before.
+            Of a plain module, the first batch also serves as ``example_inputs``.
         form: "delta" (``W`` as it is, plus the change), or for graphs "residual" (``W_res`` in place of ``W``).
         lowering: "auto" or "lowrank" (two thin products beside the dense one).
         keep_base: keep what undo needs.
@@ -116,31 +111,25 @@ def apply_surgery(
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
     given: Model
-    given, model = patient_of(model, example_inputs)
     config = resolve_variant(variant, r)
+    if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
+        example_inputs, calibration = first_batch(calibration)
+    given, model = patient_of(model, example_inputs)
     check_options(config, calibration, form, lowering, keep_base, seed, isinstance(model, fx.GraphModule))
-    check_loaded(model)
-    require_bases(model)
-    inspection = known_inspection(model) or inspect_model(model, example_inputs)
-    chosen = select_sites(
+    plan = make_plan(
         model,
-        inspection,
+        config,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
-        default=config.default_targets,
+        rank_pattern=rank_pattern,
+        example_inputs=example_inputs,
     )
-    check_not_operated(model, [site.key for site in chosen])
-    ranks = site_ranks(chosen, config, rank_pattern)
-    for site in chosen:
-        check_weight(model, site)
-    grafts, notes = [], {}
-    products = graph_products(model, original_graph(model))[0] if isinstance(model, fx.GraphModule) else {}
-    for site in track(chosen, "factorising", enabled=progress):
-        host = "graph" if site.key in products else choose_host(model, site, inspection.calls)
-        graft, notes[site.key] = _make_graft(model, site, config, ranks[site.key], host, seed)
-        grafts.append(graft)
-    operate(model, grafts, inspection, notes, lambda: _show_report(model) if progress else None, form=form)
+    kinds = {site.key: config.statistic for site in plan.sites}
+    statistics = calibrated(model, plan.sites, plan.called, kinds, calibration, progress=progress)
+    wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
+    grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
+    operate(model, grafts, plan.inspection, notes, lambda: _show_report(model) if progress else None, form=form)
     return given
 
 
@@ -233,12 +222,6 @@ def restore_flags(
             parameter.requires_grad_(flags[name])
 
 
-def known_inspection(model: nn.Module) -> Inspection | None:
-    """The inspection of a model that is already operated on, since its graph no longer shows the plain products."""
-    record = vars(model).get("_surgery")
-    return record.inspection if record else None
-
-
 def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Find the sites of an untouched model: name, shape, input group, ties, role, and what was skipped and why.
 
@@ -251,20 +234,3 @@ def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """
     _, model = patient_of(model, example_inputs)
     return known_inspection(model) or inspect_model(model, example_inputs)
-
-
-def _make_graft(
-    model: nn.Module, site: Site, config: Variant, r: int, host: str, seed: int
-) -> tuple[Graft, dict[str, Any]]:
-    with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
-        weight = model.get_parameter(site.weight).detach()
-        found = factorise(weight if site.layout == "out_in" else weight.T, r)
-        dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-        # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
-        kept = (torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t) for t in (found.U, found.S, found.Vh))
-        factors = Factors(*kept)
-        generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(site.key.encode())) % 2**64)
-        core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        core = Core(config.init_core(r, generator), core_dtype, weight.device)
-        graft = Graft(site, host, config, factors, core)
-    return graft, {"method": found.method, "error": found.error, "energy": found.energy}

@@ -193,7 +193,7 @@ def _read_site(
         )
     variant = _variant(entry["variant"], entry.get("hyperparameters", {})) if "variant" in entry else default
     (d_out, d_in), r = shape, entry["r"]
-    if not 1 <= r <= min(d_out, d_in):
+    if not 1 <= r <= min(d_out, d_in) or variant.rank(r) != r:
         raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -202,9 +202,8 @@ def _read_site(
         shapes[f"core.{name}"] = (tuple(tensor.shape), core_dtype)
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
-    core = Core(
-        {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}, core_dtype, weight.device
-    )
+    tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
+    core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in)
     return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
 

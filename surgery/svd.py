@@ -1,7 +1,15 @@
-"""Exact truncated singular value decomposition of a weight: float64, deterministic, sign-canonical.
+"""Truncated singular value decomposition of a weight: exact or randomised, deterministic, sign-canonical, measured.
 
-The top r triples come from the eigenvectors of the smaller Gram matrix in float64, which is as exact as a full SVD in
-float32 while ``S_r > 1e-5 S_1`` and about 1.3 to 3 times faster; below that, and for float64 weights, from a full SVD.
+==============  ====================================================================================================
+``gram``        eigenvectors of the smaller Gram matrix in float64: as exact as a full SVD in float32 while
+                ``S_r > 1e-5 S_1``, and 1.3 to 3 times faster
+``svd``         the full SVD in float64; where ``gram`` would not be exact enough, and for float64 weights
+``randomised``  a range finder (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) with a Chebyshev filter (Zhou, Saad,
+                Tiago and Chelikowsky 2006), several times faster for ``r`` much below ``d``; ``residual`` says how far
+                off it is
+==============  ====================================================================================================
+
+``"exact"`` asks for one of the first two, ``"auto"`` takes the third only for large weights and small ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +18,16 @@ from typing import NamedTuple
 
 import torch
 
+from passes.errors import VariantError
+
 GRAM_LIMIT = 1e-5
+METHODS = ("auto", "exact", "randomised")
+LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
+OVERSAMPLING, PRODUCTS = 32, 3
+PROBES, BLOCK = 16, 256
+RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
+
+Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Factorisation(NamedTuple):
@@ -18,9 +35,12 @@ class Factorisation(NamedTuple):
 
     Attributes:
         U, S, Vh: (d_out, r), (r,), (r, d_in).
-        method: "gram" or "svd".
-        error: largest deviation of U and V from orthonormal columns.
+        method: how it was computed.
+        error: largest deviation of U and V from orthonormal columns (of an oblique ``Vh``, in its own inner product).
+        residual: Frobenius norm of ``(W V - U S, W^T U - V S)`` over that of S, estimated with random vectors; rounding
+            for an exact method.
         energy: share of the squared Frobenius norm that the r directions hold.
+        core: frozen core tensors that the choice of directions gives, by name.
     """
 
     U: torch.Tensor
@@ -28,36 +48,104 @@ class Factorisation(NamedTuple):
     Vh: torch.Tensor
     method: str
     error: float
+    residual: float
     energy: float
+    core: dict[str, torch.Tensor] = {}  # noqa: RUF012  (never written)
+
+    def keep(self, indices: torch.Tensor) -> Factorisation:
+        """The chosen directions, in the order of the indices."""
+        S = self.S[indices]
+        whole = self.S.square().sum().clamp(min=1e-300)
+        share = float(S.square().sum() / whole)
+        U, Vh = self.U[:, indices].contiguous(), self.Vh[indices].contiguous()
+        return self._replace(U=U, S=S, Vh=Vh, energy=self.energy * share)
 
 
-def factorise(weight: torch.Tensor, r: int) -> Factorisation:
+def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0) -> Factorisation:
     """Compute the r largest singular triples of a weight.
 
     Args:
         weight: (d_out, d_in), finite, any floating-point dtype.
         r: at most ``min(d_out, d_in)``.
+        method: "auto", "exact" or "randomised".
+        seed: of the randomised method's test matrix.
+
+    Raises:
+        VariantError: the method is unknown.
 
     Source: Eckart and Young 1936; the sign convention is that of ``sklearn.utils.extmath.svd_flip``.
     """
-    W = weight.detach().to(torch.float64)
-    scale = W.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    W = W / scale  # keeps the Gram matrix of very large or very small weights in range
-    result = None if weight.dtype == torch.float64 else _gram(W, r)
-    method = "gram" if result is not None else "svd"
-    U, S, Vh = result if result is not None else _svd(W, r)
-    signs = _signs(U)
-    U, Vh = U * signs, Vh * signs[:, None]
-    eye = torch.eye(r, dtype=U.dtype, device=U.device)
-    error = max(float((U.T @ U - eye).abs().max()), float((Vh @ Vh.T - eye).abs().max()))
-    energy = float((S.square().sum() / W.square().sum().clamp(min=1e-300)).clamp(max=1.0))
-    return Factorisation(U.contiguous(), S * scale, Vh.contiguous(), method, error, energy)
+    if method not in METHODS:
+        raise VariantError(f"svd_method must be one of {', '.join(METHODS)}, found {method!r}")
+    weight, smaller = weight.detach(), min(weight.shape)
+    large = smaller >= LARGE and r * FEW <= smaller
+    if method == "randomised" or (method == "auto" and large):
+        W, scale = _scaled(weight, torch.float32)
+        found = _randomised(W, r, seed)
+        if found is not None:
+            return _finished(W, scale, found, "randomised")
+    W, scale = _scaled(weight, torch.float64)
+    found = None if weight.dtype == torch.float64 else _gram(W, r)
+    return _finished(W, scale, found or _svd(W, r), "gram" if found else "svd")
 
 
-def _gram(W: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _scaled(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight over its largest entry, which keeps the Gram matrix of huge or tiny weights in range."""
+    scale = weight.abs().max().to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    wide = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    normal = scale >= torch.finfo(torch.float32).smallest_normal or weight.dtype == torch.float64
+    if dtype == torch.float64 or not normal:  # a float32 quotient of subnormal numbers would lose their digits
+        return (weight.to(torch.float64) / scale).to(dtype), scale
+    return (wide / scale.to(wide.dtype)).to(dtype), scale
+
+
+def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str) -> Factorisation:
+    """Canonical signs, and what is measured of the triples."""
+    U, S, Vh = found
+    signs = signs_of(U)
+    U, Vh = U * signs, Vh * signs[:, None].to(Vh.dtype)
+    energy = float(
+        (S.square().sum() / torch.linalg.vector_norm(W).to(S.dtype).square().clamp(min=1e-300)).clamp(max=1.0)
+    )
+    error, residual = max(deviation(U.T), deviation(Vh)), _residual(W, U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype))
+    U, Vh = U.to(torch.float64).contiguous(), Vh.to(torch.float64).contiguous()
+    return Factorisation(U, S * scale, Vh, method, error, residual, energy)
+
+
+def deviation(rows: torch.Tensor) -> float:
+    """Largest deviation of ``rows rows^T`` from the identity."""
+    return float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
+
+
+def _residual(W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> float:
+    """``E |R z|^2 = |R|^2`` for normal z: a thin product, where R itself would cost as much as a factorisation step."""
+    probes = torch.randn(len(S), PROBES, generator=torch.Generator().manual_seed(0)).to(W)
+    scaled = S[:, None] * probes
+    left, right = W @ (Vh.T @ probes) - U @ scaled, W.T @ (U @ probes) - Vh.T @ scaled
+    norm = torch.hypot(torch.linalg.vector_norm(left), torch.linalg.vector_norm(right)) / PROBES**0.5
+    return float(norm / torch.linalg.vector_norm(S).clamp(min=1e-300))
+
+
+def gram_matrix(A: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+    """``A^T A`` by blocks of columns on and below the diagonal: little more than half of the products.
+
+    Args:
+        whole: fill the upper triangle too, which ``eigh`` and ``cholesky`` do not read.
+    """
+    columns = A.shape[1]
+    out = A.new_zeros(columns, columns)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        torch.mm(A[:, start:].T, A[:, start:stop], out=out[start:, start:stop])
+        if whole:
+            out[start:stop, stop:] = out[stop:, start:stop].T
+    return out
+
+
+def _gram(W: torch.Tensor, r: int) -> Triples | None:
     """Top r through the smaller of ``W W^T`` and ``W^T W``; None where it would not be exact enough."""
     wide = W.shape[0] <= W.shape[1]
-    values, vectors = torch.linalg.eigh(W @ W.T if wide else W.T @ W)
+    values, vectors = torch.linalg.eigh(gram_matrix(W.T if wide else W))
     S = values[-r:].flip(0).clamp(min=0).sqrt()
     if not S[-1] > GRAM_LIMIT * S[0]:
         return None
@@ -66,12 +154,60 @@ def _gram(W: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return (basis, S, other.T) if wide else (other, S, basis.T)
 
 
-def _svd(W: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _svd(W: torch.Tensor, r: int) -> Triples:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
 
 
-def _signs(U: torch.Tensor) -> torch.Tensor:
+def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
+    """Top r within a random subspace that is filtered towards the largest singular values.
+
+    A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial of degree 2 that stays within
+    [-1, 1] below the smallest Ritz value and grows fastest above it; large products are in float32.
+
+    Returns:
+        The triples; None where the spectrum is too wide for float32.
+    """
+    tall = W if W.shape[0] >= W.shape[1] else W.T
+    rows, columns = tall.shape
+    size = min(r + OVERSAMPLING, columns)
+    formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns
+    gram = gram_matrix(tall, whole=True) if formed else None
+
+    def apply(basis: torch.Tensor) -> torch.Tensor:
+        return gram @ basis if gram is not None else tall.T @ (tall @ basis)
+
+    basis = torch.randn(columns, size, generator=torch.Generator().manual_seed(seed)).to(W)
+    start = _orthonormal(apply(basis))
+    if start is None:
+        return None
+    basis, image = start, apply(start)
+    half = torch.linalg.eigvalsh(basis.T @ image)[0].clamp(min=0) / 2
+    if not half > 0:
+        return None
+    once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
+    filtered = _orthonormal(2 * (apply(once) / half - once) - basis)
+    if filtered is None:
+        return None
+    image = tall @ filtered
+    values, vectors = torch.linalg.eigh(gram_matrix(image.to(torch.float64)))
+    S, vectors = values[-r:].flip(0).clamp(min=0).sqrt(), vectors[:, -r:].flip(1)
+    if not S[-1] > RANDOMISED_LIMIT * S[0]:
+        return None
+    left, right = image @ (vectors / S).to(image.dtype), filtered @ vectors.to(image.dtype)
+    return (left, S, right.T) if tall is W else (right, S, left.T)
+
+
+def _orthonormal(Y: torch.Tensor) -> torch.Tensor | None:
+    """Orthonormal basis of the columns by a Cholesky factor of their Gram matrix in float64; None if it breaks down."""
+    factor, info = torch.linalg.cholesky_ex(gram_matrix(Y.to(torch.float64)))
+    if int(info):
+        return None
+    basis: torch.Tensor = torch.linalg.solve_triangular(factor.to(Y.dtype), Y.T, upper=False)
+    return basis.T
+
+
+def signs_of(U: torch.Tensor) -> torch.Tensor:
     """The sign that makes the largest entry of each column of U positive."""
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).squeeze(0)
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)

@@ -148,7 +148,7 @@ def _report_unmatched(target: Patterns, inspection: Inspection) -> None:
     message = f"no site matches {names}{hint}{why}; sites are {_some(known)}"
     if len(unmatched) == len(patterns):
         raise TargetError(message)
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
 
 
 def _some(keys: Iterable[str], most: int = 12) -> str:

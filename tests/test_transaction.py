@@ -185,7 +185,9 @@ def test_a_tensor_subclass():
         ({"form": "nonsense"}, surgery.InputError),
         ({"lowering": "nonsense"}, surgery.InputError),
         ({"keep_base": False}, surgery.InputError),
-        ({"calibration": [torch.ones(5, 12)]}, surgery.VariantError),
+        ({"calibration": 3}, surgery.InputError),
+        ({"calibration": []}, surgery.InputError),
+        ({"calibration": surgery.Contrast([torch.ones(5, 12)], [torch.ones(5, 12)])}, surgery.InputError),
     ],
 )
 def test_options_that_are_not_there(options, error):
@@ -206,7 +208,7 @@ def test_surgery_twice_on_one_site(name):
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("target", ["surgery.hosts.attach", "surgery.operate.factorise", "surgery.operate.Record"])
+@pytest.mark.parametrize("target", ["surgery.hosts.attach", "surgery.graft.check_factors", "surgery.operate.Record"])
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_failure_at_any_site(monkeypatch, name, target, call, after, error):
     found = patient(name)

@@ -6,7 +6,9 @@ A file in this package defines one frozen dataclass that derives from :class:`Va
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol
@@ -14,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from passes.errors import RankError, VariantError
+from surgery.statistics import POOLS, Statistic, reranked
+from surgery.svd import METHODS, Factorisation, factorise
 
 REGISTRY: dict[str, type[Variant]] = {}
 
@@ -31,16 +35,19 @@ class Variant:
     Attributes:
         r: upper bound of the rank; a site uses ``min(r, d_out, d_in)``.
         factors_dtype: dtype name of the stored factors ("float32"); None keeps the weight's own.
+        svd_method: "exact", "randomised", or "auto" (randomised for large weights and small ranks only).
     """
 
     r: int = 256
     factors_dtype: str | None = None
+    svd_method: str = "auto"
 
     name: ClassVar[str] = ""
     linear: ClassVar[bool] = True
     """Whether delta is linear in h: only then are there a delta weight, a merge and a LoRA."""
     default_targets: ClassVar[str] = "all-linear"
-    needs_calibration: ClassVar[bool] = False
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Core tensors that are not trained: they come with the factors."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,14 +59,57 @@ class Variant:
             raise RankError(f"r must be an integer of at least 1, found {self.r!r}")
         if self.factors_dtype is not None and self.factors_dtype not in ("float16", "bfloat16", "float32", "float64"):
             raise VariantError(f"factors_dtype must name a floating-point dtype, found {self.factors_dtype!r}")
+        self.one_of("svd_method", METHODS)
+
+    def one_of(self, name: str, known: Sequence[str]) -> None:
+        """Refuse a value of a field that is none of the known ones."""
+        if getattr(self, name) not in known:
+            raise VariantError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+
+    def number(self, name: str, *, least: float, most: float = math.inf, whole: bool = False) -> None:
+        """Refuse a value of a field that is not a number from ``least`` to ``most``."""
+        value, kinds = getattr(self, name), (int,) if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r}")
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether delta is an exact zero at the initial core."""
+        return True
+
+    @property
+    def statistic(self) -> str:
+        """What calibration collects for this variant (see ``surgery.statistics``)."""
+        return "moment"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether there are no factors without calibration data."""
+        return False
+
+    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
+        """Choose the factors of a site: the r largest singular triples.
+
+        Args:
+            weight: (d_out, d_in).
+            statistic: what calibration collected at this site; None without calibration.
+            seed: of a randomised factorisation.
+        """
+        return factorise(weight, r, self.svd_method, seed)
 
     def rank(self, limit: int) -> int:
         """The largest rank up to ``limit`` that the variant can use."""
         return limit
 
     def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Initial core tensors of a site of rank r, in float32 on the CPU."""
+        """Initial core tensors of a site of rank r, in float32 on the CPU; frozen ones as placeholders."""
         raise VariantError(f"{self.name} defines no core")
+
+    def prepare(self, core: CoreTensors) -> dict[str, torch.Tensor]:
+        """Tensors that depend on the core's values alone; without gradients they are kept between forwards, and delta
+        finds them beside the core's own."""
+        return {}
 
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """The change in S-space.
@@ -116,6 +166,34 @@ def variant_from_dict(name: str, values: dict[str, Any]) -> Variant:
     if missing := sorted(required - set(values)):
         raise VariantError(f"variant {name!r} lacks the hyper-parameter {', '.join(missing)}")
     return cls(**values)
+
+
+@dataclass(frozen=True)
+class Reranked(Variant):
+    """A variant on singular directions of the weight: the largest, or with calibration data those that carry most.
+
+    With data these are the r directions of the largest ``S_i * pool_n |x_n . v_i|``, in descending order of S.
+
+    Attributes:
+        pool: "rms" or "mean_abs", over the tokens n.
+    """
+
+    pool: str = "rms"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("pool", tuple(POOLS))
+
+    @property
+    def statistic(self) -> str:
+        """The second moment gives the rms of every projection; the mean absolute value needs the projections."""
+        return POOLS[self.pool]
+
+    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
+        """The top triples, or those that a statistic ranks highest."""
+        if statistic is None:
+            return factorise(weight, r, self.svd_method, seed)
+        return reranked(weight, r, statistic)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -2,9 +2,7 @@
 
     delta(h) = h * S * elu(coeff * g)        so that   S_eff = S * (1 + elu(coeff * g)) > 0
 
-``g`` (r,) starts at zero, where ``elu`` and with it delta is an exact zero. The gain is formed before it touches h, so
-that an overflowing h never meets a zero. ``suppress_only`` clamps ``g`` to at most 0, so that no direction is amplified
-for ``coeff >= 0``; ``clamp(max=0)`` passes the whole gradient at ``g = 0``, where ``minimum`` would pass half.
+``g`` (r,) starts at zero, where ``elu`` and with it delta is an exact zero.
 
 Sources: PiSSA's split (Meng et al. 2024, arXiv:2404.02948) for the frozen factors; SVFT and Transformer-squared's SVF
 (Sun et al. 2025, arXiv:2501.06252) for gains on singular values.
@@ -16,13 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from surgery.variants import CoreTensors, Variant
+from surgery.gain import diagonal_gain
+from surgery.variants import CoreTensors, Reranked
 
 
 @dataclass(frozen=True)
-class AntiPaSTO(Variant):
+class AntiPaSTO(Reranked):
     """Configuration of ``antipasto``.
 
     Attributes:
@@ -39,5 +37,4 @@ class AntiPaSTO(Variant):
 
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """``h * S * elu(coeff * g)``."""
-        g = core.g.clamp(max=0) if self.suppress_only else core.g
-        return h * (S * F.elu(coeff * g)).to(h.dtype)
+        return h * diagonal_gain(S, core.g, coeff, suppress_only=self.suppress_only).to(h.dtype)

@@ -1,0 +1,83 @@
+"""Make what a site is operated on with: its factors, from its weight and from calibration, and its initial core."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.errors import InputError
+from passes.sites import Site
+from surgery.adapter import Core, Factors
+from surgery.checks import check_factors
+from surgery.hosts import Graft
+from surgery.progress import track
+from surgery.statistics import Statistic
+from surgery.statistics_file import Statistics
+from surgery.variants import Variant
+
+Wanted = tuple[Site, Variant, int, str]
+"""A site, its variant, its rank, and how it is hosted."""
+
+
+def make_grafts(
+    model: nn.Module, wanted: list[Wanted], statistics: Statistics | None, seed: int, *, progress: bool = False
+) -> tuple[list[Graft], dict[str, dict[str, Any]]]:
+    """Factorise the weights of sites and make their cores; nothing of the model is touched.
+
+    Returns:
+        The grafts, and what is noted of each site's factorisation.
+
+    Raises:
+        InputError: the statistics do not cover a site, or saw fewer tokens than its rank.
+        WeightError: factors overflow their dtype.
+    """
+    known = {site.key: _statistic(model, site, config, r, statistics) for site, config, r, _ in wanted}
+    grafts, notes = [], {}
+    for site, config, r, host in track(wanted, "factorising", enabled=progress):
+        graft, notes[site.key] = _graft(model, site, config, r, host, known[site.key], seed)
+        grafts.append(graft)
+    return grafts, notes
+
+
+def _statistic(
+    model: nn.Module, site: Site, config: Variant, r: int, statistics: Statistics | None
+) -> Statistic | None:
+    if statistics is None:
+        return None
+    statistic = statistics.of(model, site, config.statistic)
+    if statistic.kind != "contrast" and statistic.tokens < r:
+        raise InputError(
+            f"site {site.key!r}: calibration showed it {statistic.tokens} tokens, fewer than its rank {r}; "
+            "use more data, or a smaller r"
+        )
+    return statistic
+
+
+def _graft(
+    model: nn.Module, site: Site, config: Variant, r: int, host: str, statistic: Statistic | None, seed: int
+) -> tuple[Graft, dict[str, Any]]:
+    with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
+        weight = model.get_parameter(site.weight).detach()
+        try:
+            found = config.factorise(weight if site.layout == "out_in" else weight.T, r, statistic, seed)
+        except InputError as error:
+            raise InputError(f"site {site.key!r}: {error}") from error
+        dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
+        # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
+        kept = (torch.empty(t.shape, dtype=dtype, device=weight.device).copy_(t) for t in (found.U, found.S, found.Vh))
+        factors = Factors(*kept)
+        check_factors(site, factors)
+        core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        core = Core(initial_core(config, site.key, r, seed) | found.core, core_dtype, weight.device, config.frozen)
+    note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
+    note |= {"seed": seed, "tokens": statistic.tokens if statistic else None}
+    return Graft(site, host, config, factors, core), note
+
+
+def initial_core(config: Variant, key: str, r: int, seed: int) -> dict[str, torch.Tensor]:
+    """The core that a site starts with; every site has random numbers of its own."""
+    generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(key.encode())) % 2**64)
+    return config.init_core(r, generator)

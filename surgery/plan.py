@@ -1,0 +1,79 @@
+"""Which sites of a model are operated on, with which rank, and hosted how: decided before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from passes.inspection import Inspection, graph_products, inspect_model
+from passes.sites import Site
+from surgery.checks import check_loaded, check_weight
+from surgery.graphs import original_graph, require_bases
+from surgery.hosts import check_not_operated, choose_host
+from surgery.targets import Patterns, select_sites, site_ranks
+from surgery.variants import Variant
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen sites.
+
+    Attributes:
+        inspection: of the model.
+        sites: in order of execution.
+        ranks, hosts: by key.
+    """
+
+    inspection: Inspection
+    sites: list[Site]
+    ranks: dict[str, int]
+    hosts: dict[str, str]
+
+    @property
+    def called(self) -> set[str]:
+        """Keys of the sites whose module is called for every product."""
+        return {key for key, host in self.hosts.items() if host == "module"}
+
+
+def known_inspection(model: nn.Module) -> Inspection | None:
+    """The inspection of a model that is already operated on, since its graph no longer shows the plain products."""
+    record = vars(model).get("_surgery")
+    return record.inspection if record else None
+
+
+def make_plan(
+    model: nn.Module,
+    config: Variant,
+    *,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """Choose sites as the arguments of ``apply_surgery`` say.
+
+    Raises:
+        SurgeryError: nothing fits, or a chosen weight cannot be operated on.
+    """
+    check_loaded(model)
+    require_bases(model)
+    inspection = known_inspection(model) or inspect_model(model, example_inputs)
+    chosen = select_sites(
+        model,
+        inspection,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        default=config.default_targets,
+    )
+    check_not_operated(model, [site.key for site in chosen])
+    ranks = site_ranks(chosen, config, rank_pattern)
+    for site in chosen:
+        check_weight(model, site)
+    products = graph_products(model, original_graph(model))[0] if isinstance(model, fx.GraphModule) else {}
+    hosts = {s.key: "graph" if s.key in products else choose_host(model, s, inspection.calls) for s in chosen}
+    return Plan(inspection, chosen, ranks, hosts)

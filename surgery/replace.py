@@ -1,0 +1,62 @@
+"""Put other adapters in the place of those that a model carries, or leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from passes.sites import Site
+from surgery.adapter import SSpaceLinear
+from surgery.checks import check_weight
+from surgery.graphs import graph_state, restore_state
+from surgery.hosts import Graft, attach, host_of, operated_sites
+from surgery.node import SSpaceNode
+from surgery.operate import detach_all, operate, restore_flags
+from surgery.plan import known_inspection
+from surgery.reading import parameter_names
+
+
+def replace_adapters(
+    model: nn.Module, make: Callable[[], tuple[list[Graft], dict[str, dict[str, Any]]]], *, form: str = "delta"
+) -> None:
+    """Take all adapters off, make new ones on the intact model, and attach them; on any failure the old ones are back.
+
+    Args:
+        make: gives the new adapters, and what is noted of their factorisation.
+        form: "delta" or "residual", of adapters in a graph.
+    """
+    record = vars(model).get("_surgery")
+    present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
+    old = [graft_of(model, key, site) for key, site in present.items()]
+    inspection = known_inspection(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = graph_state(model)
+    if record:
+        detach_all(model)
+    try:
+        if record:
+            del vars(model)["_surgery"]
+            restore_flags(model, record.requires_grad)
+        grafts, notes = make()
+        for graft in grafts:
+            check_weight(model, graft.site)
+        operate(model, grafts, inspection, notes, form=form)
+    except BaseException:
+        if state is not None:
+            restore_state(model, state)
+        for graft in old:
+            attach(model, graft)
+        if record:
+            vars(model)["_surgery"] = record
+        restore_flags(model, flags)
+        raise
+
+
+def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
+    """The adapter of a site as it can be attached again, or made anew."""
+    weight, bias = parameter_names(model, site)
+    d_out, d_in = site.factors.U.shape[0], site.factors.Vh.shape[1]
+    place = Site(key, weight, bias, site.layout, d_out, d_in)
+    return Graft(place, host_of(site), site.variant, site.factors, site.core)

@@ -1,0 +1,62 @@
+"""AntiPaSTO-CorDA: gains on the directions in which the weight acts on the data, and not on its own singular ones.
+
+    delta(h) = h * S * elu(coeff * g),        h = P x
+
+From the second moment ``C = E[x x^T]`` of the site's input: ``U`` holds the top r eigenvectors of
+``W (C + eps I) W^T``, ``S`` the square roots of their eigenvalues, and ``P = diag(1/S) U^T W`` the oblique projector
+that stands for ``Vh``; so ``U diag(S) P = U U^T W``. It is ``SVD(W C^{1/2}) C^{-1/2}`` without inverting C. ``g`` (r,)
+starts at zero.
+
+Source: CorDA (Yang et al. 2024, arXiv:2406.05223), context-oriented decomposition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from surgery.gain import diagonal_gain
+from surgery.oriented import oriented
+from surgery.statistics import Statistic, required
+from surgery.svd import Factorisation
+from surgery.variants import CoreTensors, Variant
+
+
+@dataclass(frozen=True)
+class AntiPaSTOCorDA(Variant):
+    """Configuration of ``antipasto_corda``.
+
+    Attributes:
+        cov_eps: added to the diagonal of C.
+        cov_eps_relative: take ``cov_eps`` as a share of the mean of that diagonal.
+        suppress_only: clamp the gains so that directions are damped and never amplified.
+    """
+
+    cov_eps: float = 1e-3
+    cov_eps_relative: bool = False
+    suppress_only: bool = False
+
+    name: ClassVar[str] = "antipasto_corda"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.number("cov_eps", least=0)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """There is no C without data."""
+        return True
+
+    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
+        """``U``, ``S`` and ``P`` from the second moment."""
+        return oriented(weight, r, required(statistic), self.cov_eps, relative=self.cov_eps_relative)
+
+    def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """``g`` (r,): zeros."""
+        return {"g": torch.zeros(r)}
+
+    def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
+        """``h * S * elu(coeff * g)``."""
+        return h * diagonal_gain(S, core.g, coeff, suppress_only=self.suppress_only).to(h.dtype)
