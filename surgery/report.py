@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from passes.sites import Skipped
 from surgery.hosts import host_of
 from surgery.operate import record_of, unwrap
 from surgery.targets import why_not_chosen
+from surgery.variants import Variant
 from surgery.verbs import sites, trainable_parameters
 
 
@@ -23,9 +28,10 @@ class SiteReport:
     """One operated site.
 
     Attributes:
-        macs: multiply-accumulates per token that the adapter adds.
+        macs: multiply-accumulates per token that the adapter's matrix products add.
         base_macs: those of the base product.
-        method, error, energy: of the factorisation; None where factors were loaded.
+        method, error, residual, energy: of the factorisation; None where factors were loaded.
+        tokens: that calibration showed the site; None without calibration.
     """
 
     key: str
@@ -40,7 +46,9 @@ class SiteReport:
     base_macs: int
     method: str | None
     error: float | None
+    residual: float | None
     energy: float | None
+    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,12 @@ class Report:
             error = 10.0 ** math.ceil(math.log10(max(worst, 1e-300)))
             names = ", ".join(f"{n} by {method}" for method, n in methods.items())
             lines.append(
-                f"factors: {names}, orthonormal within {error:.0e}; energy is the share of |W|^2 that r directions hold"
+                f"factors: {names}, orthonormal within {error:.0e}; energy is the share that r directions hold"
             )
+        if inexact := [s.residual for s in self.sites if s.method == "randomised" and s.residual is not None]:
+            lines.append(f"randomised factors deviate from singular triples by up to {max(inexact):.1%}")
+        if tokens := [s.tokens for s in self.sites if s.tokens is not None]:
+            lines.append(f"calibrated on {min(tokens):,} tokens" + (" or more" if max(tokens) > min(tokens) else ""))
         for (reason, operation), n in Counter((s.reason, s.operation) for s in self.skipped).items():
             lines.append(f"left alone: {n} x {operation}: {reason}")
         return lines + [f"note: {note}" for note in self.notes]
@@ -116,6 +128,20 @@ class Report:
 def _class_name(model: nn.Module) -> str:
     """Name of the model's own class, where a hosted weight gave it a parametrised one."""
     return (type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)).__name__
+
+
+@functools.lru_cache(maxsize=256)
+def core_macs(variant: Variant, r: int) -> int:
+    """Multiply-accumulates per token of the matrix products in a core of rank r, counted on its delta."""
+    tensors = {name: tensor.to("meta") for name, tensor in variant.init_core(r, torch.Generator()).items()}
+    core: Any = SimpleNamespace(**tensors)
+    S, coeff = torch.ones(r, device="meta"), torch.ones((), device="meta")
+    counted = []
+    for tokens in (32, 64):  # what is done once in a forward, and not for each token, cancels
+        with FlopCounterMode(display=False) as counter:
+            variant.delta(torch.ones(tokens, r, device="meta"), S, core, coeff)
+        counted.append(counter.get_total_flops())
+    return int(counted[1] - counted[0]) // 64
 
 
 def report(model: nn.Module) -> Report:
@@ -143,11 +169,13 @@ def report(model: nn.Module) -> Report:
                 host,
                 "dense" if host == "weight" else "lowrank",
                 trainable,
-                0 if host == "weight" else r * (d_in + d_out),
+                0 if host == "weight" else r * (d_in + d_out) + core_macs(site.variant, r),
                 d_out * d_in,
                 found.get("method"),
                 found.get("error"),
+                found.get("residual"),
                 found.get("energy"),
+                found.get("tokens"),
             )
         )
     skipped: list[Skipped] = []

@@ -23,7 +23,7 @@ from passes.errors import VariantError
 GRAM_LIMIT = 1e-5
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
-OVERSAMPLING, PRODUCTS = 32, 3
+OVERSAMPLING, PRODUCTS = 16, 3
 PROBES, BLOCK = 16, 256
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
 
@@ -90,13 +90,12 @@ def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0)
 
 
 def _scaled(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight over its largest entry, which keeps the Gram matrix of huge or tiny weights in range."""
-    scale = weight.abs().max().to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
-    wide = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
-    normal = scale >= torch.finfo(torch.float32).smallest_normal or weight.dtype == torch.float64
-    if dtype == torch.float64 or not normal:  # a float32 quotient of subnormal numbers would lose their digits
-        return (weight.to(torch.float64) / scale).to(dtype), scale
-    return (wide / scale.to(wide.dtype)).to(dtype), scale
+    """A huge or tiny weight over its largest entry, which keeps its Gram matrix in range, and that entry, or 1."""
+    scale = weight.abs().max().to(torch.float64)
+    if 1e-6 < scale < 1e6:
+        return weight.to(dtype), torch.ones_like(scale)
+    scale = scale.clamp(min=torch.finfo(torch.float64).tiny)
+    return (weight.to(torch.float64) / scale).to(dtype), scale
 
 
 def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str) -> Factorisation:
@@ -163,48 +162,48 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     """Top r within a random subspace that is filtered towards the largest singular values.
 
     A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial of degree 2 that stays within
-    [-1, 1] below the smallest Ritz value and grows fastest above it; large products are in float32.
+    [-1, 1] below the smallest Ritz value and grows fastest above it. It is applied to Ritz vectors, whose images stay
+    apart in a wide spectrum; a higher degree would bury the smaller ones in rounding. Large products are in float32,
+    small matrices in float64.
 
     Returns:
         The triples; None where the spectrum is too wide for float32.
     """
     tall = W if W.shape[0] >= W.shape[1] else W.T
     rows, columns = tall.shape
-    size = min(r + OVERSAMPLING, columns)
+    size = min(r + max(OVERSAMPLING, r // 4), columns)
     formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns
     gram = gram_matrix(tall, whole=True) if formed else None
 
     def apply(basis: torch.Tensor) -> torch.Tensor:
         return gram @ basis if gram is not None else tall.T @ (tall @ basis)
 
-    basis = torch.randn(columns, size, generator=torch.Generator().manual_seed(seed)).to(W)
-    start = _orthonormal(apply(basis))
-    if start is None:
+    start = apply(torch.randn(columns, size, generator=torch.Generator().manual_seed(seed)).to(W))
+    factor, dependent = torch.linalg.cholesky_ex(gram_matrix(start.to(torch.float64)))
+    if int(dependent):
         return None
-    basis, image = start, apply(start)
-    half = torch.linalg.eigvalsh(basis.T @ image)[0].clamp(min=0) / 2
+    basis = torch.linalg.solve_triangular(factor.to(W.dtype), start.T, upper=False).T
+    image = apply(basis)
+    values, vectors = torch.linalg.eigh(basis.T @ image)
+    half = float(values[0]) / 2
     if not half > 0:
         return None
+    basis, image = basis @ vectors, image @ vectors
     once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
-    filtered = _orthonormal(2 * (apply(once) / half - once) - basis)
-    if filtered is None:
-        return None
+    filtered = 2 * (apply(once) / half - once) - basis
+    filtered = filtered / torch.linalg.vector_norm(filtered, dim=0)
     image = tall @ filtered
-    values, vectors = torch.linalg.eigh(gram_matrix(image.to(torch.float64)))
+    factor, dependent = torch.linalg.cholesky_ex(gram_matrix(filtered.to(torch.float64)))
+    if int(dependent):
+        return None
+    inner = torch.linalg.solve_triangular(factor, gram_matrix(image.to(torch.float64), whole=True), upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, inner.T, upper=False))
     S, vectors = values[-r:].flip(0).clamp(min=0).sqrt(), vectors[:, -r:].flip(1)
+    right = torch.linalg.solve_triangular(factor.T, vectors, upper=True).to(W.dtype)
     if not S[-1] > RANDOMISED_LIMIT * S[0]:
         return None
-    left, right = image @ (vectors / S).to(image.dtype), filtered @ vectors.to(image.dtype)
+    left, right = image @ (right / S.to(right.dtype)), filtered @ right
     return (left, S, right.T) if tall is W else (right, S, left.T)
-
-
-def _orthonormal(Y: torch.Tensor) -> torch.Tensor | None:
-    """Orthonormal basis of the columns by a Cholesky factor of their Gram matrix in float64; None if it breaks down."""
-    factor, info = torch.linalg.cholesky_ex(gram_matrix(Y.to(torch.float64)))
-    if int(info):
-        return None
-    basis: torch.Tensor = torch.linalg.solve_triangular(factor.to(Y.dtype), Y.T, upper=False)
-    return basis.T
 
 
 def signs_of(U: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from passes.errors import VariantError
 from surgery.svd import GRAM_LIMIT, factorise
 from tests.tolerance import assert_close, relative_error
 
@@ -143,3 +144,72 @@ def test_gradients_and_the_weight_are_left_alone():
     assert not factorise(W, 3).U.requires_grad
     assert torch.equal(W, before)
     assert W.grad is None
+
+
+@given(sizes, sizes, st.integers(1, 24), st.floats(0, 2), st.integers(-20, 20))
+@example(24, 3, 3, 0.0, 0)
+@example(1, 24, 1, 0.0, 20)
+def test_randomised_is_a_projection_near_the_best_one(d_out, d_in, r, decay, exponent):
+    r = min(r, d_out, d_in)
+    S = torch.arange(1, min(d_out, d_in) + 1, dtype=torch.float64) ** -decay
+    W = (with_spectrum(d_out, d_in, S) * 10.0**exponent).float()
+    found, true = factorise(W, r, "randomised"), torch.linalg.svdvals(W.double())
+    assert (found.U.shape, found.Vh.shape) == ((d_out, r), (r, d_in))
+    assert found.error < 1e-6 * true[0] / found.S[-1]  # products are in float32
+    assert (true[:r] + 1e-5 * true[0] >= found.S).all()
+    assert (found.S.diff() <= 0).all()
+    assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
+    residual = torch.linalg.norm(W.double() - found.U * found.S @ found.Vh)
+    assert residual <= 1.01 * true[r:].norm() + 1e-5 * true.norm()
+
+
+def test_the_measured_residual_is_that_of_the_triples():
+    W = with_spectrum(120, 90, torch.arange(1, 91, dtype=torch.float64) ** -0.3).float()
+    for method, limit in (("exact", 1e-12), ("randomised", 1.0)):
+        found = factorise(W, 30, method)
+        U, S, Vh, D = found.U, found.S, found.Vh, W.double()
+        true = torch.linalg.norm(torch.cat([D @ Vh.T - U * S, D.T @ U - Vh.T * S])) / S.norm()
+        assert true < limit
+        assert found.residual < limit
+        if method == "randomised":
+            assert 0.5 < found.residual / true < 2  # estimated with random vectors
+
+
+@pytest.mark.parametrize(
+    "W", [torch.zeros(40, 30), torch.ones(40, 30), torch.diag(10.0 ** -torch.arange(30.0))], ids=["zero", "one", "wide"]
+)
+def test_randomised_gives_way_where_float32_is_not_enough(W):
+    found = factorise(W, 5, "randomised")
+    assert found.method in ("gram", "svd")
+    check(W, 5)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomised"])
+def test_the_same_on_repeated_runs(method):
+    W = torch.randn(60, 50)
+    found, again = (factorise(W, 7, method, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], again[:3], strict=True))
+    assert found[3:] == again[3:]
+    other = factorise(W, 7, method, seed=4)
+    assert torch.equal(found.S, other.S) == (method == "exact")
+
+
+@pytest.mark.parametrize(("d", "r", "method"), [(64, 4, "gram"), (2048, 8, "randomised"), (2047, 8, "gram")])
+def test_auto_chooses_by_shape_and_rank(monkeypatch, d, r, method):
+    for name in ("_gram", "_randomised"):
+        monkeypatch.setattr(f"surgery.svd.{name}", lambda W, r, seed=0: (W[:, :r], W[0, :r], W[:r]))
+    assert factorise(torch.rand(d, d + 1), r).method == method
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(VariantError, match="auto, exact, randomised"):
+        factorise(torch.ones(2, 2), 1, "fast")
+
+
+def test_kept_directions_hold_their_share_of_the_energy():
+    found = factorise(with_spectrum(9, 6, torch.tensor([3.0, 2, 1], dtype=torch.float64)).float(), 3)
+    kept = found.keep(torch.tensor([0, 2]))
+    assert_close(kept.S, torch.tensor([3.0, 1], dtype=torch.float64), torch.float32)
+    assert_close(torch.tensor(kept.energy), torch.tensor(10 / 14), torch.float32)
+    assert torch.equal(kept.U, found.U[:, [0, 2]])
+    assert torch.equal(kept.Vh, found.Vh[[0, 2]])

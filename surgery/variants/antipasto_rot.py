@@ -10,11 +10,12 @@ otherwise.
 Without cancellation, with ``E = R - I = (I - X)^-1 2X`` and ``T = S E_v + coeff * delta_s (I + E_v)``, each block of
 delta is one small matrix, ``D = T + E_u^T (S + T)``, so that h is turned once for all by ``tokens * r * bs`` products.
 
-``(I - X)^-1`` needs no solve. For blocks of up to 4, with ``s = sum_{i<j} X_ij^2`` and the Pfaffian ``p`` of X,
+``(I - X)^-1`` needs no solve. With ``X = c K``, ``c = coeff / 2``, and for blocks of up to 4, by Cayley and Hamilton,
 
-    E = 2X ((1 + s) I + X^2) (I + X) / (1 + s + p^2)        exactly, for every coeff (Cayley and Hamilton)
+    E = 2c (K + c^2 (s K + K^3) + c (K^2 - c^2 p^2 I)) / (1 + c^2 (s + c^2 p^2))        exactly, for every coeff
 
-and larger ones are inverted by halves: ``I - X`` has a positive definite symmetric part, so every block does.
+with ``s = sum_{i<j} K_ij^2`` and the Pfaffian ``p`` of K (0 for blocks of 2 and 3). Larger blocks are inverted by
+halves: ``I - X`` has a positive definite symmetric part, so every Schur complement has one too.
 
 Sources: Cayley transform (1846); block-diagonal rotations as in OFT (Qiu et al. 2023, arXiv:2306.07280).
 """
@@ -22,6 +23,7 @@ Sources: Cayley transform (1846); block-diagonal rotations as in OFT (Qiu et al.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,57 +78,93 @@ class AntiPaSTORot(Reranked):
         planes = size * (size - 1) // 2
         return {"delta_s": delta_s} | {side: torch.zeros(r // size, planes) for side in sides if planes}
 
+    def prepare(self, core: CoreTensors) -> dict[str, torch.Tensor]:
+        """The powers of K and its invariants, which do not depend on coeff."""
+        sides = [p for name in ("rot_v", "rot_u") if (p := getattr(core, name, None)) is not None]
+        if not sides:
+            return {}
+        limit = 2 * math.tan(self.max_rotation_angle / 2)
+        n, planes = sides[0].shape
+        shape = (-1, together(n, block_of(planes)), planes)
+        return powers(limit * torch.tanh(torch.cat([p.reshape(shape) for p in sides]) / (2 * limit)))
+
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """``h D^T`` in blocks."""
-        shift = coeff * core.delta_s
-        limit = 2 * math.tan(self.max_rotation_angle / 2)
-        e_v = turned(getattr(core, "rot_v", None), coeff, limit)
-        e_u = turned(getattr(core, "rot_u", None), coeff, limit)
-        if e_v is None and e_u is None:
-            return h * shift.to(h.dtype)
-        blocks = (e_v if e_v is not None else e_u).shape[-3:]  # type: ignore[union-attr]
-        eye = torch.eye(blocks[-1], dtype=S.dtype, device=S.device)
-        scale, shift = S.reshape(*blocks[:2], 1), shift.reshape(*shift.shape[:-1], *blocks[:2], 1)
-        T = shift * eye if e_v is None else scale * e_v + shift * (eye + e_v)
-        D = T if e_u is None else T + e_u.mT @ (scale * eye + T)
-        return apply_blocks(h, D.to(h.dtype))
+        kept = vars(core) if getattr(core, "K", None) is not None else self.prepare(core)
+        if not kept:
+            return h * (coeff * core.delta_s).to(h.dtype)
+        E, knob = turned(kept, coeff), coeff[..., None, None, None]
+        size, count = E.shape[-1], E.shape[-3]
+        groups = len(S) // (size * count)
+        scale, shift = S.reshape(groups, count, size, 1), knob * core.delta_s.reshape(groups, count, size, 1)
+        eye = torch.eye(size, dtype=S.dtype, device=S.device)
+        T = shift * eye
+        if getattr(core, "rot_v", None) is not None:
+            T = T + (scale + shift) * E[..., :groups, :, :, :]
+        if getattr(core, "rot_u", None) is not None:
+            T = T + E[..., -groups:, :, :, :].mT @ (scale * eye + T)
+        return apply_blocks(h, T.to(h.dtype))
 
 
-def turned(p: torch.Tensor | None, coeff: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """``R - I`` of the Cayley rotations of skew parameters.
+def block_of(planes: int) -> int:
+    """Size of a block of so many planes."""
+    return (1 + math.isqrt(1 + 8 * planes)) // 2
+
+
+def together(n: int, size: int) -> int:
+    """How many of n blocks are applied as one small dense matrix."""
+    return max(m for m in range(1, n + 1) if n % m == 0 and (m == 1 or m * size <= GROUP))
+
+
+def powers(entries: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the Cayley transform of skew matrices needs, apart from coeff.
 
     Args:
-        p: (n, bs(bs-1)/2), the upper triangles by rows; None for no rotation.
+        entries: (..., size(size-1)/2), the upper triangles by rows.
+    """
+    size = block_of(entries.shape[-1])
+    K = skew(entries, size)
+    if size > 4:
+        return {"K": K}
+    s = entries.square().sum(dim=-1)[..., None, None]
+    K2 = K @ K
+    kept = {"K": K, "K2": K2, "L": s * K + K2 @ K, "s": s}
+    if size == 4:
+        products = entries[..., :3] * entries[..., 3:].flip(-1)
+        pfaffian = products.sum(dim=-1) - 2 * products[..., 1]
+        kept["p2"] = pfaffian.square()[..., None, None]
+    return kept
+
+
+def turned(kept: Mapping[str, torch.Tensor], coeff: torch.Tensor) -> torch.Tensor:
+    """``R - I`` of the Cayley rotations.
+
+    Args:
+        kept: what :func:`powers` gives for matrices (groups, count, size, size).
         coeff: 0-d or (rows, 1, ..., 1).
-        limit: of the entries of A.
 
     Returns:
-        (n, bs, bs), or (rows, 1, ..., n, bs, bs).
+        (groups, count, size, size), or (rows, 1, ..., groups, count, size, size).
     """
-    if p is None:
-        return None
-    size = (1 + math.isqrt(1 + 8 * p.shape[1])) // 2
-    X = skew(limit * torch.tanh(p / (2 * limit)), size) * (coeff / 2)[..., None, None]
-    eye = torch.eye(size, dtype=p.dtype, device=p.device)
-    if size > 4:
-        return inverse(eye - X) @ (2 * X)
-    square = X @ X
-    s = -square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / 2
-    determinant = 1 + s
-    if size == 4:
-        pfaffian = X[..., 0, 1] * X[..., 2, 3] - X[..., 0, 2] * X[..., 1, 3] + X[..., 0, 3] * X[..., 1, 2]
-        determinant = determinant + pfaffian[..., None, None].square()
-    return 2 * X @ ((1 + s) * eye + square) @ (eye + X) / determinant
+    K, c = kept["K"], (coeff / 2)[..., None, None, None]
+    if K.shape[-1] > 4:
+        X = c * K
+        return inverse(torch.eye(K.shape[-1], dtype=K.dtype, device=K.device) - X) @ (2 * X)
+    square, even, determinant = c * c, kept["K2"], kept["s"]
+    if "p2" in kept:
+        p2 = square * kept["p2"]
+        even, determinant = even - p2 * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), determinant + p2
+    return 2 * c * (K + square * kept["L"] + c * even) / (1 + square * determinant)
 
 
 def skew(entries: torch.Tensor, size: int) -> torch.Tensor:
-    """Skew matrices (n, size, size) of upper triangles by rows, (n, size(size-1)/2)."""
+    """Skew matrices (..., size, size) of upper triangles by rows, (..., size(size-1)/2)."""
     rows, start = [], 0
     for i in range(size - 1):
         stop = start + size - 1 - i
-        rows.append(F.pad(entries[:, start:stop], (i + 1, 0)))
+        rows.append(F.pad(entries[..., start:stop], (i + 1, 0)))
         start = stop
-    upper = F.pad(torch.stack(rows, dim=1), (0, 0, 0, 1))
+    upper = F.pad(torch.stack(rows, dim=-2), (0, 0, 0, 1))
     return upper - upper.mT
 
 
@@ -135,6 +173,11 @@ def inverse(M: torch.Tensor) -> torch.Tensor:
     n = M.shape[-1]
     if n == 1:
         return 1 / M
+    if n == 2:  # the adjugate over the determinant
+        eye = torch.eye(2, dtype=M.dtype, device=M.device)
+        trace, other = M.diagonal(dim1=-2, dim2=-1).sum(-1), M[..., 0, 1] * M[..., 1, 0]
+        determinant = M[..., 0, 0] * M[..., 1, 1] - other
+        return (trace[..., None, None] * eye - M) / determinant[..., None, None]
     half = n // 2
     A, B, C, D = M[..., :half, :half], M[..., :half, half:], M[..., half:, :half], M[..., half:, half:]
     first = inverse(A)
@@ -149,13 +192,14 @@ def apply_blocks(h: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
 
     Args:
         h: (..., r).
-        D: (n, bs, bs), or (rows, 1, ..., n, bs, bs) with one D per row of h.
+        D: (groups, count, bs, bs), or (rows, 1, ..., groups, count, bs, bs) with one D per row of h.
     """
-    n, size = D.shape[-3], D.shape[-1]
-    together = max(m for m in range(1, n + 1) if n % m == 0 and (m == 1 or m * size <= GROUP))
-    groups, width = n // together, together * size
-    eye = torch.eye(together, dtype=D.dtype, device=D.device)
-    dense = D.reshape(-1, groups, together, size, 1, size) * eye[:, None, :, None]
-    dense = dense.reshape(-1, groups, width, width)
-    x = h.reshape(dense.shape[0], -1, groups, width).transpose(1, 2)
-    return (x @ dense.mT).transpose(1, 2).reshape(h.shape)
+    groups, count, size = D.shape[-4:-1]
+    width = count * size
+    eye = torch.eye(count, dtype=D.dtype, device=D.device)
+    dense = D[..., :, None, :] * eye[:, None, :, None]
+    if D.dim() == 4:  # one D for all: every token is a row
+        x = h.reshape(-1, groups, width).transpose(0, 1)
+        return (x @ dense.reshape(groups, width, width).mT).transpose(0, 1).reshape(h.shape)
+    x = h.reshape(h.shape[0], -1, groups, width).transpose(1, 2)
+    return (x @ dense.reshape(-1, groups, width, width).mT).transpose(1, 2).reshape(h.shape)
