@@ -167,11 +167,13 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     small matrices in float64.
 
     Returns:
-        The triples; None where the spectrum is too wide for float32.
+        The triples; None where the spectrum is too wide for float32, or the subspace is most of the whole.
     """
     tall = W if W.shape[0] >= W.shape[1] else W.T
     rows, columns = tall.shape
-    size = min(r + max(OVERSAMPLING, r // 4), columns)
+    size = r + max(OVERSAMPLING, r // 4)
+    if 2 * size > columns:
+        return None
     formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns
     gram = gram_matrix(tall, whole=True) if formed else None
 
