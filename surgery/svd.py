@@ -24,7 +24,7 @@ GRAM_LIMIT = 1e-5
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
 OVERSAMPLING, PRODUCTS = 16, 3
-PROBES, BLOCK = 16, 256
+PROBES, BLOCK, WIDE = 16, 256, 10000
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
 
 Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -163,8 +163,8 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
 
     A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial of degree 2 that stays within
     [-1, 1] below the smallest Ritz value and grows fastest above it. It is applied to Ritz vectors, whose images stay
-    apart in a wide spectrum; a higher degree would bury the smaller ones in rounding. Large products are in float32,
-    small matrices in float64.
+    apart; a higher degree would bury the smaller ones in rounding, as this one would in a wide spectrum, where another
+    power iteration does as well. Large products are in float32, small matrices in float64.
 
     Returns:
         The triples; None where the spectrum is too wide for float32, or the subspace is most of the whole.
@@ -191,8 +191,11 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     if not half > 0:
         return None
     basis, image = basis @ vectors, image @ vectors
-    once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
-    filtered = 2 * (apply(once) / half - once) - basis
+    if half * WIDE > float(values[-1]):
+        once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
+        filtered = 2 * (apply(once) / half - once) - basis
+    else:
+        filtered = image
     filtered = filtered / torch.linalg.vector_norm(filtered, dim=0)
     image = tall @ filtered
     factor, dependent = torch.linalg.cholesky_ex(gram_matrix(filtered.to(torch.float64)))
