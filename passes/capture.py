@@ -122,7 +122,7 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
     Args:
         dynamic: leave every size of the inputs free that the model leaves free; else all are those of the inputs.
     """
-    with inference_mode_of(model), keep_forward(model), torch.no_grad():
+    with inference_mode_of(model), keep_forward(model), state_kept(model), torch.no_grad():
         if not is_pretrained(model):
             args, kwargs = copied(call)
             shapes = all_dynamic(keyword_inputs(model, call)) if dynamic else None

@@ -81,7 +81,8 @@ class _Products(TorchDispatchMode):
         for site in sites:
             weight = model.get_parameter(site.weight)
             owner = model.get_submodule(site.weight.rpartition(".")[0])
-            self._watch(weight, site, isinstance(owner, nn.MultiheadAttention))
+            parent = model.get_submodule(site.weight.rpartition(".")[0].rpartition(".")[0])  # of out_proj
+            self._watch(weight, site, any(isinstance(m, nn.MultiheadAttention) for m in (owner, parent)))
 
     def _watch(self, tensor: torch.Tensor, site: Site, sequence_first: bool) -> None:
         storage, start = tensor.untyped_storage(), tensor.data_ptr()
@@ -120,6 +121,8 @@ class _Products(TorchDispatchMode):
         elif packet in VIEWS and isinstance(out, torch.Tensor) and out.dim() == 2 and args[0].dim() > 2:
             if out.shape[-1] == args[0].shape[-1]:
                 self.leads[out] = args[0].shape[:-1]
+            elif args[0].shape[0] and out.shape[0] % args[0].shape[0] == 0:  # heads that are put side by side
+                self.leads[out] = (args[0].shape[0], out.shape[0] // args[0].shape[0])
         elif packet in CASTS:
             for found in self._known(args[0]):
                 if out is not args[0] and not self._known(out):
@@ -134,4 +137,5 @@ class _Products(TorchDispatchMode):
                     continue
                 lead = self.leads.get(x)
                 x = x if lead is None else x.reshape(*lead, x.shape[-1])
-                self.show(found.site.key, x.transpose(0, 1) if found.sequence_first and x.dim() == 3 else x)
+                turned = found.sequence_first and x.dim() > 2
+                self.show(found.site.key, x.flatten(1, -2).transpose(0, 1) if turned else x)

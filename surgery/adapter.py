@@ -86,7 +86,7 @@ class Core(nn.Module):
             return self  # what traces must see the computation
         kept = vars(self).get("_prepared")
         if kept is None or not all(same(p) for p, same in zip(tensors, kept[0], strict=True)):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 kept = ([_watch(p) for p in tensors], SimpleNamespace(**self.tensors(), **variant.prepare(self)))  # type: ignore[arg-type]
             vars(self)["_prepared"] = kept
         return kept[1]
@@ -106,9 +106,9 @@ def _watch(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     """A function that tells whether a tensor still is what it is now."""
     if tensor.device.type == "cpu":
         value = tensor.detach().clone()
-        return lambda now: torch.equal(now, value)
-    mark = (tensor.data_ptr(), tensor._version)
-    return lambda now: (now.data_ptr(), now._version) == mark
+        return lambda now: (now.device, now.dtype) == (value.device, value.dtype) and torch.equal(now, value)
+    mark = (tensor.data_ptr(), tensor._version, tensor.dtype)
+    return lambda now: (now.data_ptr(), now._version, now.dtype) == mark
 
 
 class SSpaceLinear(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from passes.capture import forward_call, is_pretrained
+from passes.capture import forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.observe import observed
@@ -73,7 +74,11 @@ def first_batch(calibration: Any) -> tuple[Any, Any]:
         return first, Contrast(positive, calibration.negative, calibration.pool)
     data = batches_of(calibration)
     if not isinstance(data, Iterator):
-        return _batch(next(iter(data), None)), data
+        numbers = random.getstate()
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+            first = next(iter(data), None)
+        random.setstate(numbers)
+        return _batch(first), data
     first = next(data, None)
     return _batch(first), data if first is None else itertools.chain([first], data)
 
@@ -97,12 +102,22 @@ def collect(
     Args:
         called: keys of the sites whose module is called for every product.
         kinds: the kind of statistic by site.
-        calibration: an iterable of batches, or a :class:`Contrast` for statistics of that kind.
+        calibration: an iterable of batches, or a :class:`Contrast` for statistics of that kind; statistics that were
+            collected before are given back as they are.
 
     Raises:
         InputError: there is no batch, the model does not run on one, an activation is not finite, or a site is never
             reached; the model is as it was.
     """
+    if isinstance(calibration, Statistics):
+        return calibration
+    contrasts = [key for key, kind in kinds.items() if kind == "contrast"]
+    if contrasts and len(contrasts) < len(kinds):
+        other = next(key for key in kinds if key not in contrasts)
+        raise InputError(
+            f"site {contrasts[0]!r} needs a Contrast and site {other!r} an iterable of batches: one calibration cannot "
+            "serve both; calibrate and operate on them one after the other"
+        )
     if any((kind == "contrast") != isinstance(calibration, Contrast) for kind in kinds.values()):
         wanted = "Contrast(positive, negative)" if "contrast" in kinds.values() else "an iterable of batches"
         raise InputError(f"calibration must be {wanted} for this variant, found {type(calibration).__name__}")
@@ -121,21 +136,6 @@ def collect(
         statistic.weight = None
     prints = {site.key: fingerprint(model.get_parameter(site.weight)) for site in sites}
     return Statistics(statistics, prints, run.pool)
-
-
-def calibrated(
-    model: nn.Module,
-    sites: Sequence[Site],
-    called: Collection[str],
-    kinds: Mapping[str, str],
-    calibration: Any,
-    *,
-    progress: bool = False,
-) -> Statistics | None:
-    """The statistics that calibration data, or none, or statistics collected before, give; see :func:`collect`."""
-    if calibration is None or isinstance(calibration, Statistics):
-        return calibration
-    return collect(model, sites, called, kinds, calibration, progress=progress)
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ class _Run:
 
     def _batch(self, batch: Any, index: int) -> None:
         args, kwargs = self._call(batch)
-        self.tokens = Tokens((args, kwargs))
+        self.tokens = Tokens(self._named((args, kwargs)))
         self.finite.clear()
         try:
             self.model(*args, **kwargs)
@@ -222,6 +222,13 @@ class _Run:
         if is_pretrained(self.model) and getattr(self.model.config, "use_cache", False):
             call[1].setdefault("use_cache", False)
         return call
+
+    def _named(self, call: Call) -> Call:
+        """A call with its positional arguments named, so that a mask is known for one."""
+        try:
+            return (), keyword_inputs(self.model, call)
+        except (TypeError, ValueError):  # the model says so itself, or has no signature
+            return call
 
     def see(self, key: str, x: torch.Tensor) -> None:
         """Add the tokens of an input to the statistic of its site."""

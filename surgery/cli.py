@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from passes.errors import SurgeryError
+from surgery.variants import DEFAULT, REGISTRY
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,13 +36,19 @@ def _root(
 
 @app.command()
 def variants() -> None:
-    """List the variants of the adapter, each with its equation."""
-    from surgery.variants import REGISTRY
+    """List the variants of the adapter, each with its equation, its size and what it needs."""
+    import torch
 
     for name, cls in sorted(REGISTRY.items()):
         lines = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
         equation = next((line.strip() for line in lines if line.strip().startswith("delta(h)")), "")
-        typer.echo(f"{name:20}{lines[0]}\n{'':20}{equation}")
+        config, about = cls(), []
+        tensors = config.init_core(config.r, torch.Generator())
+        trainable = sum(tensor.numel() for key, tensor in tensors.items() if key not in config.frozen)
+        about.append(f"{trainable:,} trainable at r = {config.r}")
+        about += ["needs calibration data"] * config.needs_calibration + ["cannot be merged"] * (not config.linear)
+        about += [f"on {config.default_targets}"] * (config.default_targets != "all-linear")
+        typer.echo(f"{name:20}{lines[0]}\n{'':20}{equation}\n{'':20}{'; '.join(about)}")
 
 
 @app.command()
@@ -50,7 +57,7 @@ def inspect(
         help="A hub id, a directory with a config.json, or package.module:callable (which gives a module, or a module "
         "and its example inputs). No weights are loaded."
     ),
-    variant: str = typer.Option("antipasto", help="The variant to choose sites for."),
+    variant: str = typer.Option(DEFAULT, help="The variant to choose sites for."),
     r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
     target_modules: str | None = typer.Option(
         None, help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas.'

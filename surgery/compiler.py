@@ -207,6 +207,7 @@ def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[s
     for site in graph_sites(graph).values():
         for name in adapter_tensors(site):
             chosen = name.startswith((*prefixes, "W_res", "folded_")) and name != site.knob
+            chosen |= name.removeprefix("core.") in site.variant.frozen
             if chosen or (knob and name == site.knob):
                 names.add(f"{paths[id(site)]}.{name}")
     return names

@@ -23,7 +23,7 @@ from surgery.graphs import register_sites
 from surgery.node import SSpaceNode
 from surgery.operate import inspect_sites
 from surgery.targets import select_sites, site_ranks, why_not_chosen
-from surgery.variants import Variant, resolve_variant
+from surgery.variants import DEFAULT, Variant, resolve_variant
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _hollow_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> 
 
 def choose(
     model: nn.Module,
-    variant: str | Variant = "antipasto",
+    variant: str | Variant = DEFAULT,
     r: int | None = None,
     example_inputs: Any = None,
     **targets: Any,

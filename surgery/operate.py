@@ -12,7 +12,7 @@ from torch import fx, nn
 from passes.capture import is_pretrained
 from passes.errors import SurgeryError
 from passes.inspection import Inspection, inspect_model
-from surgery.calibrate import calibrated, first_batch
+from surgery.calibrate import collect, first_batch
 from surgery.checks import check_options
 from surgery.graft import make_grafts
 from surgery.graphs import GraphState, graph_state, restore_state
@@ -126,7 +126,9 @@ def apply_surgery(
         example_inputs=example_inputs,
     )
     kinds = {site.key: config.statistic for site in plan.sites}
-    statistics = calibrated(model, plan.sites, plan.called, kinds, calibration, progress=progress)
+    statistics = None
+    if calibration is not None:
+        statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
     wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
     grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
     operate(model, grafts, plan.inspection, notes, lambda: _show_report(model) if progress else None, form=form)

@@ -65,11 +65,9 @@ def _small_input(
     values, vectors = torch.linalg.eigh(A.T @ A)
     total, values, vectors = values.clamp(min=0).sum(), values[-r:].flip(0), vectors[:, -r:].flip(1)
     S = values.clamp(min=0).sqrt()
-    U = (A @ vectors) / torch.where(NEGLIGIBLE * S[0] < S, S, 1.0)
-    if not S[-1] > NEGLIGIBLE * S[0]:
-        U = torch.where(NEGLIGIBLE * S[0] < S, U, 0.0)
-        U = _completed(U, int((NEGLIGIBLE * S[0] < S).sum()))
-    return U, values, total
+    known = int((NEGLIGIBLE * S[0] < S).sum())
+    U = torch.linalg.qr(A @ vectors[:, :known])[0]  # dividing by a small S would leave columns that are not orthonormal
+    return _completed(U, r), values, total
 
 
 def _root(C: torch.Tensor, eps: float) -> torch.Tensor:
@@ -84,11 +82,12 @@ def _root(C: torch.Tensor, eps: float) -> torch.Tensor:
     return root
 
 
-def _completed(U: torch.Tensor, known: int) -> torch.Tensor:
-    """Replace the columns from ``known`` on by any that make all columns orthonormal."""
+def _completed(Q: torch.Tensor, r: int) -> torch.Tensor:
+    """Orthonormal columns, completed to r by any others."""
+    if Q.shape[1] == r:
+        return Q
     generator = torch.Generator().manual_seed(0)
-    fill = torch.randn(U.shape[0], U.shape[1] - known, generator=generator, dtype=torch.float64).to(U.device)
-    Q = U[:, :known]
+    fill = torch.randn(Q.shape[0], r - Q.shape[1], generator=generator, dtype=torch.float64).to(Q.device)
     for _ in range(2):
         fill = fill - Q @ (Q.T @ fill)
         fill = torch.linalg.qr(fill)[0]
@@ -99,6 +98,8 @@ def _residual(
     statistic: Statistic, W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, kept: torch.Tensor, eps: float
 ) -> float:
     """How far P is from orthonormal in the inner product of C + eps I, over the directions that P has."""
+    if not kept.any():
+        return 0.0
     directions = U[:, kept].T @ W
     moment = statistic.output_moment(W) if statistic.side == "output" else None
     inner = U[:, kept].T @ moment @ U[:, kept] if moment is not None else statistic.weigh(directions) @ directions.T

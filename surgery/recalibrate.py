@@ -13,11 +13,11 @@ from passes.capture import is_pretrained
 from passes.errors import InputError, SurgeryError
 from passes.forward import outside_inference_mode
 from surgery.adapter import SSpaceLinear
-from surgery.calibrate import calibrated, collect, first_batch
+from surgery.calibrate import collect, first_batch
 from surgery.graft import Wanted, initial_core, make_grafts
 from surgery.graphs import graph_sites, require_bases
 from surgery.hosts import Graft, operated_sites
-from surgery.operate import Model, patient_of, record_of, unwrap
+from surgery.operate import Model, patient_of, record_of, restore_flags, unwrap
 from surgery.plan import known_inspection, make_plan
 from surgery.replace import graft_of, replace_adapters
 from surgery.statistics_file import Statistics
@@ -115,13 +115,15 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     def make() -> tuple[list[Graft], dict[str, dict[str, Any]]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
         called = {place.key for place, _, _, host in wanted if host == "module"}
-        statistics = calibrated(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
+        statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
         grafts, notes = make_grafts(inner, wanted, statistics, seed, progress=progress)
         for graft in grafts:
             graft.core.coeff = coeffs[graft.site.key]
         return grafts, notes
 
+    flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make, form=form)
+    restore_flags(inner, flags)
     return given
 
 

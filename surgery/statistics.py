@@ -15,7 +15,7 @@ Sums are in float64. Sites that read the same input share a statistic, unless it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from surgery.svd import Factorisation, factorise
 
 POOLS = {"rms": "moment", "mean_abs": "absolute"}
 KINDS = ("moment", "squares", "absolute", "contrast")
+ROUNDING = 1e-12  # of a mean: a smaller difference of two means is one of the order of summation
 FULL = "exact"  # re-ranking looks at every direction, so that there is nothing to gain from a range finder
 
 
@@ -66,6 +67,10 @@ class Statistic:
     def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.to(torch.float64)
         self.sums[name] = self.sums[name].add_(value) if name in self.sums else value.clone()
+
+    def to(self, device: torch.device) -> Statistic:
+        """The same sums on a device."""
+        return replace(self, sums={name: tensor.to(device) for name, tensor in self.sums.items()})
 
     @property
     def tokens(self) -> int:
@@ -130,12 +135,13 @@ def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisat
         InputError: the two sets have the same mean, so that there is no direction.
     """
     found = factorise(weight, min(weight.shape), FULL)
-    difference = statistic.mean("positive") - statistic.mean("negative")
-    dS = found.S.sqrt() * (found.Vh @ difference)
+    positive, negative = statistic.mean("positive"), statistic.mean("negative")
+    dS = found.S.sqrt() * (found.Vh @ (positive - negative))
     chosen = top(dS.abs(), r)
     direction = dS[chosen]
     norm = torch.linalg.vector_norm(direction)
-    if not norm > 0:
+    scale = found.S[0].sqrt() * torch.maximum(positive.abs().max(), negative.abs().max())
+    if not norm > ROUNDING * scale:
         raise InputError("the positive and the negative set have the same mean input, so there is no direction")
     return found.keep(chosen)._replace(core={"direction": direction / norm})
 

@@ -67,9 +67,10 @@ class Statistics:
             raise InputError(f"site {site.key!r}: the statistics do not cover it; they were collected at other sites")
         if statistic.kind != kind:
             raise InputError(f"site {site.key!r}: the statistics are of kind {statistic.kind!r}, needed is {kind!r}")
-        if statistic.d_in != site.d_in or self.fingerprints[site.key] != fingerprint(model.get_parameter(site.weight)):
+        weight = model.get_parameter(site.weight)
+        if statistic.d_in != site.d_in or self.fingerprints[site.key] != fingerprint(weight):
             raise InputError(f"site {site.key!r}: the statistics were collected on another base weight")
-        return statistic
+        return statistic.to(weight.device)
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both runs together.
@@ -142,10 +143,14 @@ class Statistics:
                     )
                 content = json.loads(metadata["content"])
                 distinct = [_read(file, i, entry, where) for i, entry in enumerate(content["statistics"])]
+            if content["pool"] not in (None, "last", "mean", "all"):
+                raise AdapterError(f"{where}: unknown pool {content['pool']!r:.40}")
             entries = content["sites"]
+            if any(not 0 <= entry["statistic"] < len(distinct) for entry in entries.values()):
+                raise AdapterError(f"{where}: a site has a statistic that is not there")
             sites = {key: distinct[entry["statistic"]] for key, entry in entries.items()}
             return cls(sites, {key: entry["fingerprint"] for key, entry in entries.items()}, content["pool"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -153,12 +158,27 @@ def _read(file: Any, i: int, entry: Any, where: str) -> Statistic:
     statistic = Statistic(entry["kind"], entry["side"], int(entry["d_in"]), None, dict(entry["counts"]))
     if statistic.kind not in KINDS or statistic.side not in ("input", "output"):
         raise AdapterError(f"{where}: unknown kind {statistic.kind!r:.40} or side {statistic.side!r:.40}")
-    if not all(isinstance(count, int) and count > 0 for count in statistic.counts.values()):
-        raise AdapterError(f"{where}: counts must be positive integers, found {statistic.counts!r:.80}")
+    sets = {"positive", "negative"} if statistic.kind == "contrast" else {"all"}
+    if statistic.counts.keys() != sets or not all(type(n) is int and n > 0 for n in statistic.counts.values()):
+        raise AdapterError(
+            f"{where}: counts of {sorted(sets)} must be positive integers, found {statistic.counts!r:.80}"
+        )
     extra = ("norm",) if (statistic.kind, statistic.side) == ("moment", "output") else ()
     for name in (*SUMS[statistic.kind], *extra):
         tensor = file.get_tensor(f"{i}.{name}")
         if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
             raise AdapterError(f"{where}: sum {name!r} of statistic {i} is not a finite float64 tensor")
+        if not _fits(statistic, name, tensor):
+            raise AdapterError(f"{where}: sum {name!r} of statistic {i} has shape {tuple(tensor.shape)}")
         statistic.sums[name] = tensor
     return statistic
+
+
+def _fits(statistic: Statistic, name: str, tensor: torch.Tensor) -> bool:
+    """Whether a sum has the shape that its kind has; the size of an output is not known here."""
+    if name == "norm":
+        return tensor.dim() == 0
+    if name == "moment":
+        rows = statistic.d_in if statistic.side == "input" else len(tensor) if tensor.dim() else 0
+        return tensor.shape == (rows, rows)
+    return tensor.dim() == 1 and (name == "absolute" or len(tensor) == statistic.d_in)

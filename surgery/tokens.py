@@ -22,10 +22,10 @@ class Tokens:
 
     def __init__(self, call: Call) -> None:
         tensors = [leaf for leaf in tree_iter(call) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-        self.rows = tensors[0].shape[0] if tensors else 1
         self.masks: list[torch.Tensor] = []
         for name, mask in call[1].items():
-            if not name.endswith("attention_mask") or not isinstance(mask, torch.Tensor):
+            plain = name.endswith("attention_mask") and not name.startswith(("global_", "pixel_"))
+            if not plain or not isinstance(mask, torch.Tensor):
                 continue
             if mask.dim() != 2:
                 raise InputError(f"{name} must be (batch, sequence) to tell padding, found shape {tuple(mask.shape)}")
@@ -33,6 +33,11 @@ class Tokens:
             if not mask.any(dim=1).all():
                 raise InputError(f"row {int(mask.any(dim=1).int().argmin())} of {name} is all padding")
             self.masks.append(mask)
+        ids = call[1].get("decoder_input_ids")
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2 and call[1].get("decoder_attention_mask") is None:
+            self.masks.append(torch.ones_like(ids, dtype=torch.bool))  # so that the encoder's mask is not taken for it
+        leading = (self.masks or tensors)[0].shape[0] if self.masks or tensors else 1
+        self.rows = leading if self.masks else next((t.shape[0] for t in tensors if t.shape[0] != 1), leading)
         self.padded = any(not bool(mask.all()) for mask in self.masks)
 
     def _mask(self, lead: tuple[int, ...]) -> torch.Tensor | None:
@@ -73,7 +78,8 @@ class Tokens:
             return x[mask]
         if how == "mean":
             weights = mask.to(torch.promote_types(x.dtype, torch.float32))
-            return torch.einsum("bs,bsd->bd", weights / weights.sum(dim=1, keepdim=True), x.to(weights.dtype))
+            x = x.to(weights.dtype).masked_fill(~mask[:, :, None], 0.0)  # padding may hold anything
+            return torch.einsum("bs,bsd->bd", weights / weights.sum(dim=1, keepdim=True), x)
         steps = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, steps, -1).max(dim=1).values
         return x[torch.arange(len(x), device=x.device), last]
@@ -82,10 +88,10 @@ class Tokens:
         """The input as (rows, tokens, d_in), and which of these are tokens."""
         lead, width = tuple(x.shape[:-1]), x.shape[-1]
         mask = self._mask(lead)
-        if mask is not None and lead[:2] == tuple(mask.shape[1::-1]) and lead[0] != self.rows:
-            x, mask, lead = x.transpose(0, 1), mask.transpose(0, 1), (lead[1], lead[0], *lead[2:])
-        count = lead[0] if lead else 1
-        if count % self.rows or not lead:
+        if len(lead) > 1 and lead[0] != self.rows == lead[1]:  # the sequence stands first
+            x, lead = x.transpose(0, 1), (lead[1], lead[0], *lead[2:])
+            mask = None if mask is None else mask.transpose(0, 1)
+        if not lead or lead[0] % self.rows:
             raise InputError(
                 f"site {key!r}: its input of shape {tuple(x.shape)} is not made of the {self.rows} rows of the batch, "
                 "so that tokens cannot be pooled by row; leave it out with exclude_modules"

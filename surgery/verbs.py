@@ -57,7 +57,8 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
 
 def _coefficient(coeff: Coefficient) -> torch.Tensor:
     try:
-        value = torch.as_tensor(coeff).detach()
+        # a Python number must not be rounded to float32 on its way to a float64 core
+        value = coeff.detach() if isinstance(coeff, torch.Tensor) else torch.as_tensor(coeff, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"coeff must be a number or a tensor (batch,), found {coeff!r}") from error
     if value.dim() > 1 or value.numel() == 0 or value.is_complex():

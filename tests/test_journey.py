@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import factors
 from bench.passes import markdown, summary
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def test_the_readmes_commands_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["demo", "passes"])
+@pytest.mark.parametrize("name", ["demo", "passes", "factors"])
 def test_the_readmes_tables_are_recorded_runs(name: str) -> None:
     table = re.search(rf"<!-- {name} table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert table is not None
@@ -54,6 +55,8 @@ def test_the_readmes_tables_are_recorded_runs(name: str) -> None:
     if name == "demo":
         assert all(passed is not False for _, _, passed in data["rows"])
         assert all(f"| {what} | {value} |" in table.group(2) for what, value, _ in data["rows"])
+    elif name == "factors":
+        assert factors.markdown(data).strip() == table.group(2).strip()
     else:
         assert markdown(summary(data), data["trace_milliseconds"]).strip() == table.group(2).strip()
 

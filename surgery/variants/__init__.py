@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from passes.errors import RankError, VariantError
-from surgery.statistics import POOLS, Statistic, reranked
+from surgery.oriented import oriented
+from surgery.statistics import POOLS, Statistic, required, reranked
 from surgery.svd import METHODS, Factorisation, factorise
 
 REGISTRY: dict[str, type[Variant]] = {}
@@ -45,6 +46,8 @@ class Variant:
     name: ClassVar[str] = ""
     linear: ClassVar[bool] = True
     """Whether delta is linear in h: only then are there a delta weight, a merge and a LoRA."""
+    is_default: ClassVar[bool] = False
+    """Whether commands take this variant where none is named."""
     default_targets: ClassVar[str] = "all-linear"
     frozen: ClassVar[tuple[str, ...]] = ()
     """Core tensors that are not trained: they come with the factors."""
@@ -60,6 +63,9 @@ class Variant:
         if self.factors_dtype is not None and self.factors_dtype not in ("float16", "bfloat16", "float32", "float64"):
             raise VariantError(f"factors_dtype must name a floating-point dtype, found {self.factors_dtype!r}")
         self.one_of("svd_method", METHODS)
+        for field in fields(self):
+            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
+                raise VariantError(f"{field.name} must be True or False, found {getattr(self, field.name)!r}")
 
     def one_of(self, name: str, known: Sequence[str]) -> None:
         """Refuse a value of a field that is none of the known ones."""
@@ -196,5 +202,33 @@ class Reranked(Variant):
         return reranked(weight, r, statistic)
 
 
+@dataclass(frozen=True)
+class Oriented(Variant):
+    """A variant on directions that are oriented by the second moment of the site's input, which calibration gives.
+
+    Attributes:
+        cov_eps: added to the diagonal of that moment.
+        cov_eps_relative: take ``cov_eps`` as a share of the mean of that diagonal.
+    """
+
+    cov_eps: float = 1e-3
+    cov_eps_relative: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.number("cov_eps", least=0)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """There is no moment without data."""
+        return True
+
+    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
+        """``U``, ``S`` and the oblique projector ``P`` in the place of ``Vh``."""
+        return oriented(weight, r, required(statistic), self.cov_eps, relative=self.cov_eps_relative)
+
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+
+DEFAULT = next(name for name, cls in REGISTRY.items() if cls.is_default)

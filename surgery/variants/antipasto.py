@@ -30,6 +30,7 @@ class AntiPaSTO(Reranked):
     suppress_only: bool = False
 
     name: ClassVar[str] = "antipasto"
+    is_default: ClassVar[bool] = True
 
     def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """``g`` (r,): zeros."""

@@ -89,8 +89,8 @@ class AntiPaSTOAblate(Reranked):
         """Project on the directions, scale, and go back: two products of width k."""
         basis = getattr(core, "basis", None)
         basis = orthonormal(core.c) if basis is None else basis
-        strength = -(coeff if self.allow_amplify else coeff.clamp(0, 1)) * core.alpha.clamp(0, 1)
-        along = F.linear(h, (S * basis.T).to(h.dtype))
+        strength = -(coeff if self.allow_amplify else coeff.clamp(0, 1))
+        along = F.linear(h, (core.alpha.clamp(0, 1)[:, None] * basis.T * S).to(h.dtype))
         return F.linear(along * strength.to(h.dtype), basis.to(h.dtype))
 
 

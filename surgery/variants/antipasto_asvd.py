@@ -17,45 +17,25 @@ from typing import ClassVar
 import torch
 
 from surgery.gain import diagonal_gain
-from surgery.oriented import oriented
-from surgery.statistics import Statistic, required
-from surgery.svd import Factorisation
-from surgery.variants import CoreTensors, Variant
+from surgery.variants import CoreTensors, Oriented
 
 
 @dataclass(frozen=True)
-class AntiPaSTOASVD(Variant):
+class AntiPaSTOASVD(Oriented):
     """Configuration of ``antipasto_asvd``.
 
     Attributes:
-        cov_eps: added to the second moment of each channel.
-        cov_eps_relative: take ``cov_eps`` as a share of their mean.
         suppress_only: clamp the gains so that directions are damped and never amplified.
     """
 
-    cov_eps: float = 1e-3
-    cov_eps_relative: bool = False
     suppress_only: bool = False
 
     name: ClassVar[str] = "antipasto_asvd"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.number("cov_eps", least=0)
 
     @property
     def statistic(self) -> str:
         """The diagonal of the second moment."""
         return "squares"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """There is no D without data."""
-        return True
-
-    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
-        """``U``, ``S`` and ``P`` from the mean squares of the channels."""
-        return oriented(weight, r, required(statistic), self.cov_eps, relative=self.cov_eps_relative)
 
     def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """``g`` (r,): zeros."""

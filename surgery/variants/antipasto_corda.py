@@ -18,40 +18,20 @@ from typing import ClassVar
 import torch
 
 from surgery.gain import diagonal_gain
-from surgery.oriented import oriented
-from surgery.statistics import Statistic, required
-from surgery.svd import Factorisation
-from surgery.variants import CoreTensors, Variant
+from surgery.variants import CoreTensors, Oriented
 
 
 @dataclass(frozen=True)
-class AntiPaSTOCorDA(Variant):
+class AntiPaSTOCorDA(Oriented):
     """Configuration of ``antipasto_corda``.
 
     Attributes:
-        cov_eps: added to the diagonal of C.
-        cov_eps_relative: take ``cov_eps`` as a share of the mean of that diagonal.
         suppress_only: clamp the gains so that directions are damped and never amplified.
     """
 
-    cov_eps: float = 1e-3
-    cov_eps_relative: bool = False
     suppress_only: bool = False
 
     name: ClassVar[str] = "antipasto_corda"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.number("cov_eps", least=0)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """There is no C without data."""
-        return True
-
-    def factorise(self, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int) -> Factorisation:
-        """``U``, ``S`` and ``P`` from the second moment."""
-        return oriented(weight, r, required(statistic), self.cov_eps, relative=self.cov_eps_relative)
 
     def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """``g`` (r,): zeros."""

@@ -147,9 +147,9 @@ def turned(kept: Mapping[str, torch.Tensor], coeff: torch.Tensor) -> torch.Tenso
         (groups, count, size, size), or (rows, 1, ..., groups, count, size, size).
     """
     K, c = kept["K"], (coeff / 2)[..., None, None, None]
-    if K.shape[-1] > 4:
-        X = c * K
-        return inverse(torch.eye(K.shape[-1], dtype=K.dtype, device=K.device) - X) @ (2 * X)
+    if K.shape[-1] > 4:  # in float64, since no pivots are chosen
+        X = (c * K).to(torch.float64)
+        return (inverse(torch.eye(K.shape[-1], dtype=X.dtype, device=K.device) - X) @ (2 * X)).to(K.dtype)
     square, even, determinant = c * c, kept["K2"], kept["s"]
     if "p2" in kept:
         p2 = square * kept["p2"]

@@ -1,0 +1,139 @@
+"""Every variant's ``delta(h)`` in float64 numpy, written from the design's table: textbook formulas, solves and a QR.
+
+Nothing here is shared with the library: where that avoids a cancellation, a solve or a QR, this one has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+Core = Mapping[str, Array]
+
+
+def elu(z: Array) -> Array:
+    return np.where(z > 0, z, np.expm1(np.minimum(z, 0)))
+
+
+def gain(S: Array, g: Array, coeff: float, suppress_only: bool) -> Array:
+    return S * elu(coeff * (np.minimum(g, 0) if suppress_only else g))
+
+
+def diagonal(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    return h * gain(S, core["g"], coeff, config.suppress_only)
+
+
+def cayley(p: Array | None, r: int, coeff: float, max_angle: float) -> Array:
+    """The whole rotation (r, r) of upper triangles p (n, bs(bs-1)/2): ``(I - X)^-1 (I + X)`` in every block."""
+    R = np.eye(r)
+    if p is None:
+        return R
+    bs, a = r // len(p), 2 * np.tan(max_angle / 2)
+    for block, parameters in enumerate(p):
+        A = np.zeros((bs, bs))
+        A[np.triu_indices(bs, 1)] = parameters / 2
+        A = a * np.tanh((A - A.T) / a)
+        X = coeff * A / 2
+        place = slice(block * bs, (block + 1) * bs)
+        R[place, place] = np.linalg.solve(np.eye(bs) - X, np.eye(bs) + X)
+    return R
+
+
+def rotation(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    r = len(S)
+    R_v = cayley(core.get("rot_v"), r, coeff, config.max_rotation_angle)
+    R_u = cayley(core.get("rot_u"), r, coeff, config.max_rotation_angle)
+    return ((S + coeff * core["delta_s"]) * (h @ R_v.T)) @ R_u - S * h
+
+
+def ablation(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    coeff = coeff if config.allow_amplify else min(max(coeff, 0.0), 1.0)
+    C, _ = np.linalg.qr(core["c"])
+    return -coeff * (((S * h) @ C) * np.clip(core["alpha"], 0, 1)) @ C.T
+
+
+def arrow(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    b = len(core["m"])
+    assert b == min(config.block, len(S))
+    mixed = coeff * (S * h)[..., :b] @ core["m"].T
+    rest = (S * h)[..., b:]
+    if b < len(S):
+        rest = rest * gain(np.ones(len(S) - b), core["g"], coeff, config.suppress_only)
+    return np.concatenate([mixed, rest], axis=-1)
+
+
+def low_rank(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    return diagonal(config, h, S, core, coeff) + coeff * (h @ core["a"].T) @ core["b"].T
+
+
+def full(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    return coeff * (h * S) @ core["m"].T
+
+
+def steering(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    a, d = np.sqrt(S) * h, core["direction"]
+    length = np.linalg.norm(a, axis=-1, keepdims=True)
+    cosine = np.where(length > 0, (a @ d)[..., None] / np.where(length > 0, length, 1), 0)
+    return coeff * cosine * np.sqrt(S) * d
+
+
+DELTAS: dict[str, Callable[[Any, Array, Array, Core, float], Array]] = {
+    "antipasto": diagonal,
+    "antipasto_rot": rotation,
+    "antipasto_ablate": ablation,
+    "antipasto_corda": diagonal,
+    "antipasto_asvd": diagonal,
+    "antipasto_arrow": arrow,
+    "antipasto_dplr": low_rank,
+    "lora_xs": full,
+    "sspace": steering,
+}
+
+
+def reference_delta(config: Any, h: Array, S: Array, core: Core, coeff: float | Array) -> Array:
+    """``delta(h)`` of a variant's configuration.
+
+    Args:
+        h: (..., r); S: (r,); core: the core's tensors by name; all float64.
+        coeff: a number, or (rows,) for as many equal parts of the first dimension of h.
+    """
+    function, coeff = DELTAS[config.name], np.asarray(coeff, dtype=np.float64)
+    if coeff.ndim == 0:
+        return function(config, h, S, core, float(coeff))
+    parts = np.split(h, len(coeff))
+    return np.concatenate([function(config, part, S, core, float(c)) for part, c in zip(parts, coeff, strict=True)])
+
+
+def array(tensor: torch.Tensor) -> Array:
+    return tensor.detach().to(torch.float64).numpy()
+
+
+def arrays(site: Any) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """The stored factors U, S, Vh and the core of a site."""
+    factors = (array(t) for t in (site.factors.U, site.factors.S, site.factors.Vh))
+    return *factors, {name: array(tensor) for name, tensor in site.core.tensors().items()}
+
+
+def reference_term(site: Any, x: torch.Tensor, coeff: float | Array) -> torch.Tensor:
+    """``delta(x Vh^T) U^T`` of a site's stored factors and core, in float64."""
+    U, S, Vh, core = arrays(site)
+    return torch.from_numpy(reference_delta(site.variant, array(x) @ Vh.T, S, core, coeff) @ U.T)
+
+
+def reference_output(site: Any, x: torch.Tensor, coeff: float | Array) -> torch.Tensor:
+    """``x W^T + b + delta(x Vh^T) U^T``, in float64."""
+    W = array(site.weight)
+    y = array(x) @ (W.T if site.layout == "out_in" else W)
+    return torch.from_numpy(y + (0 if site.bias is None else array(site.bias))) + reference_term(site, x, coeff)
+
+
+def reference_delta_weight(site: Any, coeff: float) -> torch.Tensor:
+    """``U D^T Vh`` with ``D = delta(I)``, in float64 and the layout of the weight."""
+    U, S, Vh, core = arrays(site)
+    D = reference_delta(site.variant, np.eye(len(S)), S, core, coeff)
+    change = torch.from_numpy(U @ D.T @ Vh)
+    return change if site.layout == "out_in" else change.T
