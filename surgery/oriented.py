@@ -53,7 +53,7 @@ def oriented(
     Vh = torch.where(kept[:, None], (U.T @ W) / torch.where(kept, S, 1.0)[:, None], 0.0)
     energy = float((values.clamp(min=0).sum() / total.clamp(min=1e-300)).clamp(max=1.0))
     residual = _residual(statistic, W, U, S, kept, eps)
-    return Factorisation(U.contiguous(), S, Vh.contiguous(), "oriented", deviation(U.T), residual, energy)
+    return Factorisation(U.contiguous(), S, Vh.contiguous(), "second moment", deviation(U.T), residual, energy)
 
 
 def _small_input(

@@ -88,7 +88,8 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        title = f"{self.model}: {len(self.sites)} sites operated on"
+        variants = ", ".join(dict.fromkeys(site.variant for site in self.sites))
+        title = f"{self.model}: {len(self.sites)} sites operated on ({variants})"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
         table.add_column("site", overflow="fold")
         for name in ("n", "d_out x d_in", "r", "host", "lowering", "energy", "trainable", "MACs"):
