@@ -60,8 +60,6 @@ def batches_of(data: Any, name: str = "calibration") -> Iterable[Any]:
         return [data]
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise InputError(f"{name} must be an iterable of batches (dict, tuple or tensor), found {type(data).__name__}")
-    if isinstance(data, tuple) and data and all(isinstance(part, torch.Tensor) and not part.dim() for part in data):
-        return [data]
     return data
 
 
@@ -226,9 +224,12 @@ class _Run:
     def _named(self, call: Call) -> Call:
         """A call with its positional arguments named, so that a mask is known for one."""
         try:
-            return (), keyword_inputs(self.model, call)
+            named = keyword_inputs(self.model, call)
         except (TypeError, ValueError):  # the model says so itself, or has no signature
             return call
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) and "labels" in named:
+            named.setdefault("decoder_input_ids", named["labels"])  # the model makes these of its labels
+        return (), named
 
     def see(self, key: str, x: torch.Tensor) -> None:
         """Add the tokens of an input to the statistic of its site."""

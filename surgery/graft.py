@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import Any
 
 import torch
@@ -79,5 +79,5 @@ def _graft(
 
 def initial_core(config: Variant, key: str, r: int, seed: int) -> dict[str, torch.Tensor]:
     """The core that a site starts with; every site has random numbers of its own."""
-    generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(key.encode())) % 2**64)
-    return config.init_core(r, generator)
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()  # the CPU's generator reads 32 bits of a seed
+    return config.init_core(r, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))

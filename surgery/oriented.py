@@ -33,8 +33,8 @@ def oriented(
         relative: take eps as a share of the mean of that diagonal.
 
     Returns:
-        Float64 factors. ``error`` is how far U is from orthonormal and P from orthonormal in the inner product of
-        ``C + eps I``; ``energy`` is the share of the output's second moment that the r directions hold.
+        Float64 factors. ``residual`` is how far P is from orthonormal in the inner product of ``C + eps I``, and
+        ``energy`` the share of the output's second moment that the r directions hold.
     """
     W = weight.detach().to(torch.float64)
     eps = eps * statistic.mean_square() if relative else eps

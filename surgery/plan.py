@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from passes.errors import VariantError
 from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
 from surgery.checks import check_loaded, check_weight
 from surgery.graphs import original_graph, require_bases
 from surgery.hosts import check_not_operated, choose_host
-from surgery.targets import Patterns, select_sites, site_ranks
+from surgery.targets import GROUPS, Patterns, select_sites, site_ranks
 from surgery.variants import Variant
 
 
@@ -76,4 +78,14 @@ def make_plan(
         check_weight(model, site)
     products = graph_products(model, original_graph(model))[0] if isinstance(model, fx.GraphModule) else {}
     hosts = {s.key: "graph" if s.key in products else choose_host(model, s, inspection.calls) for s in chosen}
+    if not config.linear and (read := [key for key, host in hosts.items() if host == "weight"]):
+        message = (
+            f"site {read[0]!r}: {config.name} is not linear in its input, and this product reads its weight without "
+            f"calling a module, so that there is no place for it ({len(read)} such)"
+        )
+        target = config.default_targets if target_modules is None else target_modules
+        chosen = [site for site in chosen if site.key not in read]
+        if target not in GROUPS or not chosen:
+            raise VariantError(f"{message}; leave it out with exclude_modules")
+        warnings.warn(f"{message}: left alone", stacklevel=3)
     return Plan(inspection, chosen, ranks, hosts)

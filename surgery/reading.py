@@ -192,31 +192,37 @@ def _read_site(
             f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
         )
     variant = _variant(entry["variant"], entry.get("hyperparameters", {})) if "variant" in entry else default
+    if host == "weight" and not variant.linear:
+        raise AdapterError(f"{where}: {variant.name} is not linear, and the product reads its weight without a call")
     (d_out, d_in), r = shape, entry["r"]
     if not 1 <= r <= min(d_out, d_in) or variant.rank(r) != r:
         raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    shapes = {f"factors.{n}": (s, dtype) for n, s in zip(FACTORS, [(d_out, r), (r,), (r, d_in)], strict=True)}
+    kept = (dtype, weight.dtype)  # a cast of the model casts its factors, and leaves a float64 core as it is
+    shapes = {f"factors.{n}": (s, kept) for n, s in zip(FACTORS, [(d_out, r), (r,), (r, d_in)], strict=True)}
     for name, tensor in variant.init_core(r, torch.Generator()).items():
-        shapes[f"core.{name}"] = (tuple(tensor.shape), core_dtype)
+        shapes[f"core.{name}"] = (tuple(tensor.shape), (core_dtype, torch.float64))
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
+    core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in)
     return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
 
 
-def _tensor(where: str, tensors: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _tensor(
+    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> torch.Tensor:
     if name not in set(tensors.keys()):
         raise AdapterError(f"{where}: tensor {name!r} is missing")
     found = tuple(tensors.get_slice(name).get_shape())
     if found != shape:
         raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
     tensor: torch.Tensor = tensors.get_tensor(name).clone()
-    if tensor.dtype != dtype:
-        raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.dtype not in dtypes:
+        raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{where}: tensor {name!r} is not finite")
     return tensor

@@ -1,8 +1,8 @@
 """Truncated singular value decomposition of a weight: exact or randomised, deterministic, sign-canonical, measured.
 
 ==============  ====================================================================================================
-``gram``        eigenvectors of the smaller Gram matrix in float64: as exact as a full SVD in float32 while
-                ``S_r > 1e-5 S_1``, and 1.3 to 3 times faster
+``gram``        eigenvectors of the smaller Gram matrix in float64 (of a large one, refined from float32): as exact as
+                a full SVD in float32 while ``S_r > 1e-5 S_1``, and 1.3 to 3 times faster
 ``svd``         the full SVD in float64; where ``gram`` would not be exact enough, and for float64 weights
 ``randomised``  a range finder (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) with a Chebyshev filter (Zhou, Saad,
                 Tiago and Chelikowsky 2006), several times faster for ``r`` much below ``d``; ``residual`` says how far
@@ -24,7 +24,9 @@ GRAM_LIMIT = 1e-5
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
 OVERSAMPLING, PRODUCTS = 16, 3
-PROBES, BLOCK, WIDE = 16, 256, 10000
+PROBES, BLOCK, NARROW, WIDE = 16, 256, 300, 10000
+REFINED, REFINED_LIMIT, REFINED_RESIDUAL = 512, 3e-2, 1e-6
+ORTHONORMAL = 1e-4  # within which a randomised result has to be orthonormal
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
 
 Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,7 +38,7 @@ class Factorisation(NamedTuple):
     Attributes:
         U, S, Vh: (d_out, r), (r,), (r, d_in).
         method: how it was computed.
-        error: largest deviation of U and V from orthonormal columns (of an oblique ``Vh``, in its own inner product).
+        error: largest deviation of U and V from orthonormal columns (of an oblique ``Vh``, of U alone).
         residual: Frobenius norm of ``(W V - U S, W^T U - V S)`` over that of S, estimated with random vectors; rounding
             for an exact method.
         energy: share of the squared Frobenius norm that the r directions hold.
@@ -82,8 +84,9 @@ def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0)
     if method == "randomised" or (method == "auto" and large):
         W, scale = _scaled(weight, torch.float32)
         found = _randomised(W, r, seed)
-        if found is not None:
-            return _finished(W, scale, found, "randomised")
+        result = None if found is None else _finished(W, scale, found, "randomised")
+        if result is not None and result.error < ORTHONORMAL:
+            return result
     W, scale = _scaled(weight, torch.float64)
     found = None if weight.dtype == torch.float64 else _gram(W, r)
     return _finished(W, scale, found or _svd(W, r), "gram" if found else "svd")
@@ -91,10 +94,10 @@ def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0)
 
 def _scaled(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A huge or tiny weight over its largest entry, which keeps its Gram matrix in range, and that entry, or 1."""
-    scale = weight.abs().max().to(torch.float64)
-    if 1e-6 < scale < 1e6:
-        return weight.to(dtype), torch.ones_like(scale)
-    scale = scale.clamp(min=torch.finfo(torch.float64).tiny)
+    W = weight.to(dtype)
+    if 1e-6 < float(torch.linalg.vector_norm(W)) / W.numel() ** 0.5 < 1e6:
+        return W, torch.ones((), dtype=torch.float64, device=W.device)
+    scale = weight.abs().max().to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
     return (weight.to(torch.float64) / scale).to(dtype), scale
 
 
@@ -132,7 +135,7 @@ def gram_matrix(A: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
         whole: fill the upper triangle too, which ``eigh`` and ``cholesky`` do not read.
     """
     columns = A.shape[1]
-    out = A.new_zeros(columns, columns)
+    out = A.new_empty(columns, columns) if whole else A.new_zeros(columns, columns)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         torch.mm(A[:, start:].T, A[:, start:stop], out=out[start:, start:stop])
@@ -144,13 +147,45 @@ def gram_matrix(A: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
 def _gram(W: torch.Tensor, r: int) -> Triples | None:
     """Top r through the smaller of ``W W^T`` and ``W^T W``; None where it would not be exact enough."""
     wide = W.shape[0] <= W.shape[1]
-    values, vectors = torch.linalg.eigh(gram_matrix(W.T if wide else W))
-    S = values[-r:].flip(0).clamp(min=0).sqrt()
+    G = gram_matrix(W.T if wide else W, whole=True)
+    found = _refined(G, r) if min(W.shape) >= REFINED and r * 3 <= min(W.shape) else None
+    if found is None:
+        values, vectors = torch.linalg.eigh(G)
+        found = values[-r:].flip(0), vectors[:, -r:].flip(1)
+    S, basis = found[0].clamp(min=0).sqrt(), found[1]
     if not S[-1] > GRAM_LIMIT * S[0]:
         return None
-    basis = vectors[:, -r:].flip(1)
     other = (W.T @ basis if wide else W @ basis) / S
     return (basis, S, other.T) if wide else (other, S, basis.T)
+
+
+def _refined(G: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Top r eigenpairs of a Gram matrix: all in float32, then refined in float64 within a slightly larger subspace.
+
+    What the float32 vectors miss of the subspace is of second order in the eigenvalues. It is damped once by a linear
+    filter, and then measured: ``|G v - lambda v|`` bounds the angle times the gap.
+
+    Returns:
+        Eigenvalues, descending, and their vectors; None if they span so many decades, or the residual is so large, that
+        float64 throughout is needed.
+    """
+    size = r + max(2 * OVERSAMPLING, r // 8)
+    rough, vectors = torch.linalg.eigh(G.to(torch.float32))
+    if not rough[-r] > REFINED_LIMIT**2 * rough[-1]:
+        return None
+    half = rough[-size].to(torch.float64).clamp(min=0) / 2
+    basis = vectors[:, -size:].to(torch.float64)
+    basis = G @ basis - half * basis
+    basis = basis / torch.linalg.vector_norm(basis, dim=0)
+    orthonormal = _orthonormal(basis)
+    if orthonormal is None:
+        return None
+    basis, image = orthonormal, G @ orthonormal
+    values, inner = torch.linalg.eigh(basis.T @ image)
+    values, inner = values[-r:].flip(0), inner[:, -r:].flip(1)
+    found = basis @ inner
+    residual = torch.linalg.vector_norm(image @ inner - found * values, dim=0).max()
+    return (values, found) if residual < REFINED_RESIDUAL * values[0] else None
 
 
 def _svd(W: torch.Tensor, r: int) -> Triples:
@@ -163,8 +198,8 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
 
     A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial of degree 2 that stays within
     [-1, 1] below the smallest Ritz value and grows fastest above it. It is applied to Ritz vectors, whose images stay
-    apart; a higher degree would bury the smaller ones in rounding, as this one would in a wide spectrum, where another
-    power iteration does as well. Large products are in float32, small matrices in float64.
+    apart, unless the spectrum is narrow; a higher degree would bury the smaller ones in rounding, as this one would in
+    a wide spectrum, where two more power iterations do as well. Large products are in float32.
 
     Returns:
         The triples; None where the spectrum is too wide for float32, or the subspace is most of the whole.
@@ -180,22 +215,27 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     def apply(basis: torch.Tensor) -> torch.Tensor:
         return gram @ basis if gram is not None else tall.T @ (tall @ basis)
 
-    start = apply(torch.randn(columns, size, generator=torch.Generator().manual_seed(seed)).to(W))
-    factor, dependent = torch.linalg.cholesky_ex(gram_matrix(start.to(torch.float64)))
-    if int(dependent):
+    noise = torch.rand(columns, size, generator=torch.Generator().manual_seed(seed)) - 0.5
+    basis = _orthonormal(apply(noise.to(W)))
+    if basis is None:
         return None
-    basis = torch.linalg.solve_triangular(factor.to(W.dtype), start.T, upper=False).T
     image = apply(basis)
-    values, vectors = torch.linalg.eigh(basis.T @ image)
-    half = float(values[0]) / 2
+    H = basis.T @ image
+    values = torch.linalg.eigvalsh(H)
+    half, largest = float(values[0]) / 2, float(values[-1])
     if not half > 0:
         return None
-    basis, image = basis @ vectors, image @ vectors
-    if half * WIDE > float(values[-1]):
+    if largest > NARROW * half:
+        vectors = torch.linalg.eigh(H)[1]
+        basis, image = basis @ vectors, image @ vectors
+    if largest < WIDE * half:
         once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
         filtered = 2 * (apply(once) / half - once) - basis
     else:
-        filtered = image
+        basis = _orthonormal(image / torch.linalg.vector_norm(image, dim=0))
+        if basis is None:
+            return None
+        filtered = apply(basis)
     filtered = filtered / torch.linalg.vector_norm(filtered, dim=0)
     image = tall @ filtered
     factor, dependent = torch.linalg.cholesky_ex(gram_matrix(filtered.to(torch.float64)))
@@ -209,6 +249,16 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
         return None
     left, right = image @ (right / S.to(right.dtype)), filtered @ right
     return (left, S, right.T) if tall is W else (right, S, left.T)
+
+
+def _orthonormal(Y: torch.Tensor) -> torch.Tensor | None:
+    """Orthonormal basis of the columns by the Cholesky factor of their Gram matrix, in float64; None if they depend on
+    each other."""
+    factor, dependent = torch.linalg.cholesky_ex(gram_matrix(Y.to(torch.float64)))
+    if int(dependent):
+        return None
+    basis: torch.Tensor = torch.linalg.solve_triangular(factor.to(Y.dtype), Y.T, upper=False)
+    return basis.T
 
 
 def signs_of(U: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from passes.sites import Site
 from surgery.variants import Variant
 
 Patterns = str | Sequence[str]
+GROUPS = ("all-linear", "residual-writers")
 
 
 def matches(pattern: Patterns, key: str) -> bool:
@@ -95,7 +96,7 @@ def select_sites(
         raise TargetError(
             f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}"
         )
-    if target in ("all-linear", "residual-writers"):
+    if target in GROUPS:
         head = output_head(model, known)
         chosen = [s for s in known.values() if s.key not in head and not s.tied]
         if target == "residual-writers":

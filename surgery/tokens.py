@@ -37,7 +37,8 @@ class Tokens:
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and call[1].get("decoder_attention_mask") is None:
             self.masks.append(torch.ones_like(ids, dtype=torch.bool))  # so that the encoder's mask is not taken for it
         leading = (self.masks or tensors)[0].shape[0] if self.masks or tensors else 1
-        self.rows = leading if self.masks else next((t.shape[0] for t in tensors if t.shape[0] != 1), leading)
+        many = (t.shape[0] for t in tensors if t.dim() > 1 and t.shape[0] != 1)
+        self.rows = leading if self.masks else next(many, leading)
         self.padded = any(not bool(mask.all()) for mask in self.masks)
 
     def _mask(self, lead: tuple[int, ...]) -> torch.Tensor | None:

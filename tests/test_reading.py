@@ -92,7 +92,7 @@ CONFIG_DAMAGE: dict[str, tuple[Edit, str]] = {
     "variant that is no text": (lambda c: c.update(variant=3), "'variant' must be a str"),
     "unknown hyper-parameter": (lambda c: c["hyperparameters"].update(nonsense=1), "no hyper-parameter nonsense"),
     "bad hyper-parameter": (lambda c: c["hyperparameters"].update(r="8"), "r must be an integer"),
-    "factors_dtype": (lambda c: c["hyperparameters"].update(factors_dtype="float64"), "dtype"),
+    "factors_dtype": (lambda c: c["hyperparameters"].update(factors_dtype="float8"), "dtype"),
     "hyper-parameters of a site": (site("0", variant="antipasto", hyperparameters=3), "antipasto"),
     "rank": (site("0", r=7), "'0.factors.U' has shape"),
     "rank too large": (site("4", r=7), "rank 7 does not fit"),

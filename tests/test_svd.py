@@ -151,9 +151,9 @@ def test_randomised_is_a_projection_near_the_best_one(d_out, d_in, r, decay, exp
     S = torch.arange(1, min(d_out, d_in) + 1, dtype=torch.float64) ** -decay
     W = (with_spectrum(d_out, d_in, S) * 10.0**exponent).float()
     found, true = factorise(W, r, "randomised"), torch.linalg.svdvals(W.double())
-    assert found.method == "randomised"
+    assert found.method == "randomised" or decay > 1  # a spectrum of many decades is not one for float32
     assert (found.U.shape, found.Vh.shape) == ((d_out, r), (r, d_in))
-    assert found.error < 1e-3  # products are in float32, and the spectrum may span three decades
+    assert found.error < 1e-4
     assert (true[:r] + 1e-5 * true[0] >= found.S).all()
     assert (found.S.diff() <= 0).all()
     assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
@@ -197,7 +197,9 @@ def test_the_same_on_repeated_runs(method):
 @pytest.mark.parametrize(("d", "r", "method"), [(64, 4, "gram"), (2048, 8, "randomised"), (2047, 8, "gram")])
 def test_auto_chooses_by_shape_and_rank(monkeypatch, d, r, method):
     for name in ("_gram", "_randomised"):
-        monkeypatch.setattr(f"surgery.svd.{name}", lambda W, r, seed=0: (W[:, :r], W[0, :r], W[:r]))
+        monkeypatch.setattr(
+            f"surgery.svd.{name}", lambda W, r, seed=0: (torch.eye(len(W), r), torch.ones(r), torch.eye(r, len(W.T)))
+        )
     assert factorise(torch.rand(d, d + 1), r).method == method
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import Contrast
+from surgery import Contrast, inspect_sites
+from surgery.calibrate import collect
 from tests.test_calibrate import check_moment, padded, quietly, text
 from tests.test_observe import hooked
 from tests.test_transaction import refused
@@ -85,7 +86,9 @@ def test_attention_with_padding(length, batch_first, need_weights):
     check_moment(model, "mha.in_proj_weight", found.sites["mha.in_proj_weight"], x[mask.bool()])
     check_moment(model, "mha.out_proj", found.sites["mha.out_proj"], mixed[mask.bool()], torch.float32)
     contrast = Contrast(*[[{"x": given_x * sign, "attention_mask": mask}] for sign in (1, 0.5)])
-    statistic = quietly(model, contrast, "sspace", r=2, target_modules="all-linear").sites["mha.out_proj"]
+    sites = inspect_sites(model, {"x": given_x, "attention_mask": mask}).sites
+    kinds = {site.key: "contrast" for site in sites}
+    statistic = collect(model, sites, (), kinds, contrast).sites["mha.out_proj"]
     last = torch.tensor([length - 1] * 3)
     assert_close(statistic.mean("positive"), mixed[torch.arange(3), last].mean(0), torch.float32)
 

@@ -17,6 +17,7 @@ from torch import nn
 import surgery
 from surgery import apply_surgery, set_coeff, sites
 from surgery.adapter import Core
+from surgery.graft import initial_core
 from surgery.variants import REGISTRY, Variant, antipasto_ablate, antipasto_rot
 from surgery.variants.antipasto_ablate import orthonormal
 from tests.reference import array, reference_delta
@@ -525,3 +526,75 @@ def test_wide_rotations_in_float32(size, limit):
     for coeff in (1.0, 3.0):
         R = rotation(config, 2 * size, core, coeff, torch.float32)
         assert (R @ R.T - torch.eye(2 * size)).abs().max() < RELATIVE[torch.float32]
+
+
+def test_two_seeds_give_two_random_cores_and_one_gives_the_same():
+    def core(seed: int, key: str = "a") -> torch.Tensor:
+        return initial_core(surgery.AntiPaSTODPLR(), key, 8, seed)["a"]
+
+    assert torch.equal(core(3), core(3))
+    assert not torch.equal(core(3), core(4))
+    assert not torch.equal(core(3), core(2**32 + 3))
+    assert not torch.equal(core(3), core(3, "b"))
+
+
+@pytest.mark.parametrize("name", ["antipasto", "antipasto_ablate", "antipasto_dplr", "antipasto_rot", "sspace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_exact_zero_at_coeff_zero_where_products_would_overflow(name, dtype):
+    config = REGISTRY[name]()
+    r = config.rank(8)
+    core = Core(config.init_core(r, torch.Generator()), torch.float32, torch.device("cpu"), config.frozen)
+    with torch.no_grad():
+        for tensor in core.tensors().values():
+            tensor.fill_(0.9)
+    h = torch.full((3, 2, r), float(torch.finfo(dtype).max) / 2).to(dtype)
+    for coeff in (torch.zeros(()), torch.zeros(3, 1, 1)):
+        assert torch.equal(config.delta(h, torch.linspace(40, 1, r), core, coeff), torch.zeros_like(h))
+
+
+def test_numpy_integers_and_torch_dtypes_are_taken():
+    config = surgery.AntiPaSTO(r=np.int64(4), factors_dtype=torch.float32)
+    assert config == surgery.AntiPaSTO(r=4, factors_dtype="float32")
+    with pytest.raises(surgery.VariantError, match="cov_eps must be a number"):
+        surgery.AntiPaSTOCorDA(cov_eps=float("inf"))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_an_adapter_of_a_model_that_was_cast_loads_again(tmp_path, cast):
+    for config, start in (
+        (surgery.AntiPaSTO(r=4, factors_dtype="float32"), "float"),
+        (surgery.AntiPaSTO(r=4), "double"),
+    ):
+        model = getattr(torch.nn.Sequential(torch.nn.Linear(6, 5)), start)()
+        fresh = getattr(getattr(copy.deepcopy(model), start)(), cast)()
+        surgery.apply_surgery(model, config, progress=False)
+        surgery.sites(model)["0"].core.g.data.normal_()
+        getattr(model, cast)()
+        surgery.save_adapter(model, tmp_path / "adapter")
+        surgery.load_adapter(fresh, tmp_path / "adapter")
+        x = torch.randn(3, 6).to(fresh[0].weight.dtype)
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_a_variant_without_a_weight_refuses_weights_that_are_read_and_leaves_them_out_of_groups():
+    layer, x = torch.nn.TransformerEncoderLayer(24, 4, 48, batch_first=True).eval(), torch.randn(4, 8, 24)
+    contrast = surgery.Contrast([x + 1], [x])
+    with pytest.raises(surgery.VariantError, match="no place for it"):
+        surgery.apply_surgery(layer, "sspace", r=4, calibration=contrast, progress=False)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.down = layer, torch.nn.Linear(24, 24)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return x + self.down(torch.relu(x))
+
+    model = Both().eval()
+    with pytest.warns(UserWarning, match="left alone"):
+        surgery.apply_surgery(model, "sspace", r=4, calibration=contrast, progress=False)
+    assert set(surgery.sites(model)) == {"down"}
+    assert torch.isfinite(model(x)).all()
+    with pytest.raises(surgery.VariantError, match=r"'layer\.linear2'.*exclude_modules"):
+        surgery.apply_surgery(model, "sspace", r=4, calibration=contrast, target_modules=["linear2"], progress=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -36,7 +37,8 @@ class Variant:
     Attributes:
         r: upper bound of the rank; a site uses ``min(r, d_out, d_in)``.
         factors_dtype: dtype name of the stored factors ("float32"); None keeps the weight's own.
-        svd_method: "exact", "randomised", or "auto" (randomised for large weights and small ranks only).
+        svd_method: "exact", "randomised" (where the rank is small and the spectrum not too wide for it, else exact), or
+            "auto" (randomised for large weights and small ranks only).
     """
 
     r: int = 256
@@ -58,6 +60,10 @@ class Variant:
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
+        if hasattr(self.r, "__index__") and not isinstance(self.r, bool):
+            object.__setattr__(self, "r", operator.index(self.r))
+        if isinstance(self.factors_dtype, torch.dtype):
+            object.__setattr__(self, "factors_dtype", str(self.factors_dtype).removeprefix("torch."))
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise RankError(f"r must be an integer of at least 1, found {self.r!r}")
         if self.factors_dtype is not None and self.factors_dtype not in ("float16", "bfloat16", "float32", "float64"):
@@ -75,7 +81,7 @@ class Variant:
     def number(self, name: str, *, least: float, most: float = math.inf, whole: bool = False) -> None:
         """Refuse a value of a field that is not a number from ``least`` to ``most``."""
         value, kinds = getattr(self, name), (int,) if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == math.inf:
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
             raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r}")
 

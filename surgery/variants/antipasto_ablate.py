@@ -90,8 +90,8 @@ class AntiPaSTOAblate(Reranked):
         basis = getattr(core, "basis", None)
         basis = orthonormal(core.c) if basis is None else basis
         strength = -(coeff if self.allow_amplify else coeff.clamp(0, 1))
-        along = F.linear(h, (core.alpha.clamp(0, 1)[:, None] * basis.T * S).to(h.dtype))
-        return F.linear(along * strength.to(h.dtype), basis.to(h.dtype))
+        along = F.linear(h * strength.to(h.dtype), (core.alpha.clamp(0, 1)[:, None] * basis.T * S).to(h.dtype))
+        return F.linear(along, basis.to(h.dtype))
 
 
 def orthonormal(c: torch.Tensor) -> torch.Tensor:

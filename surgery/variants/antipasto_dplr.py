@@ -46,4 +46,4 @@ class AntiPaSTODPLR(Reranked):
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """The gains' product plus the low-rank one."""
         diagonal = h * diagonal_gain(S, core.g, coeff, suppress_only=self.suppress_only).to(h.dtype)
-        return diagonal + F.linear(F.linear(h, core.a.to(h.dtype)) * coeff.to(h.dtype), core.b.to(h.dtype))
+        return diagonal + F.linear(F.linear(h * coeff.to(h.dtype), core.a.to(h.dtype)), core.b.to(h.dtype))

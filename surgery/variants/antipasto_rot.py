@@ -12,10 +12,11 @@ delta is one small matrix, ``D = T + E_u^T (S + T)``, so that h is turned once f
 
 ``(I - X)^-1`` needs no solve. With ``X = c K``, ``c = coeff / 2``, and for blocks of up to 4, by Cayley and Hamilton,
 
-    E = 2c (K + c^2 (s K + K^3) + c (K^2 - c^2 p^2 I)) / (1 + c^2 (s + c^2 p^2))        exactly, for every coeff
+    E = 2c (K + c K^2 + c^2 p K* - c^3 p^2 I) / (1 + c^2 (s + c^2 p^2))        exactly, for every coeff
 
-with ``s = sum_{i<j} K_ij^2`` and the Pfaffian ``p`` of K (0 for blocks of 2 and 3). Larger blocks are inverted by
-halves: ``I - X`` has a positive definite symmetric part, so every Schur complement has one too.
+with ``s = sum_{i<j} K_ij^2``, the Pfaffian ``p`` of K (0 for blocks of 2 and 3), and the dual ``K*`` of K, for which
+``p K* = s K + K^3`` without the cancellation. Larger blocks are inverted by halves: ``I - X`` has a positive definite
+symmetric part, so every Schur complement has one too.
 
 Sources: Cayley transform (1846); block-diagonal rotations as in OFT (Qiu et al. 2023, arXiv:2306.07280).
 """
@@ -126,13 +127,12 @@ def powers(entries: torch.Tensor) -> dict[str, torch.Tensor]:
     K = skew(entries, size)
     if size > 4:
         return {"K": K}
-    s = entries.square().sum(dim=-1)[..., None, None]
-    K2 = K @ K
-    kept = {"K": K, "K2": K2, "L": s * K + K2 @ K, "s": s}
+    kept = {"K": K, "K2": K @ K, "s": entries.square().sum(dim=-1)[..., None, None]}
     if size == 4:
-        products = entries[..., :3] * entries[..., 3:].flip(-1)
-        pfaffian = products.sum(dim=-1) - 2 * products[..., 1]
-        kept["p2"] = pfaffian.square()[..., None, None]
+        f, e, d, c, b, a = entries.unbind(-1)
+        dual = torch.stack([a, -b, c, d, -e, f], dim=-1)
+        pfaffian = (entries * dual).sum(dim=-1)[..., None, None] / 2
+        kept |= {"p2": pfaffian.square(), "L": pfaffian * skew(dual, size)}
     return kept
 
 
@@ -150,11 +150,12 @@ def turned(kept: Mapping[str, torch.Tensor], coeff: torch.Tensor) -> torch.Tenso
     if K.shape[-1] > 4:  # in float64, since no pivots are chosen
         X = (c * K).to(torch.float64)
         return (inverse(torch.eye(K.shape[-1], dtype=X.dtype, device=K.device) - X) @ (2 * X)).to(K.dtype)
-    square, even, determinant = c * c, kept["K2"], kept["s"]
+    square, determinant, whole = c * c, kept["s"], K + c * kept["K2"]
     if "p2" in kept:
         p2 = square * kept["p2"]
-        even, determinant = even - p2 * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), determinant + p2
-    return 2 * c * (K + square * kept["L"] + c * even) / (1 + square * determinant)
+        eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        whole, determinant = whole + square * kept["L"] - c * p2 * eye, determinant + p2
+    return 2 * c * whole / (1 + square * determinant)
 
 
 def skew(entries: torch.Tensor, size: int) -> torch.Tensor:

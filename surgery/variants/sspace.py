@@ -55,11 +55,16 @@ class SSpace(Variant):
         return {"direction": torch.zeros(r)}
 
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
-        """The gated direction, in the dtype of S; h is scaled by its largest entry, which a cosine does not notice."""
+        """The gated direction, in the dtype of S; vectors are scaled by their largest entry, which a cosine does not
+        notice."""
         root = S.sqrt()
-        a = h.to(S.dtype) * root
-        largest = a.abs().amax(dim=-1, keepdim=True)
-        a = a / torch.where(largest > 0, largest, 1.0)
+        a = _scaled(_scaled(h.to(S.dtype)) * root)
         squares = a.square().sum(dim=-1, keepdim=True)
         cosine = (a * core.direction).sum(dim=-1, keepdim=True) * torch.where(squares > 0, squares, 1.0).rsqrt()
         return (coeff * cosine * (root * core.direction)).to(h.dtype)
+
+
+def _scaled(a: torch.Tensor) -> torch.Tensor:
+    """Rows over their largest entry, so that no square overflows or vanishes; a row of zeros stays."""
+    largest = a.abs().amax(dim=-1, keepdim=True)
+    return a / torch.where(largest > 0, largest, 1.0)
