@@ -10,7 +10,8 @@ kind          sums over tokens                                used for
 ``contrast``  ``x+`` and ``x-`` (d_in,)                       S-space steering: its projection is linear in x
 ============  ==============================================  =====================================================
 
-Sums are in float64. Sites that read the same input share a statistic, unless it holds something of their weight.
+Sums are in float64, of inputs as they are and of outputs formed in float32 or better, as the model forms them. Sites
+that read the same input share a statistic, unless it holds something of their weight.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from passes.errors import InputError, VariantError
-from surgery.svd import Factorisation, factorise
+from surgery.svd import Factorisation, factorise, gram_matrix
 
 POOLS = {"rms": "moment", "mean_abs": "absolute"}
 KINDS = ("moment", "squares", "absolute", "contrast")
@@ -50,13 +51,13 @@ class Statistic:
 
     def add(self, x: torch.Tensor, name: str = "all") -> None:
         """Add tokens x (n, d_in) of a set."""
-        x = x.to(product_dtype(x))
-        y = x if self.weight is None else x @ self.weight.to(x.dtype).T
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = (x if self.weight is None else x @ self.weight.to(x.dtype).T).to(product_dtype(x))
         self.counts[name] = self.counts.get(name, 0) + len(x)
         if self.kind == "moment":
-            self._sum("moment", y.T @ y)
+            self._sum("moment", gram_matrix(y, whole=True))
             if self.side == "output":
-                self._sum("norm", x.square().sum())
+                self._sum("norm", x.to(y.dtype).square().sum())
         elif self.kind == "squares":
             self._sum("squares", y.square().sum(dim=0))
         elif self.kind == "absolute":

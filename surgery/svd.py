@@ -116,7 +116,9 @@ def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str)
 
 def deviation(rows: torch.Tensor) -> float:
     """Largest deviation of ``rows rows^T`` from the identity."""
-    return float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
+    inner = gram_matrix(rows.T)
+    inner.diagonal().sub_(1.0)
+    return float(inner.abs().max())
 
 
 def _residual(W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> float:
@@ -206,7 +208,7 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     """
     tall = W if W.shape[0] >= W.shape[1] else W.T
     rows, columns = tall.shape
-    size = r + max(OVERSAMPLING, r // 4)
+    size = r + max(OVERSAMPLING, 3 * r // 16)
     if 2 * size > columns:
         return None
     formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns

@@ -32,7 +32,8 @@ def quietly(model: nn.Module, data: Any, variant: Any = "antipasto", **options: 
 def check_moment(model: nn.Module, key: str, statistic: Statistic, X: torch.Tensor, dtype: torch.dtype = F64) -> None:
     """Compare a second moment with that of tokens (n, d_in) in numpy's float64."""
     x = X.double().numpy()
-    if statistic.side == "output":
+    if statistic.side == "output":  # formed in the dtype of the model
+        dtype = X.dtype if dtype is F64 else dtype
         weight = key if key.endswith("weight") else f"{key}.weight"
         W = model.get_parameter(weight).detach().double().numpy()
         x = x @ (W if type(model.get_submodule(weight.rpartition(".")[0])).__name__ == "Conv1D" else W.T)
