@@ -82,7 +82,10 @@ def factorisation(repeats: int) -> list[dict[str, Any]]:
                 row["milliseconds"] = alternate(run, repeats)
                 for name in ("exact", "randomised"):
                     found = run[name]()
-                    excess = torch.linalg.norm(W.double() - found.U * found.S @ found.Vh) / S[r:].norm() - 1
+                    excess = (
+                        torch.linalg.norm(W.double() - found.U.double() * found.S @ found.Vh.double()) / S[r:].norm()
+                        - 1
+                    )
                     worst = ((found.S - S[:r]).abs() / S[:r]).max()
                     row[name] = {"method": found.method, "excess_residual": float(excess), "worst_S": float(worst)}
                     row[name] |= {"residual": found.residual, "orthonormality": found.error}

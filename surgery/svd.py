@@ -24,7 +24,7 @@ GRAM_LIMIT = 1e-5
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
 OVERSAMPLING, PRODUCTS = 16, 3
-PROBES, BLOCK, NARROW, WIDE = 16, 256, 300, 10000
+PROBES, BLOCK, NARROW, WIDE = 8, 256, 10, 10000
 REFINED, REFINED_LIMIT, REFINED_RESIDUAL = 512, 3e-2, 1e-6
 ORTHONORMAL = 1e-4  # within which a randomised result has to be orthonormal
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
@@ -33,7 +33,7 @@ Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Factorisation(NamedTuple):
-    """``W ~ U diag(S) Vh`` with S descending; float64, on the weight's device.
+    """``W ~ U diag(S) Vh`` with S descending; float64 (U and Vh of the randomised method float32), on W's device.
 
     Attributes:
         U, S, Vh: (d_out, r), (r,), (r, d_in).
@@ -110,8 +110,7 @@ def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str)
         (S.square().sum() / torch.linalg.vector_norm(W).to(S.dtype).square().clamp(min=1e-300)).clamp(max=1.0)
     )
     error, residual = max(deviation(U.T), deviation(Vh)), _residual(W, U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype))
-    U, Vh = U.to(torch.float64).contiguous(), Vh.to(torch.float64).contiguous()
-    return Factorisation(U, S * scale, Vh, method, error, residual, energy)
+    return Factorisation(U.contiguous(), S * scale, Vh.contiguous(), method, error, residual, energy)
 
 
 def deviation(rows: torch.Tensor) -> float:
@@ -198,17 +197,17 @@ def _svd(W: torch.Tensor, r: int) -> Triples:
 def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     """Top r within a random subspace that is filtered towards the largest singular values.
 
-    A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial of degree 2 that stays within
-    [-1, 1] below the smallest Ritz value and grows fastest above it. It is applied to Ritz vectors, whose images stay
-    apart, unless the spectrum is narrow; a higher degree would bury the smaller ones in rounding, as this one would in
-    a wide spectrum, where two more power iterations do as well. Large products are in float32.
+    A power iteration on ``W^T W`` (of the smaller side), then a Chebyshev polynomial that stays within [-1, 1] below
+    the smallest Ritz value and grows fastest above it: of degree 3 in a narrow spectrum, which converges slowest, and
+    else of degree 2, applied to Ritz vectors, whose images stay apart. More would bury the smaller ones in rounding, as
+    this would in a wide spectrum, where two more power iterations do as well. Large products are in float32.
 
     Returns:
         The triples; None where the spectrum is too wide for float32, or the subspace is most of the whole.
     """
     tall = W if W.shape[0] >= W.shape[1] else W.T
     rows, columns = tall.shape
-    size = r + max(OVERSAMPLING, 3 * r // 16)
+    size = r + OVERSAMPLING
     if 2 * size > columns:
         return None
     formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns
@@ -223,29 +222,32 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
         return None
     image = apply(basis)
     H = basis.T @ image
-    values = torch.linalg.eigvalsh(H)
+    values, vectors = torch.linalg.eigh(H)
     half, largest = float(values[0]) / 2, float(values[-1])
     if not half > 0:
         return None
-    if largest > NARROW * half:
-        vectors = torch.linalg.eigh(H)[1]
+    narrow = largest < NARROW * half
+    if not narrow:
         basis, image = basis @ vectors, image @ vectors
     if largest < WIDE * half:
         once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
         filtered = 2 * (apply(once) / half - once) - basis
+        if narrow:
+            filtered = 2 * (apply(filtered) / half - filtered) - once
     else:
         basis = _orthonormal(image / torch.linalg.vector_norm(image, dim=0))
         if basis is None:
             return None
         filtered = apply(basis)
     filtered = filtered / torch.linalg.vector_norm(filtered, dim=0)
-    image = tall @ filtered
+    image, small = tall @ filtered, W.dtype if narrow else torch.float64
     factor, dependent = torch.linalg.cholesky_ex(gram_matrix(filtered.to(torch.float64)))
     if int(dependent):
         return None
-    inner = torch.linalg.solve_triangular(factor, gram_matrix(image.to(torch.float64), whole=True), upper=False)
+    factor = factor.to(small)
+    inner = torch.linalg.solve_triangular(factor, gram_matrix(image.to(small), whole=True), upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, inner.T, upper=False))
-    S, vectors = values[-r:].flip(0).clamp(min=0).sqrt(), vectors[:, -r:].flip(1)
+    S, vectors = values[-r:].flip(0).clamp(min=0).to(torch.float64).sqrt(), vectors[:, -r:].flip(1)
     right = torch.linalg.solve_triangular(factor.T, vectors, upper=True).to(W.dtype)
     if not S[-1] > RANDOMISED_LIMIT * S[0]:
         return None

@@ -42,7 +42,7 @@ def check(weight: torch.Tensor, r: int) -> None:
     assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
     scale = S[0].clamp(min=torch.finfo(torch.float64).tiny)
     assert_close(found.S / scale, S[:r] / scale, torch.float32)
-    residual = torch.linalg.norm((W - found.U * found.S @ found.Vh) / scale)
+    residual = torch.linalg.norm((W - found.U.double() * found.S @ found.Vh.double()) / scale)
     best = torch.linalg.norm(S[r:] / scale)
     whole = torch.linalg.norm(S / scale)
     assert_close(torch.stack([residual, whole]), torch.stack([best, whole]), torch.float32)
@@ -157,7 +157,7 @@ def test_randomised_is_a_projection_near_the_best_one(d_out, d_in, r, decay, exp
     assert (true[:r] + 1e-5 * true[0] >= found.S).all()
     assert (found.S.diff() <= 0).all()
     assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
-    residual = torch.linalg.norm(W.double() - found.U * found.S @ found.Vh)
+    residual = torch.linalg.norm(W.double() - found.U.double() * found.S @ found.Vh.double())
     assert residual <= 1.01 * true[r:].norm() + 1e-5 * true.norm()
 
 
@@ -165,7 +165,7 @@ def test_the_measured_residual_is_that_of_the_triples():
     W = with_spectrum(120, 100, torch.arange(1, 101, dtype=torch.float64) ** -0.3).float()
     for method, limit in (("exact", 1e-12), ("randomised", 1.0)):
         found = factorise(W, 30, method)
-        U, S, Vh, D = found.U, found.S, found.Vh, W.double()
+        U, S, Vh, D = found.U.double(), found.S, found.Vh.double(), W.double()
         true = torch.linalg.norm(torch.cat([D @ Vh.T - U * S, D.T @ U - Vh.T * S])) / S.norm()
         assert true < limit
         assert found.residual < limit
