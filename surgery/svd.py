@@ -2,7 +2,7 @@
 
 ==============  ====================================================================================================
 ``gram``        eigenvectors of the smaller Gram matrix in float64 (of a large one, refined from float32): as exact as
-                a full SVD in float32 while ``S_r > 1e-5 S_1``, and 1.3 to 3 times faster
+                a full SVD in float32 while ``S_r > 1e-5 S_1``, and 1.4 to 5 times faster
 ``svd``         the full SVD in float64; where ``gram`` would not be exact enough, and for float64 weights
 ``randomised``  a range finder (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) with a Chebyshev filter (Zhou, Saad,
                 Tiago and Chelikowsky 2006), several times faster for ``r`` much below ``d``; ``residual`` says how far
@@ -20,12 +20,13 @@ import torch
 
 from passes.errors import VariantError
 
-GRAM_LIMIT = 1e-5
+GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as exact as a full SVD in float32
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
-OVERSAMPLING, PRODUCTS = 16, 3
-PROBES, BLOCK, NARROW, WIDE = 8, 256, 10, 10000
-REFINED, REFINED_LIMIT, REFINED_RESIDUAL = 512, 3e-2, 1e-6
+OVERSAMPLING, PRODUCTS = 16, 3  # of the range finder: further directions, and products with the Gram matrix
+NARROW, WIDE = 10, 10000  # of the largest over half the smallest Ritz value: which filter float32 bears
+PROBES, BLOCK = 8, 256  # random vectors that estimate a residual; columns of a block of a Gram matrix
+REFINED, REFINED_LIMIT, REFINED_RESIDUAL = 512, 3e-2, 1e-6  # smallest size, S_r over S_1, residual over S_1^2
 ORTHONORMAL = 1e-4  # within which a randomised result has to be orthonormal
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
 

@@ -137,12 +137,13 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 
 
 def refresh(model: Model) -> Model:
-    """Bring materialised weights up to date with the cores; the present lowering keeps none, so there is nothing to do.
+    """Drop what inference keeps of the cores, so that the next forward sees a write to ``.data`` on an accelerator too.
 
     Raises:
         SurgeryError: the model carries no surgery.
     """
-    _operated(model)
+    for site in _operated(model).values():
+        site.core.forget()
     return model
 
 

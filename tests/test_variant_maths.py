@@ -598,3 +598,14 @@ def test_a_variant_without_a_weight_refuses_weights_that_are_read_and_leaves_the
     assert torch.isfinite(model(x)).all()
     with pytest.raises(surgery.VariantError, match=r"'layer\.linear2'.*exclude_modules"):
         surgery.apply_surgery(model, "sspace", r=4, calibration=contrast, target_modules=["linear2"], progress=False)
+
+
+def test_refresh_drops_what_inference_keeps():
+    model = nn.Sequential(nn.Linear(6, 5))
+    apply_surgery(model, surgery.AntiPaSTOAblate(r=4, k=2), target_modules="all-linear", progress=False)
+    core = sites(model)["0"].core
+    with torch.no_grad():
+        model(torch.ones(2, 6))
+    assert "_prepared" in vars(core)
+    assert surgery.refresh(model) is model
+    assert "_prepared" not in vars(core)
