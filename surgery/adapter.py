@@ -9,8 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from passes.errors import InputError, VariantError
+from surgery.costs import schedule_of
+from surgery.lowerings import REGISTRY, Schedule, step
+from surgery.lowerings.dense import forget, give_handle
 from surgery.variants import Variant
 
 
@@ -126,6 +130,8 @@ class SSpaceLinear(nn.Module):
         weight, bias: the frozen base parameters, in their own layout.
         layout: "out_in" or "in_out".
         base_class: the class that the module had.
+        lowering: "auto", or the name of the one lowering to use.
+        schedule: which lowering runs from how many tokens on.
     """
 
     variant: Variant
@@ -135,11 +141,62 @@ class SSpaceLinear(nn.Module):
     base_class: type[nn.Module]
     weight: torch.Tensor
     bias: torch.Tensor | None
+    lowering: str = "auto"
+    schedule: Schedule
+    handle: torch.Tensor
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Run the base's own forward and add the adapter's term; x is (..., d_in), the result (..., d_out)."""
-        y: torch.Tensor = self.base_class.forward(self, *args, **kwargs)
-        return y + self.adapter_term(*args, *kwargs.values())
+        """The base's product and the adapter's term in one of the lowerings, (..., d_out) for x (..., d_in)."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        return REGISTRY[self.chosen(x)].run(self, x, args, kwargs)
+
+    def chosen(self, x: torch.Tensor) -> str:
+        """Name of the lowering for an input; what is traced or exported always shows the low-rank form."""
+        rows = self.core.coeff.dim() > 0
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+                return "lowrank"
+        elif not self.plain() or type(x) not in (torch.Tensor, nn.Parameter):
+            return "lowrank"
+        if self.weight.requires_grad:  # the base is trained too: it has to be in the product
+            return "lowrank"
+        d_in = self.factors.Vh.shape[1]
+        return step(self.schedule.case(training=self.trains(), rows=rows), x.numel() // d_in)
+
+    def trains(self) -> bool:
+        """Whether this forward is one that the core's gradient will be taken of."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.core.parameters())
+
+    def plain(self) -> bool:
+        """Whether the core's own parameters are what is computed with, and nothing records the operations."""
+        return (
+            torch._C._get_tracing_state() is None
+            and get_proxy_mode() is None
+            and all(type(p) is nn.Parameter for p in self.core._parameters.values())
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        forget(self)
+        if "schedule" in vars(self) and self.lowering == "auto" and not self.weight.is_meta:
+            self.schedule = schedule_of(self, "auto")  # for the dtype and the device that it has now
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_dense", "handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        give_handle(self)
+
+    def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+        """``delta(h)`` (..., r) at the present core and coeff."""
+        coeff = self.core.coeff.clone() if torch.is_grad_enabled() else self.core.coeff  # may be set before backward
+        return self.variant.delta(h, S.to(coeff.dtype), self.core.prepared(self.variant), rows_like(coeff, h))
+
+    def adapter_delta(self, x: torch.Tensor) -> torch.Tensor:
+        """``delta(x Vh^T)`` (..., r) in the dtype of x."""
+        return self.core_delta(F.linear(x, self.factors.Vh.to(x.dtype)), self.factors.S)
 
     def adapter_term(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
         """``delta(x Vh^T) U^T``, (..., d_out), by two thin products in the dtype of x.

@@ -10,6 +10,7 @@ from torch import nn
 from passes.errors import InputError, VariantError, WeightError
 from passes.sites import Site
 from surgery.adapter import Factors
+from surgery.lowerings import REGISTRY
 from surgery.variants import Variant
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,8 +65,10 @@ def check_options(
         raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
     if form == "residual" and not is_graph:
         raise InputError("residual form is not supported in place yet: use to_graph(model, inputs, form='residual')")
-    if lowering not in ("auto", "lowrank"):
-        raise InputError(f"lowering must be 'auto' or 'lowrank', found {lowering!r}")
+    known = ("auto", "lowrank") if is_graph else ("auto", "measure", *REGISTRY)
+    if lowering not in known:
+        where = "in a graph " if is_graph else ""
+        raise InputError(f"lowering {where}must be one of {', '.join(known)}; found {lowering!r}")
     if not keep_base:
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
 

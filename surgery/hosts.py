@@ -20,11 +20,14 @@ from passes.modules import private_module
 from passes.normalize import layout_of_forward
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
+from surgery.costs import schedule_of
 from surgery.graphs import GraphState, register_sites, rewrite
+from surgery.lowerings.dense import give_handle
 from surgery.node import SSpaceNode
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
+OWN = ("lowering", "schedule", "handle", "_dense")  # what a site keeps beside them
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Graft:
     variant: Variant
     factors: Factors
     core: Core
+    lowering: str = "auto"
 
 
 def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
@@ -121,12 +125,24 @@ def attach(model: nn.Module, graft: Graft) -> None:
             parametrize.register_parametrization(owner, local, adapter, unsafe=True)
         else:
             owner.__class__ = SSpaceLinear
+            _schedule(owner, graft)
     except BaseException:
         if not isinstance(adapter, SSpaceWeight):
             _strip(owner, cls)
         elif parametrize.is_parametrized(owner, local):
             detach(adapter)
         raise
+
+
+def _schedule(site: nn.Module, graft: Graft) -> None:
+    """Decide when a called site is computed in which lowering."""
+    assert isinstance(site, SSpaceLinear)
+    site.lowering = graft.lowering
+    try:
+        site.schedule = schedule_of(site, graft.lowering)
+    except InputError as error:
+        raise InputError(f"site {graft.site.key!r}: {error}") from error
+    give_handle(site)
 
 
 def detach(site: SSpaceLinear) -> None:
@@ -146,7 +162,7 @@ def detach(site: SSpaceLinear) -> None:
 
 def _strip(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
-    for name in ATTRIBUTES:
+    for name in (*ATTRIBUTES, *OWN):
         if name in vars(module) or name in module._modules:
             delattr(module, name)
 

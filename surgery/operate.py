@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from surgery.checks import check_options
 from surgery.graft import make_grafts
 from surgery.graphs import GraphState, graph_state, restore_state
 from surgery.hosts import Graft, attach_all, detach, operated_sites
+from surgery.measure import measure
 from surgery.node import SSpaceNode, has_base
 from surgery.patients import as_patient
 from surgery.plan import known_inspection, make_plan
@@ -99,7 +100,9 @@ def apply_surgery(
             is left out by ``attention_mask``), a :class:`Contrast`, or :class:`Statistics` that were collected before.
             Of a plain module, the first batch also serves as ``example_inputs``.
         form: "delta" (``W`` as it is, plus the change), or for graphs "residual" (``W_res`` in place of ``W``).
-        lowering: "auto" or "lowrank" (two thin products beside the dense one).
+        lowering: how sites are computed: "auto" decides in each forward by a cost model, "measure" by timing the
+            candidates on the example inputs now, and a name ("lowrank", "output", "dense") wherever it is possible.
+            Products of weights that are read without a call, and graphs, have one way each.
         keep_base: keep what undo needs.
         seed: of the core's initial values.
         progress: show progress bars, and the report when done.
@@ -131,7 +134,15 @@ def apply_surgery(
         statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
     wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
     grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-    operate(model, grafts, plan.inspection, notes, lambda: _show_report(model) if progress else None, form=form)
+    grafts = [replace(graft, lowering=lowering) for graft in grafts]
+
+    def finish() -> None:
+        if lowering == "measure":
+            measure(model, example_inputs, progress=progress)
+        if progress:
+            _show_report(model)
+
+    operate(model, grafts, plan.inspection, notes, finish, form=form)
     return given
 
 

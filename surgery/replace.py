@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ def replace_adapters(
     record = vars(model).get("_surgery")
     present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
     old = [graft_of(model, key, site) for key, site in present.items()]
+    kept = {key: site.lowering for key, site in present.items()}
     inspection = known_inspection(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     state = graph_state(model)
@@ -42,6 +44,7 @@ def replace_adapters(
         grafts, notes = make()
         for graft in grafts:
             check_weight(model, graft.site)
+        grafts = [replace(graft, lowering=kept.get(graft.site.key, graft.lowering)) for graft in grafts]
         operate(model, grafts, inspection, notes, form=form)
     except BaseException:
         if state is not None:
@@ -59,4 +62,4 @@ def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
     weight, bias = parameter_names(model, site)
     d_out, d_in = site.factors.U.shape[0], site.factors.Vh.shape[1]
     place = Site(key, weight, bias, site.layout, d_out, d_in)
-    return Graft(place, host_of(site), site.variant, site.factors, site.core)
+    return Graft(place, host_of(site), site.variant, site.factors, site.core, site.lowering)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
 from passes.sites import Skipped
+from surgery.adapter import SSpaceLinear
+from surgery.costs import core_macs, predicted, size_of
 from surgery.hosts import host_of
+from surgery.lowerings import describe, step
 from surgery.operate import record_of, unwrap
 from surgery.targets import why_not_chosen
-from surgery.variants import Variant
 from surgery.verbs import sites, trainable_parameters
+
+TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class SiteReport:
     """One operated site.
 
     Attributes:
+        lowering: which runs in inference from how many tokens on.
+        lowering_training: the same while the core is trained.
+        lowering_at, training_at: the two at ``TOKENS`` tokens.
+        cost, cost_training: predicted overhead at ``TOKENS`` tokens, as a share of the plain base's time.
         macs: multiply-accumulates per token that the adapter's matrix products add.
         base_macs: those of the base product.
         method, error, residual, energy: of the factorisation; None where factors were loaded.
@@ -41,6 +45,11 @@ class SiteReport:
     r: int
     host: str
     lowering: str
+    lowering_training: str
+    lowering_at: str
+    training_at: str
+    cost: float | None
+    cost_training: float | None
     trainable: int
     macs: int
     base_macs: int
@@ -92,23 +101,30 @@ class Report:
         title = f"{self.model}: {len(self.sites)} sites operated on ({variants})"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
         table.add_column("site", overflow="fold")
-        for name in ("n", "d_out x d_in", "r", "host", "lowering", "energy", "trainable", "MACs"):
-            table.add_column(name, justify="left" if name in ("host", "lowering") else "right", no_wrap=True)
+        for name in ("n", "out x in", "r", "host", "inference", "training", "energy", "trainable"):
+            left = name in ("host", "inference", "training")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
         rows: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in self.sites:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.key)
-            rows.setdefault((name, site.d_out, site.d_in, site.r, site.host, site.lowering), []).append(site)
-        for (name, d_out, d_in, r, host, lowering), found in rows.items():
+            rows.setdefault((name, site.d_out, site.d_in, site.r, site.host, *_columns(site)), []).append(site)
+        for (name, d_out, d_in, r, host, inference, training), found in rows.items():
             energies = [s.energy for s in found if s.energy is not None]
             energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
             trainable = f"{sum(s.trainable for s in found):,}"
-            macs = f"+{100 * sum(s.macs for s in found) / sum(s.base_macs for s in found):.0f}%"
-            table.add_row(name, str(len(found)), f"{d_out} x {d_in}", str(r), host, lowering, energy, trainable, macs)
+            sizes = (str(len(found)), f"{d_out}x{d_in}", str(r))
+            table.add_row(name, *sizes, host, inference, training, energy, trainable)
         return table
 
     def _lines(self) -> list[str]:
         captured = "" if self.captured else " (not captured)"
         lines = [f"{self.trainable:,} of {self.total:,} parameters are trainable; sites from {self.how}{captured}"]
+        if any(site.cost is not None for site in self.sites):
+            lines.append(
+                f"inference, training: the lowering at {TOKENS} tokens and its predicted cost over the plain base"
+            )
+        macs = f"+{100 * sum(s.macs for s in self.sites) / max(sum(s.base_macs for s in self.sites), 1):.0f}%"
+        lines.append(f"low-rank products take {macs} multiply-accumulates of the sites' own")
         methods = Counter(s.method for s in self.sites if s.method)
         if methods:
             worst = max(s.error for s in self.sites if s.error is not None)
@@ -131,18 +147,22 @@ def _class_name(model: nn.Module) -> str:
     return (type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)).__name__
 
 
-@functools.lru_cache(maxsize=256)
-def core_macs(variant: Variant, r: int) -> int:
-    """Multiply-accumulates per token of the matrix products in a core of rank r, counted on its delta."""
-    tensors = {name: tensor.to("meta") for name, tensor in variant.init_core(r, torch.Generator()).items()}
-    core: Any = SimpleNamespace(**tensors)
-    S, coeff = torch.ones(r, device="meta"), torch.ones((), device="meta")
-    counted = []
-    for tokens in (32, 64):  # what is done once in a forward, and not for each token, cancels
-        with FlopCounterMode(display=False) as counter:
-            variant.delta(torch.ones(tokens, r, device="meta"), S, core, coeff)
-        counted.append(counter.get_total_flops())
-    return int(counted[1] - counted[0]) // 64
+def _columns(site: SiteReport) -> tuple[str, str]:
+    """The two lowerings at ``TOKENS`` tokens, with their cost where it is predicted."""
+    if site.cost is None or site.cost_training is None:
+        return site.lowering, site.lowering_training
+    return f"{site.lowering_at} +{site.cost:.0%}", f"{site.training_at} +{site.cost_training:.0%}"
+
+
+def _lowerings(site: SSpaceLinear, host: str) -> tuple[str, str, str, str, float | None, float | None]:
+    if host != "module":
+        name = "dense" if host == "weight" else "lowrank"
+        return name, name, name, name, None, None
+    cases = [site.schedule.case(training=training, rows=False) for training in (False, True)]
+    size, device = size_of(site, TOKENS), site.factors.U.device.type
+    names = [step(case, TOKENS) for case in cases]
+    costs = [predicted(names[training], size, device, training=training) for training in (False, True)]
+    return describe(cases[0]), describe(cases[1]), names[0], names[1], costs[0], costs[1]
 
 
 def report(model: nn.Module) -> Report:
@@ -168,7 +188,7 @@ def report(model: nn.Module) -> Report:
                 d_in,
                 r,
                 host,
-                "dense" if host == "weight" else "lowrank",
+                *_lowerings(site, host),
                 trainable,
                 0 if host == "weight" else r * (d_in + d_out) + core_macs(site.variant, r),
                 d_out * d_in,

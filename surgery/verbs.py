@@ -17,6 +17,7 @@ from passes.verify import Validation
 from surgery.adapter import SSpaceLinear, merged_weight
 from surgery.graphs import drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
+from surgery.lowerings.dense import forget
 from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
@@ -137,13 +138,16 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 
 
 def refresh(model: Model) -> Model:
-    """Drop what inference keeps of the cores, so that the next forward sees a write to ``.data`` on an accelerator too.
+    """Drop what is kept of the cores and the weights made with them, so that the next forward makes them anew.
+
+    Only needed after a write to ``.data`` on an accelerator, or to the ``.data`` of a frozen tensor.
 
     Raises:
         SurgeryError: the model carries no surgery.
     """
     for site in _operated(model).values():
         site.core.forget()
+        forget(site)
     return model
 
 

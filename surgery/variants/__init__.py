@@ -50,6 +50,8 @@ class Variant:
     """Whether delta is linear in h: only then are there a delta weight, a merge and a LoRA."""
     is_default: ClassVar[bool] = False
     """Whether commands take this variant where none is named."""
+    of_scaled: ClassVar[bool] = True
+    """Whether delta depends on h by ``S * h`` alone: only then can the projection be taken from the output."""
     default_targets: ClassVar[str] = "all-linear"
     frozen: ClassVar[tuple[str, ...]] = ()
     """Core tensors that are not trained: they come with the factors."""

@@ -33,6 +33,7 @@ class AntiPaSTODPLR(Reranked):
     suppress_only: bool = False
 
     name: ClassVar[str] = "antipasto_dplr"
+    of_scaled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class AntiPaSTORot(Reranked):
     init_delta_s: float = 0.0
 
     name: ClassVar[str] = "antipasto_rot"
+    of_scaled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

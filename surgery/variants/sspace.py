@@ -27,6 +27,7 @@ class SSpace(Variant):
     """Configuration of ``sspace``."""
 
     name: ClassVar[str] = "sspace"
+    of_scaled: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     default_targets: ClassVar[str] = "residual-writers"
     frozen: ClassVar[tuple[str, ...]] = ("direction",)

@@ -1,0 +1,263 @@
+"""What a live core costs on one decoder layer, against the plain base: ``python -m bench.lowerings``.
+
+One layer of the sizes of Qwen3-0.6B (hidden 1024, MLP 3072, 16 and 8 heads of 128), all seven projections adapted, the
+core away from its start. Outputs are checked before anything is timed; contenders take turns in one process, in an
+order that is turned round each time, and ratios are of pairs of neighbours.
+
+The limits, in FLOPs of a site: inference under ``lowrank`` costs ``1 + r (d_in + d_out) / (d_in d_out)`` of the
+base's, under ``dense`` 1. A training step costs a LoRA 6 N r (d_in + d_out) more than the frozen base, ``lowrank`` 4
+and ``dense`` 2, plus 2 d_in d_out r for the weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.record import environment
+from surgery import apply_surgery, merge, set_coeff, sites
+from surgery.costs import schedule_of
+
+SEED = 0
+HIDDEN, MLP, HEADS, KV_HEADS, HEAD = 1024, 3072, 16, 8, 128
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Run = Callable[[], Any]
+
+
+class Layer(nn.Module):
+    """A decoder layer of transformers, called with hidden states (1, tokens, hidden) alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import Qwen3Config
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+        config = Qwen3Config(
+            hidden_size=HIDDEN, intermediate_size=MLP, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+            head_dim=HEAD, num_hidden_layers=1, attn_implementation="sdpa",
+        )  # fmt: skip
+        self.layer = Qwen3DecoderLayer(config, 0)
+        self.rotary = Qwen3RotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states after the layer."""
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        out = self.layer(x, position_embeddings=self.rotary(x, positions), position_ids=positions)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+class Naive(nn.Module):
+    """The residual form as it is usually written: ``x W_res^T + ((x Vh^T) (S + S elu(g))) U^T``."""
+
+    def __init__(self, site: Any) -> None:
+        super().__init__()
+        for name in ("U", "S", "Vh"):
+            self.register_buffer(name, getattr(site.factors, name).clone())
+        self.register_buffer("W_res", site.weight.detach() - (self.U * self.S) @ self.Vh)
+        self.g = nn.Parameter(site.core.g.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The site's output."""
+        gain = self.S * (1 + nn.functional.elu(self.g))
+        return x @ self.W_res.T + ((x @ self.Vh.T) * gain) @ self.U.T
+
+
+def operated(base: nn.Module, r: int, lowering: str) -> nn.Module:
+    """A copy of the layer with live cores."""
+    model = apply_surgery(copy.deepcopy(base), "antipasto", r=r, lowering=lowering, progress=False)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for site in sites(model).values():
+            site.core.g.copy_(0.2 * torch.randn(len(site.core.g), generator=generator))
+    return model
+
+
+def naive(base: nn.Module, r: int) -> nn.Module:
+    """A copy of the layer in residual form."""
+    model, live = copy.deepcopy(base).requires_grad_(False), operated(base, r, "lowrank")
+    for key, site in sites(live).items():
+        owner, _, name = key.rpartition(".")
+        setattr(model.get_submodule(owner), name, Naive(site))
+    return model
+
+
+def lora(base: nn.Module, r: int) -> nn.Module:
+    """A copy of the layer with PEFT's LoRA on the same projections."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = copy.deepcopy(base)
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS)), model)
+    return model
+
+
+def paired(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each contender in turn, in an order that is turned round each time, after two runs of each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(repeats + 2):
+        for name in names if i % 2 else reversed(names):
+            gc.collect()
+            started = time.perf_counter()
+            contenders[name]()
+            if i > 1:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def forward(model: nn.Module, x: Tensor) -> Run:
+    """One forward without gradients."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x)  # type: ignore[no-any-return]
+
+    return run
+
+
+def step(model: nn.Module, x: Tensor) -> Run:
+    """Forward and backward, to the trainable parameters and to the input, as in the middle of a model."""
+    x = x.clone().requires_grad_()
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        model(x).sum().backward()
+
+    return run
+
+
+def check(base: nn.Module, models: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
+    """Largest difference of the models' outputs over their effect; refuses to time what is not the same function."""
+    with torch.no_grad():
+        plain, outputs = base(x), {name: model(x) for name, model in models.items()}
+    reference = next(iter(outputs.values()))
+    effect = float((reference - plain).abs().max())
+    errors = {name: float((y - reference).abs().max()) / effect for name, y in outputs.items()}
+    if effect == 0 or max(errors.values()) > 1e-3:
+        raise SystemExit(f"the contenders do not compute the same: {errors}, effect {effect}")
+    return errors
+
+
+def inference(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callable[[nn.Module], Any]) -> Any:
+    """Forwards of the base, merged, under ``dense``, and low-rank with a scalar and with a per-row coeff."""
+    x = torch.randn(2, tokens // 2, HIDDEN, generator=torch.Generator().manual_seed(SEED))
+    models = {
+        "dense": operated(base, r, "dense"), "low-rank": operated(base, r, "dense"),
+        "lowrank": operated(base, r, "lowrank"), "lowrank, coeff by row": operated(base, r, "lowrank"),
+        "merged": merge(operated(base, r, "lowrank")), "auto": operated(base, r, "auto"),
+    }  # fmt: skip
+    for site in sites(models["low-rank"]).values():  # what auto takes where no weight can be made
+        auto = schedule_of(site, "auto")
+        site.schedule = auto._replace(inference=auto.rows_inference)
+    set_coeff(models["lowrank, coeff by row"], torch.ones(2))
+    errors = check(base, models, x)
+    ready = {name: prepare(model) for name, model in {"base": base, "base again": base, **models}.items()}
+    runs = {name: forward(model, x) for name, model in ready.items()}
+    live, values = models["dense"], iter(range(10**9))
+
+    def steer() -> None:
+        set_coeff(live, 1 + 1e-3 * next(values))
+        runs["dense"]()
+
+    return {"errors": errors, "milliseconds": paired(runs | {"dense, coeff changed": steer}, repeats)}
+
+
+def training(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callable[[nn.Module], Any]) -> Any:
+    """Forward and backward of the frozen base, ours, PEFT's LoRA, and the naive residual form."""
+    x = torch.randn(2, tokens // 2, HIDDEN, generator=torch.Generator().manual_seed(SEED))
+    ours = {name: operated(base, r, name) for name in ("auto", "lowrank", "output", "dense")}
+    ours["naive residual"] = naive(base, r)
+    errors = check(base, ours, x)
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    models = {"base": frozen, **ours, "LoRA": lora(base, r)}
+    runs = {name: step(prepare(model), x) for name, model in models.items()}
+    return {"errors": errors, "milliseconds": paired(runs, repeats)}
+
+
+def over(times: dict[str, list[float]], name: str, other: str = "base") -> str:
+    """Median of the paired ratios of two contenders, with the quartiles."""
+    pairs = [a / b for a, b in zip(times[name], times[other], strict=True)]
+    low, middle, high = statistics.quantiles(pairs, n=4)
+    return f"{middle:.3f} ({low:.2f} to {high:.2f})"
+
+
+def overhead(times: dict[str, list[float]], name: str, other: str) -> float:
+    """Overhead over the base relative to another's, of medians."""
+    base = statistics.median(times["base"])
+    return (statistics.median(times[name]) - base) / (statistics.median(times[other]) - base)
+
+
+def bound(r: int) -> float:
+    """FLOPs of the seven projections with low-rank products, over their own."""
+    q, kv = HEADS * HEAD, KV_HEADS * HEAD
+    shapes = [(HIDDEN, q), (HIDDEN, kv), (HIDDEN, kv), (q, HIDDEN), (HIDDEN, MLP), (HIDDEN, MLP), (MLP, HIDDEN)]
+    return 1 + sum(r * (a + b) for a, b in shapes) / sum(a * b for a, b in shapes)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The figures as tables."""
+    kinds = ("base again", "merged", "dense", "auto", "low-rank", "lowrank", "lowrank, coeff by row")
+    lines = ["| forward, over the plain base | " + " | ".join(kinds) + " | coeff changed, dense |"]
+    lines += ["|---" + "|---:" * (len(kinds) + 1) + "|"]
+    for row in data["inference"]:
+        times = row["milliseconds"]
+        cells = [over(times, kind) for kind in kinds] + [over(times, "dense, coeff changed")]
+        name = f"{row['mode']}, r = {row['r']}, {row['tokens']} tokens (low-rank bound {bound(row['r']):.3f})"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    kinds = ("auto", "lowrank", "output", "dense", "naive residual", "LoRA")
+    lines += [
+        "",
+        "| training step, over the frozen base's | " + " | ".join(kinds) + " | overhead, auto : LoRA | auto : naive |",
+    ]
+    lines += ["|---" + "|---:" * (len(kinds) + 2) + "|"]
+    for row in data["training"]:
+        times = row["milliseconds"]
+        cells = [over(times, kind) for kind in kinds]
+        cells += [f"{overhead(times, 'auto', other):.2f}" for other in ("LoRA", "naive residual")]
+        lines.append(f"| {row['mode']}, r = {row['r']}, {row['tokens']} tokens | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print the tables, and write them with their data."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--training-tokens", nargs="*", type=int, default=[512, 4096])
+    parser.add_argument("--ranks", nargs="*", type=int, default=[64, 256])
+    options = parser.parse_args()
+    torch.manual_seed(SEED)
+    base = Layer().eval()
+    data: dict[str, Any] = {"inference": [], "training": []}
+    for mode in options.modes:
+        prepare: Callable[[nn.Module], Any] = torch.compile if mode == "compiled" else lambda model: model
+        for r in options.ranks:
+            torch.compiler.reset()
+            found = inference(base, r, 512, options.repeats, prepare)
+            data["inference"].append({"mode": mode, "r": r, "tokens": 512, **found})
+        for tokens in options.training_tokens:
+            torch.compiler.reset()
+            repeats = max(5, options.repeats * 512 // tokens)
+            found = training(base, 256, tokens, repeats, prepare)
+            data["training"].append({"mode": mode, "r": 256, "tokens": tokens, **found})
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {**environment(), "seed": SEED, **data}
+    (options.out / "lowerings.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = markdown(data)
+    (options.out / "lowerings.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Lowerings: ways to compute one adapted linear, ``y = x W^T + b + delta(x Vh^T) U^T``, at different costs.
+
+A file in this package defines one :class:`Lowering` and is found without any list. Which one runs is decided in each
+forward by the number of tokens and by whether the core is being trained, along a :class:`Schedule` of the site.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from surgery.adapter import SSpaceLinear
+
+
+class Size(NamedTuple):
+    """What a cost depends on: tokens, sizes of the site, products in its core per token, bytes of an entry."""
+
+    tokens: int
+    d_out: int
+    d_in: int
+    r: int
+    core: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel: floating-point operations, bytes that it reads and writes."""
+
+    flops: float
+    bytes: float
+
+    @classmethod
+    def product(cls, rows: int, columns: int, inner: int, itemsize: int) -> Work:
+        """A matrix product (rows, inner) by (inner, columns)."""
+        return cls(2.0 * rows * columns * inner, itemsize * (rows * inner + inner * columns + rows * columns))
+
+    @classmethod
+    def pointwise(cls, entries: int, itemsize: int, operands: int = 3) -> Work:
+        """An elementwise operation."""
+        return cls(float(entries), itemsize * operands * entries)
+
+
+class Lowering(Protocol):
+    """One way to compute a site.
+
+    Attributes:
+        name: as in ``apply_surgery(lowering=...)``.
+        steers_rows: whether a coeff per row of the batch is possible.
+    """
+
+    name: str
+    steers_rows: bool
+
+    def why_not(self, site: SSpaceLinear) -> str | None:
+        """Why a site cannot be computed so, or None."""
+
+    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        """The site's output (..., d_out) for an input x (..., d_in), which is the one among the arguments."""
+
+    def work(self, size: Size, *, training: bool) -> list[Work]:
+        """The kernels beside those of the plain base."""
+
+
+REGISTRY: dict[str, Lowering] = {}
+
+
+def register(cls: type[Any]) -> type[Any]:
+    """Class decorator: make a lowering known by its name."""
+    REGISTRY[cls.name] = cls()
+    return cls
+
+
+class Schedule(NamedTuple):
+    """Which lowering runs from how many tokens on, as ``((0, "lowrank"), (180, "dense"))``, in four cases."""
+
+    inference: tuple[tuple[int, str], ...]
+    training: tuple[tuple[int, str], ...]
+    rows_inference: tuple[tuple[int, str], ...]
+    rows_training: tuple[tuple[int, str], ...]
+
+    def case(self, *, training: bool, rows: bool) -> tuple[tuple[int, str], ...]:
+        """The steps of one case."""
+        if rows:
+            return self.rows_training if training else self.rows_inference
+        return self.training if training else self.inference
+
+
+def step(steps: tuple[tuple[int, str], ...], tokens: int) -> str:
+    """The lowering for a number of tokens."""
+    name = steps[0][1]
+    for least, other in steps[1:]:
+        if tokens >= least:
+            name = other
+    return name
+
+
+def describe(steps: Iterable[tuple[int, str]]) -> str:
+    """Steps in words: ``lowrank, dense from 180``."""
+    return ", ".join(f"{name} from {least:,}" if least else name for least, name in steps)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,43 @@
+"""``lowrank``: two thin products beside the dense one, ``y = x W^T + b + delta(x Vh^T) U^T``.
+
+Any variant, any coeff. Forward 2 N r (d_in + d_out) FLOPs, backward as many again, since the frozen factors need no
+gradient; a LoRA of the same rank needs three times the forward's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.lowerings import Size, Work, register
+from surgery.lowerings.parts import add_term
+
+if TYPE_CHECKING:
+    from surgery.adapter import SSpaceLinear
+
+
+@register
+class LowRank:
+    """The default form of a site."""
+
+    name = "lowrank"
+    steers_rows = True
+
+    def why_not(self, site: SSpaceLinear) -> str | None:
+        """Always possible."""
+        return None
+
+    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        """The base's own forward, plus the term."""
+        return add_term(site, site.base_class.forward(site, *args, **kwargs), site.adapter_delta(x))
+
+    def work(self, size: Size, *, training: bool) -> list[Work]:
+        """Two thin products and the core; in training their transposes."""
+        n, d_out, d_in, r, core, item = size
+        products = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
+        kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0), Work.pointwise(n * d_out, item, 2)]
+        if training:
+            back = [Work.product(n, r, d_out, item), Work.product(n, d_in, r, item), Work(4.0 * n * core, 0)]
+            kernels += [*back, Work.pointwise(n * r, item, 6), Work.pointwise(n * d_in, item)]
+        return kernels
