@@ -76,8 +76,8 @@ def cheapest(names: tuple[str, ...], size: Size, device: str, training: bool) ->
 
 
 def candidates(site: SSpaceLinear) -> tuple[str, ...]:
-    """The lowerings that a site can be computed with, the low-rank one first."""
-    fit = (name for name, lowering in REGISTRY.items() if lowering.why_not(site) is None)
+    """The lowerings to choose from at a site, the low-rank one first."""
+    fit = (name for name, lowering in REGISTRY.items() if lowering.advised(site) and lowering.why_not(site) is None)
     return tuple(sorted(fit, key=lambda name: name != "lowrank"))
 
 

@@ -386,3 +386,9 @@ def test_under_autocast() -> None:
                 z = model(x)
         assert disagreement(y.float(), reference(model, x), torch.bfloat16) is None
         assert disagreement(z.float(), reference(model, x), torch.bfloat16) is None
+
+
+def test_output_is_not_chosen_in_half_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = operated("auto", dtype=dtype)
+        assert all(name != "output" for site in sites(model).values() for steps in site.schedule for _, name in steps)

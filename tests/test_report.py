@@ -35,7 +35,7 @@ def test_report_as_text(capsys):
     assert capsys.readouterr().out.split() == text.split()
     assert "model.layers.*.self_attn.q_proj" in text
     assert "lm_head" in text
-    assert "lowrank" in text
+    assert "inference, training: the lowering at 512 tokens" in text
     assert "12 x linear: not selected" in text
     assert "sites from transformers.exporters" in text
     text = str(report(apply_surgery(patient("vit").model, "antipasto", progress=False)))

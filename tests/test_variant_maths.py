@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from passes.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
 from surgery.adapter import Core
 from surgery.graft import initial_core
@@ -207,7 +208,7 @@ def test_inference_notices_that_a_core_has_changed(change):
         after = model(x)
         again = model(x)
     assert torch.equal(after, again)
-    assert torch.equal(after, without_kept(model, x))
+    assert disagreement(after, without_kept(model, x)) is None
     assert change is cast or not torch.equal(after, before)
 
 

@@ -61,6 +61,9 @@ class Lowering(Protocol):
     def why_not(self, site: SSpaceLinear) -> str | None:
         """Why a site cannot be computed so, or None."""
 
+    def advised(self, site: SSpaceLinear) -> bool:
+        """Whether it may be chosen where it is not asked for by name."""
+
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """The site's output (..., d_out) for an input x (..., d_in), which is the one among the arguments."""
 

@@ -40,6 +40,10 @@ class Dense:
         """The variant is not linear."""
         return None if site.variant.linear else f"{site.variant.name} is not linear in its input: there is no weight"
 
+    def advised(self, site: SSpaceLinear) -> bool:
+        """Always."""
+        return True
+
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """One product; while the core is trained, with a term of value zero that has the core's gradient."""
         if not site.trains():

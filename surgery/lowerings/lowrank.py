@@ -28,6 +28,10 @@ class LowRank:
         """Always possible."""
         return None
 
+    def advised(self, site: SSpaceLinear) -> bool:
+        """Always."""
+        return True
+
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """The base's own forward, plus the term."""
         return add_term(site, site.base_class.forward(site, *args, **kwargs), site.adapter_delta(x))

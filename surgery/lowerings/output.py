@@ -37,6 +37,10 @@ class Output:
         limit = max(RELATIVE[site.weight.dtype], RELATIVE[site.factors.U.dtype])
         return None if error <= limit else f"U^T W differs from S Vh by {error:.1e} (approximate factors)"
 
+    def advised(self, site: SSpaceLinear) -> bool:
+        """Not in half precision, where it would project the rounding of the output: 2 to 3 times the error."""
+        return site.weight.element_size() > 2
+
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """The base's own forward, its projection without the bias, and the term."""
         y: torch.Tensor = site.base_class.forward(site, *args, **kwargs)
