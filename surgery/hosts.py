@@ -20,7 +20,7 @@ from passes.modules import private_module
 from passes.normalize import layout_of_forward
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
-from surgery.graphs import GraphState, register_sites, rewrite
+from surgery.graphs import GraphState, copy_whole, register_sites, rewrite
 from surgery.node import SSpaceNode
 from surgery.variants import Variant
 
@@ -79,7 +79,9 @@ def attach_all(
             nodes.append(_node(model, graft, form))
             continue
         if original is not None:  # a module that a graph calls may be another model's too
+            assert isinstance(model, fx.GraphModule)
             private_module(model, graft.site.weight.rpartition(".")[0], original.modules)
+            copy_whole(model)
         attach(model, graft)
     if nodes:
         assert isinstance(model, fx.GraphModule)
