@@ -128,6 +128,17 @@ def _watch(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     return lambda now: (now.data_ptr(), now._version, now.dtype) == mark
 
 
+class _Tensors:
+    """The tensors of a core as attributes; Dynamo traces its making, and not that of a ``SimpleNamespace``."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        raise AttributeError(name)
+
+
 class SSpaceLinear(nn.Module):
     """A linear module with an S-space adapter: ``y = x W^T + b + delta(x Vh^T) U^T``.
 
@@ -194,8 +205,7 @@ class SSpaceLinear(nn.Module):
         U, S, Vh, coeff = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype), core.coeff.to(dtype)
 
         def change(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, core: dict[str, torch.Tensor]) -> torch.Tensor:
-            tensors: Any = SimpleNamespace(**core)
-            D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, coeff)
+            D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, _Tensors(core), coeff)
             return U @ D.T @ Vh
 
         delta = change(U, S, Vh, tensors) if factors.stack is None else torch.func.vmap(change)(U, S, Vh, tensors)
