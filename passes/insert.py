@@ -165,7 +165,7 @@ def insert_weight(place: Place, adapter: Any, node: fx.Node) -> fx.Node:
     readers = list(node.users)
     node.meta[META] = make.mark("base")
     with node.graph.inserting_before(node.next):
-        traced = trace_adapter(adapter, tuple(adapter.weight.shape), adapter.weight.dtype)
+        traced = trace_adapter(adapter, tuple(adapter.weight.shape), adapter.weight.dtype, rows=False)
         out = make.inline(traced, adapter, node)
     make.finish(out, readers)
     return out

@@ -68,9 +68,9 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         sites, skipped = sites_from_graph(found.graph, model)
         refused: list[Skipped] = []
         if isinstance(model, fx.GraphModule):
-            rewritable, refused = graph_products(model, model.graph)
+            rewritable, whole, refused = _sorted_products(model, model.graph)
             skipped = [*skipped, *refused]
-            sites = [site for site in sites if site.key in rewritable]
+            sites = [site for site in sites if site.key in rewritable or site.key in whole]
         hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
         calls = calls or _calls_of(found.graph)
         known = {site.weight for site in sites}
@@ -86,21 +86,46 @@ def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, li
     Args:
         graph: a graph whose attributes are the model's; the names of the products' nodes are those of this graph.
     """
+    products, _, refused = _sorted_products(model, graph)
+    return products, refused
+
+
+def _sorted_products(
+    model: fx.GraphModule, graph: fx.Graph
+) -> tuple[dict[str, list[Product]], set[str], list[Skipped]]:
+    """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
     products, _ = products_by_site(normalised(model, graph), model)
     nodes = {node.name: node for node in graph.nodes}
-    refused = []
+    refused: list[Skipped] = []
+    whole: set[str] = set()
     for key, found in list(products.items()):
-        reason = next(filter(None, (_why_not(model, p, nodes.get(p.node.name)) for p in found)), None)
+        reasons = (
+            _elsewhere(nodes.get(p.node.name)) if p.matrices else _why_not(model, p, nodes.get(p.node.name))
+            for p in found
+        )
+        reason = next(filter(None, reasons), None)
+        if not reason and any(p.matrices for p in found) and len({nodes[p.node.name].op for p in found}) > 1:
+            reason = "its weight is read by a module's call, and without one"
         if reason:
             refused.append(Skipped(key, "linear", reason))
-            del products[key]
-    return products, refused
+        elif any(p.matrices for p in found):
+            whole.add(key)
+        else:
+            continue
+        del products[key]
+    return products, whole, refused
+
+
+def _elsewhere(node: fx.Node | None) -> str | None:
+    if node is None:
+        return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
+    return None
 
 
 def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> str | None:
     """Why a product cannot be rewritten in a graph, or None."""
     if node is None:
-        return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
+        return _elsewhere(node)
     if casts_its_weight(product, model.get_parameter(product.weight).dtype):
         return "its weight is cast before the product"
     if node.op == "call_module":

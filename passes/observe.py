@@ -59,6 +59,14 @@ def _hook(key: str, watch: _Products) -> Any:
     return hook
 
 
+def _positions(x: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
+    """What a convolution of single positions multiplies of x (batch, d_in, ...), as (batch, ..., d_in)."""
+    around = [size for sizes in zip(reversed(padding), reversed(padding), strict=True) for size in sizes]
+    x = torch.nn.functional.pad(x, around) if any(around) else x
+    every: Any = (..., *(slice(None, None, step) for step in stride))
+    return x[every].movedim(1, -1)
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A weight to look for: its memory, its site, and whether its inputs have the sequence first."""
@@ -118,6 +126,9 @@ class _Products(TorchDispatchMode):
             self._product(*args[first : first + 2])
         elif packet is aten.linear:
             self._product(args[0], args[1].t())
+        elif packet is aten.convolution:
+            for found in self._known(args[1]):
+                self.show(found.site.key, _positions(*args[:1], *args[3:5]))
         elif packet in VIEWS and isinstance(out, torch.Tensor) and out.dim() == 2 and args[0].dim() > 2:
             if out.shape[-1] == args[0].shape[-1]:
                 self.leads[out] = args[0].shape[:-1]

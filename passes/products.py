@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.contractions import RULES as WHOLE_RULES
+from passes.contractions import Whole, read_whole
+from passes.operands import Lookup, Matrices
+
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product: its node, the node that is multiplied, the parameter and its layout, what is added to it."""
+    """One matrix product: its node, the node that is multiplied, the parameter and its layout, what is added to it.
+
+    ``matrices`` is None where an adapter's term can be added to the product, ``y = x W^T``; else the weight is changed
+    as a whole, and they say how it is seen as a matrix or a stack of matrices.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -26,40 +34,18 @@ class Product:
     layout: str  # "out_in": y = x W^T (nn.Linear);  "in_out": y = x W (GPT-2's Conv1D, raw x @ w)
     bias: str | None
     added: fx.Node | None = None
+    matrices: Matrices | None = None
 
 
-Lookup = Callable[[str], torch.Tensor | None]
 RULES: dict[Any, Callable[[fx.Node, Lookup], Product | str]] = {}
-UNCOVERED = frozenset(
-    [
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "einsum",
-        "bilinear",
-        "tensordot",
-        "inner",
-        "mv",
-        "addmv",
-        "chain_matmul",
-        "linalg_multi_dot",
-        "convolution",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-    ]
-)
+UNCOVERED = {
+    **dict.fromkeys(["bilinear", "addbilinear"], "it multiplies two inputs"),
+    **dict.fromkeys(["chain_matmul", "linalg_multi_dot"], "it multiplies more than two operands at once"),
+    **dict.fromkeys(
+        ["lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"],
+        "its products are inside one fused operation",
+    ),
+}
 
 
 TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default, aten.adjoint.default)
@@ -94,15 +80,30 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
     """
     if node.op != "call_function":
         return None
-    if node.target in RULES:
-        return RULES[node.target](node, parameter)
+    plain = RULES[node.target](node, parameter) if node.target in RULES else None
+    if isinstance(plain, Product):
+        return plain
+    whole = read_whole(node, parameter)
+    if isinstance(whole, Whole):
+        return whole_product(node, whole, parameter)
+    if whole is not None or plain is not None:
+        return whole or plain
     packet = getattr(node.target, "overloadpacket", node.target)
     name = str(getattr(packet, "__name__", packet))
-    name = "grouped_mm" if "grouped_mm" in name else name
-    if name not in UNCOVERED and name != "grouped_mm":
+    if name in UNCOVERED:
+        held = any(_parameter(n, parameter) for n in node.all_input_nodes)
+        return f"{name} with a parameter: {UNCOVERED[name]}" if held else "both operands are activations"
+    if name not in WHOLE_RULES and "grouped_mm" not in name:
         return None
-    operands = [n for n in node.all_input_nodes if _parameter(n, parameter)]
-    return f"{name} with a parameter is not covered yet" if operands else "both operands are activations"
+    reasons = [_not_a_parameter(n, parameter) for n in node.all_input_nodes]
+    return next((reason for reason in reasons if "parameter '" in reason), "both operands are activations")
+
+
+def whole_product(node: fx.Node, whole: Whole, parameter: Lookup) -> Product:
+    """The product of a weight that is changed as a whole."""
+    bias = _parameter(whole.bias, parameter)
+    name = bias[0] if bias else None
+    return Product(node, whole.input, whole.weight, whole.matrices.layout, name, None, whole.matrices)
 
 
 def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
@@ -143,8 +144,6 @@ def _product(
 ) -> Product | str:
     found = _parameter(weight, parameter)
     if found is None:
-        if _parameter(x, parameter):
-            return "the parameter is the left operand: the product mixes rows, not features"
         return _not_a_parameter(weight, parameter)
     name, transposed = found
     tensor = parameter(name)

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from passes.contractions import pointwise
 from passes.normalize import linear_layout
+from passes.operands import Matrices
 from passes.products import Product, aten, read_product
 from passes.residual import residual_writers, strip_views
 
@@ -30,6 +32,7 @@ class Site:
         residual: whether the output is added to the residual stream; None if unknown.
         calls: products of this site in one forward.
         operation: ATen name of the product; None if unknown.
+        stack: number of matrices in the weight (experts, heads), each with factors and a core of its own; None for one.
     """
 
     key: str
@@ -43,6 +46,7 @@ class Site:
     residual: bool | None = None
     calls: int = 1
     operation: str | None = None
+    stack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,45 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
     for node in graph_module.graph.nodes:
         product = read_product(node, names.tensors.get)
         if node.op == "call_module" and isinstance(names.modules.get(str(node.target)), OPAQUE):
-            kind = type(names.modules[str(node.target)]).__name__
-            skipped.append(Skipped(str(node.target), kind, f"{kind} is not covered yet"))
-        elif isinstance(product, Product):
+            product = _module_product(node, names)
+        if isinstance(product, Product):
             products[names.key(product.weight, _module_path(node))].append(product)
         elif isinstance(product, str):
             skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
-    for key in [key for key, found in products.items() if len({p.layout for p in found}) > 1]:
-        skipped.append(Skipped(key, "linear", "its weight is used both as it is and transposed"))
-        del products[key]
+    for key, found in list(products.items()):
+        reason = ""
+        if len({p.layout for p in found}) > 1:
+            reason = "its weight is used both as it is and transposed"
+        elif len({_matrices(p, names) for p in found}) > 1:
+            reason = "its products see its weight as different matrices"
+        if reason:
+            skipped.append(Skipped(key, "linear", reason))
+            del products[key]
     return products, skipped
+
+
+def _matrices(product: Product, names: _Names) -> Matrices:
+    """How a product sees its weight."""
+    if product.matrices is not None:
+        return product.matrices
+    rows, columns = names.tensors[product.weight].shape
+    return Matrices(None, *((rows, columns) if product.layout == "out_in" else (columns, rows)), product.layout)
+
+
+def _module_product(node: fx.Node, names: _Names) -> Product | str:
+    """The product of a module that a symbolic trace does not look into, or why there is none."""
+    path = str(node.target)
+    module, weight = names.modules[path], f"{path}.weight"
+    found = pointwise(module)
+    if found is not True:
+        return found or f"{type(module).__name__.lower()} with a parameter: its products are inside one module"
+    if weight not in names.tensors or nn.parameter.is_lazy(names.tensors[weight]):
+        return "its weight is not a parameter, or not initialised yet"
+    x = (*node.args, *node.kwargs.values())[0]
+    assert isinstance(x, fx.Node)
+    bias = f"{path}.bias" if f"{path}.bias" in names.tensors else None
+    d_out, d_in = names.tensors[weight].shape[:2]
+    return Product(node, x, weight, "out_in", bias, None, Matrices(None, d_out, d_in, "out_in"))
 
 
 def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
@@ -95,8 +128,8 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     for key, found in products.items():
         first = found[0]
         weight = names.alias(first.weight, key)
-        rows, columns = names.tensors[weight].shape
-        d_out, d_in = (rows, columns) if first.layout == "out_in" else (columns, rows)
+        matrices = _matrices(first, names)
+        d_out, d_in, stack = matrices.d_out, matrices.d_in, matrices.stack
         read = (*dict.fromkeys(strip_views(p.input) for p in found), d_in)
         group = groups.setdefault(read, len(groups))
         others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
@@ -104,7 +137,8 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         bias = names.alias(first.bias, key) if first.bias else None
         residual = any(p.node in writers for p in found)
         operation = _operation(first.node)
-        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, group, tied, residual, len(found), operation))
+        roles = (group, tied, residual, len(found), operation)
+        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, *roles, stack))
     return sites, skipped
 
 
@@ -125,7 +159,7 @@ def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
                 Skipped(path, type(module).__name__, "its weight is not initialised yet: run the model once")
             )
             continue
-        rows, columns = names.tensors[weight].shape
+        rows, columns = names.tensors[weight].shape[:2]
         d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
         bias = weight.removesuffix("weight") + "bias"
         bias_name = bias if bias in names.tensors else None
@@ -142,6 +176,8 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
                 yield path, module, "out_in", local
         elif layout is not None or isinstance(module, nn.Linear):
             yield path, module, layout, "weight"
+        elif pointwise(module) is True:
+            yield path, module, "out_in", "weight"
 
 
 OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
@@ -216,10 +252,14 @@ def _module_path(node: fx.Node) -> str | None:
     if "called_module" in node.meta:
         return str(node.meta["called_module"])
     stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else None
+    if stack:
+        return str(next(reversed(stack.values()))[0])
+    return str(node.target) if node.op == "call_module" else None
 
 
 def _operation(node: fx.Node) -> str:
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        return type(node.graph.owning_module.get_submodule(str(node.target))).__name__.lower()
     if node.op != "call_function":
         return str(node.op)
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
@@ -230,7 +270,7 @@ def _other_uses(graph: fx.Graph, names: _Names, products: dict[str, list[Product
     counted = {p.node for found in products.values() for p in found}
     uses: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in names.modules:
+        if node.op == "call_module" and node.target in names.modules and node not in counted:
             called = names.modules[node.target]
             for local, _ in called.named_parameters(remove_duplicate=False):
                 name = f"{node.target}.{local}"
@@ -244,6 +284,6 @@ def _other_uses(graph: fx.Graph, names: _Names, products: dict[str, list[Product
                 continue
             if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.to.dtype):
                 pending.extend(user.users)
-            elif _operation(user) in ("embedding", "call_module"):
+            elif _operation(user) == "embedding" or user.op == "call_module":
                 uses[names.canonical(node.target)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
     return uses

@@ -31,6 +31,7 @@ class Adapter(Protocol):
         base: name of the tensor to multiply by in place of the weight (a remainder), or None for the weight itself.
         weight, weight_name, weight_dtype, device: of the base.
         features: ``(d_in, d_out)`` of the product.
+        batched: whether the forward uses ``vmap``, which is then traced away.
     """
 
     signature: Hashable
@@ -41,6 +42,7 @@ class Adapter(Protocol):
     weight_dtype: torch.dtype
     device: torch.device
     features: tuple[int, int]
+    batched: bool
 
     @property
     def weight(self) -> torch.Tensor: ...
@@ -58,22 +60,23 @@ _TRACES: dict[Hashable, fx.Graph] = {}
 _KEPT = 64
 
 
-def trace_adapter(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph:
+def trace_adapter(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype, *, rows: bool = True) -> fx.Graph:
     """Trace an adapter into a graph whose placeholders are ``input`` and the names of the adapter's tensors.
 
     Args:
         adapter: an :class:`Adapter`.
         shape: of an example input, (rows, tokens, d_in) or the weight's; its sizes are free.
         dtype: of the input.
+        rows: whether the knob has one entry for each row of the input; it has none of a weight.
 
     Returns:
         A graph of ATen overloads with one output; it may be shared, and must not be changed.
     """
-    key = (adapter.signature, dtype, adapter.device, len(shape))
+    key = (adapter.signature, dtype, adapter.device, len(shape), rows)
     if key not in _TRACES:
         if len(_TRACES) >= _KEPT:
             _TRACES.pop(next(iter(_TRACES)))
-        _TRACES[key] = _trace(adapter, shape, dtype)
+        _TRACES[key] = _trace(adapter, shape, dtype, rows)
     return _TRACES[key]
 
 
@@ -88,18 +91,18 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
     return dict(adapter.named_parameters()) | dict(adapter.named_buffers())
 
 
-def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph:
+def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> fx.Graph:
     from torch._subclasses import FakeTensorMode  # here, since sympy takes a third of a second to import
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     tensors, device = adapter_tensors(adapter), adapter.device
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    free = {**adapter.free_sizes, INPUT: tuple(range(len(shape)))}
+    free = {INPUT: tuple(range(len(shape))), **adapter.free_sizes}
 
     def fake(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         open_sizes = free.get(name, ())
-        if name == adapter.knob and len(shape) == 3:
+        if name == adapter.knob and rows:
             open_sizes, sizes = (0,), shape[:1]
         # a free size of 1 would be taken to be fixed
         sizes = tuple(2 if i in open_sizes and size == 1 else size for i, size in enumerate(sizes))
@@ -119,7 +122,8 @@ def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Graph
             stack.enter_context(context)
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        graph = make_fx(forward, tracing_mode="real", pre_dispatch=True)(*inputs).graph
+        # what vmap batches shows only below the dispatch of its levels
+        graph = make_fx(forward, tracing_mode="real", pre_dispatch=not adapter.batched)(*inputs).graph
     for node, name in zip(list(graph.nodes), [INPUT, *names], strict=False):
         node.target = name
     _drop_idle_casts(graph)

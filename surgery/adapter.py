@@ -19,7 +19,7 @@ from surgery.variants import Variant
 
 
 class Factors(nn.Module):
-    """Frozen singular factors of a site: ``U`` (d_out, r), ``S`` (r,), ``Vh`` (r, d_in)."""
+    """Frozen singular factors of a site: ``U`` (d_out, r), ``S`` (r,), ``Vh`` (r, d_in); of a stack, stacked."""
 
     U: torch.Tensor
     S: torch.Tensor
@@ -31,8 +31,24 @@ class Factors(nn.Module):
         self.register_buffer("S", S)
         self.register_buffer("Vh", Vh)
 
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.S.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(d_out, d_in)``, or of a stack of matrices ``(stack, d_out, d_in)``."""
+        return (*self.S.shape[:-1], self.U.shape[-2], self.Vh.shape[-1])
+
+    @property
+    def stack(self) -> int | None:
+        """Number of matrices, or None for a single one."""
+        return None if self.S.dim() == 1 else len(self.S)
+
     def extra_repr(self) -> str:
-        return f"d_out={self.U.shape[0]}, d_in={self.Vh.shape[1]}, r={self.S.shape[0]}, dtype={self.S.dtype}"
+        stack = f"stack={self.stack}, " if self.stack else ""
+        return f"{stack}d_out={self.shape[-2]}, d_in={self.shape[-1]}, r={self.rank}, dtype={self.S.dtype}"
 
 
 class Core(nn.Module):
@@ -114,6 +130,17 @@ def _watch(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
         return lambda now: (now.device, now.dtype) == (value.device, value.dtype) and torch.equal(now, value)
     mark = (tensor.data_ptr(), tensor._version, tensor.dtype)
     return lambda now: (now.data_ptr(), now._version, now.dtype) == mark
+
+
+class _Tensors:
+    """The tensors of a core as attributes; Dynamo traces its making, and not that of a ``SimpleNamespace``."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        raise AttributeError(name)
 
 
 class SSpaceLinear(nn.Module):
@@ -231,17 +258,19 @@ class SSpaceLinear(nn.Module):
         if core.coeff.dim():
             raise InputError("coeff steers the rows of a batch differently: set a scalar coeff first")
         dtype = dtype or core.coeff.dtype
-        tensors: Any = core
-        if dtype != core.coeff.dtype:
-            tensors = SimpleNamespace(**{name: p.to(dtype) for name, p in core.tensors().items()})
-        U, S, Vh = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype)
-        D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, tensors, core.coeff.to(dtype))
-        delta = U @ D.T @ Vh
-        return delta if self.layout == "out_in" else delta.T
+        tensors = {name: p.to(dtype) for name, p in core.tensors().items()}
+        U, S, Vh, coeff = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype), core.coeff.to(dtype)
+
+        def change(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, core: dict[str, torch.Tensor]) -> torch.Tensor:
+            D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, _Tensors(core), coeff)
+            return U @ D.T @ Vh
+
+        delta = change(U, S, Vh, tensors) if factors.stack is None else torch.func.vmap(change)(U, S, Vh, tensors)
+        return of_weight(delta, self.layout, self.weight.shape)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
-        return f"{self.variant.name}, weight={shape}, r={self.factors.S.shape[0]}, bias={self.bias is not None}"
+        return f"{self.variant.name}, weight={shape}, r={self.factors.rank}, bias={self.bias is not None}"
 
 
 class SSpaceWeight(SSpaceLinear):
@@ -272,6 +301,20 @@ class SSpaceWeight(SSpaceLinear):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return ``W + dW``, summed in the core's dtype and rounded once."""
         return changed_weight(self, weight)
+
+
+def matrices_of(weight: torch.Tensor, layout: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """See a weight in its own layout as a matrix (d_out, d_in) or a stack of them (stack, d_out, d_in)."""
+    if layout == "out_in":
+        return weight if weight.shape == shape else weight.reshape(shape)
+    stored = (*shape[:-2], shape[-1], shape[-2])
+    return (weight if weight.shape == stored else weight.reshape(stored)).mT
+
+
+def of_weight(matrices: torch.Tensor, layout: str, shape: torch.Size) -> torch.Tensor:
+    """The inverse of :func:`matrices_of`: matrices in the layout and shape of a weight."""
+    stored = matrices if layout == "out_in" else matrices.mT
+    return stored if stored.dim() == len(shape) else stored.reshape(shape)
 
 
 def changed_weight(site: SSpaceLinear, weight: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,11 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(twin, fx.GraphModule):
+        if hosted := [key for key, site in operated_sites(twin).items() if not isinstance(site, SSpaceNode)]:
+            raise CaptureError(
+                f"site {hosted[0]!r} is hosted by a module that the graph calls, and so cannot be written into it; "
+                "capture the model with torch.export, which shows what the module computes"
+            )
         require_bases(twin)
         drop_sites(twin, graph_sites(twin))
         twin.graph = copy_graph(original_graph(twin))

@@ -23,6 +23,7 @@ from passes.errors import InputError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.observe import observed
 from passes.sites import Site
+from surgery.adapter import matrices_of
 from surgery.hosts import operated_sites
 from surgery.progress import track
 from surgery.reading import fingerprint
@@ -119,6 +120,13 @@ def collect(
     if any((kind == "contrast") != isinstance(calibration, Contrast) for kind in kinds.values()):
         wanted = "Contrast(positive, negative)" if "contrast" in kinds.values() else "an iterable of batches"
         raise InputError(f"calibration must be {wanted} for this variant, found {type(calibration).__name__}")
+    if stacks := [site.key for site in sites if site.stack is not None]:
+        warnings.warn(
+            f"site {stacks[0]!r}: a stack of matrices is not calibrated, since what reaches each of them is not seen; "
+            f"its factors are the largest singular directions ({len(stacks)} such)",
+            stacklevel=4,
+        )
+        sites = [site for site in sites if site.stack is None]
     statistics = _empty(model, sites, kinds)
     leaders = {id(statistic): key for key, statistic in reversed(statistics.items())}
     watched = [site for site in sites if leaders[id(statistics[site.key])] == site.key]
@@ -165,7 +173,7 @@ def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, str]) ->
             continue
         for site in members:
             weight = model.get_parameter(site.weight).detach()
-            weight = weight if site.layout == "out_in" else weight.T
+            weight = matrices_of(weight, site.layout, (site.d_out, site.d_in))
             if kind == "absolute":
                 full = factorise(weight, min(weight.shape), "exact")
                 weight = (full.S[:, None] * full.Vh).to(torch.promote_types(weight.dtype, torch.float32))

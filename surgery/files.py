@@ -8,7 +8,9 @@
                "shape": [d_out, d_in], "r": 64, "dtype": "float32", "fingerprint": "sha256:..."}, ...}}
 
 ``adapter_model.safetensors`` holds ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``. A site of another variant
-than the first has ``variant`` and ``hyperparameters`` of its own. Everything is checked before the model is touched.
+than the first has ``variant`` and ``hyperparameters`` of its own. The shape of a site on a stack of matrices is
+``[stack, d_out, d_in]``, and its tensors have one more dimension in front. Everything is checked before the
+model is touched.
 """
 
 from __future__ import annotations
@@ -74,8 +76,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             "bias": originals.get(str(bias), bias),
             "layout": site.layout,
             "host": getattr(site, "in_place_host", host_of(site)),
-            "shape": [site.factors.U.shape[0], site.factors.Vh.shape[1]],
-            "r": len(site.factors.S),
+            "shape": list(site.factors.shape),
+            "r": site.factors.rank,
             "dtype": dtype_name(site.weight),
             "fingerprint": getattr(site, "base_fingerprint", None) or fingerprint(site.weight),
         }

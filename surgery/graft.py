@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 from passes.errors import InputError
 from passes.sites import Site
-from surgery.adapter import Core, Factors
+from surgery.adapter import Core, Factors, matrices_of
 from surgery.checks import check_factors
 from surgery.hosts import Graft
 from surgery.progress import track
 from surgery.statistics import Statistic
 from surgery.statistics_file import Statistics
+from surgery.svd import Factorisation
 from surgery.variants import Variant
 
 Wanted = tuple[Site, Variant, int, str]
@@ -45,7 +47,7 @@ def make_grafts(
 def _statistic(
     model: nn.Module, site: Site, config: Variant, r: int, statistics: Statistics | None
 ) -> Statistic | None:
-    if statistics is None:
+    if statistics is None or site.stack is not None:
         return None
     statistic = statistics.of(model, site, config.statistic)
     if statistic.kind != "contrast" and statistic.tokens < r:
@@ -62,7 +64,7 @@ def _graft(
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         weight = model.get_parameter(site.weight).detach()
         try:
-            found = config.factorise(weight if site.layout == "out_in" else weight.T, r, statistic, seed)
+            found = _factorised(config, site, weight, r, statistic, seed)
         except InputError as error:
             raise InputError(f"site {site.key!r}: {error}") from error
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
@@ -71,13 +73,31 @@ def _graft(
         factors = Factors(*kept)
         check_factors(site, factors)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        core = Core(initial_core(config, site.key, r, seed) | found.core, core_dtype, weight.device, config.frozen)
+        tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
+        core = Core(tensors, core_dtype, weight.device, config.frozen)
     note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
     note |= {"seed": seed, "tokens": statistic.tokens if statistic else None}
     return Graft(site, host, config, factors, core), note
 
 
-def initial_core(config: Variant, key: str, r: int, seed: int) -> dict[str, torch.Tensor]:
-    """The core that a site starts with; every site has random numbers of its own."""
+def _factorised(
+    config: Variant, site: Site, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int
+) -> Factorisation:
+    """Factorise a weight; of a stack every matrix by itself, and of what is noted the worst, of the energy the mean."""
+    if site.stack is None:
+        return config.factorise(matrices_of(weight, site.layout, (site.d_out, site.d_in)), r, statistic, seed)
+    matrices = matrices_of(weight, site.layout, (site.stack, site.d_out, site.d_in))
+    found = [config.factorise(matrix, r, None, seed) for matrix in matrices]
+    U, S, Vh = (torch.stack([getattr(f, name).to(torch.float64) for f in found]) for name in ("U", "S", "Vh"))
+    method = Counter(factors.method for factors in found).most_common(1)[0][0]
+    error, residual = max(f.error for f in found), max(f.residual for f in found)
+    return Factorisation(U, S, Vh, method, error, residual, sum(f.energy for f in found) / len(found))
+
+
+def initial_core(config: Variant, key: str, r: int, seed: int, stack: int | None = None) -> dict[str, torch.Tensor]:
+    """The core that a site starts with; every site, and every matrix of a stack, has random numbers of its own."""
+    if stack is not None:
+        cores = [initial_core(config, f"{key}[{i}]", r, seed) for i in range(stack)]
+        return {name: torch.stack([core[name] for core in cores]) for name in cores[0]}
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()  # the CPU's generator reads 32 bits of a seed
     return config.init_core(r, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))

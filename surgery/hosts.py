@@ -21,7 +21,7 @@ from passes.normalize import layout_of_forward
 from passes.sites import Site
 from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
 from surgery.costs import schedule_of
-from surgery.graphs import GraphState, register_sites, rewrite
+from surgery.graphs import GraphState, copy_whole, register_sites, rewrite
 from surgery.lowerings.dense import give_handle
 from surgery.node import SSpaceNode
 from surgery.variants import Variant
@@ -83,7 +83,9 @@ def attach_all(
             nodes.append(_node(model, graft, form))
             continue
         if original is not None:  # a module that a graph calls may be another model's too
+            assert isinstance(model, fx.GraphModule)
             private_module(model, graft.site.weight.rpartition(".")[0], original.modules)
+            copy_whole(model)
         attach(model, graft)
     if nodes:
         assert isinstance(model, fx.GraphModule)

@@ -19,6 +19,7 @@ from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
 from surgery.adapter import Core, Factors
 from surgery.base_graph import capture_base
+from surgery.graft import initial_core
 from surgery.graphs import register_sites
 from surgery.node import SSpaceNode
 from surgery.operate import inspect_sites
@@ -75,7 +76,8 @@ class Choice:
             role = ", ".join(filter(None, [role, "tied" if site.tied else "", called]))
             verdict = f"r={self.ranks[site.key]}" if site.key in self.ranks else self.reasons[site.key]
             key = site.key if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.key)
-            row = (key, f"{site.d_out} x {site.d_in}", site.operation or "?", others, role, verdict)
+            shape = " x ".join(str(n) for n in (site.stack, site.d_out, site.d_in) if n is not None)
+            row = (key, shape, site.operation or "?", others, role, verdict)
             rows.setdefault(row, []).append(i)
         for (key, *rest), found in rows.items():
             table.add_row(key, str(len(found)), *rest)
@@ -141,9 +143,11 @@ def _hollow_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> 
     """A site whose factors have shapes and no values."""
     weight = graph.get_parameter(site.weight)
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
-    empty = [torch.empty(shape, dtype=dtype, device="meta") for shape in ((site.d_out, r), (r,), (r, site.d_in))]
+    lead = () if site.stack is None else (site.stack,)
+    shapes = [(*lead, *shape) for shape in ((site.d_out, r), (r,), (r, site.d_in))]
+    empty = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    core = Core(variant.init_core(r, torch.Generator()), core_dtype, torch.device("meta"))
+    core = Core(initial_core(variant, site.key, r, 0, site.stack), core_dtype, torch.device("meta"))
     kind = "product" if site.key in graph_products(graph, graph.graph)[0] else "weight"
     names = (site.weight, site.bias)
     return SSpaceNode(graph, site.key, names, variant, Factors(*empty), core, site.layout, kind=kind)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from passes.modules import attribute, private_module
+from passes.trace import INPUT
 from surgery.adapter import Core, Factors, SSpaceLinear, changed_weight, merged_weight
 from surgery.variants import Variant
 
@@ -78,18 +79,31 @@ class SSpaceNode(SSpaceLinear):
     @property
     def features(self) -> tuple[int, int]:
         """``(d_in, d_out)``."""
-        return self.factors.Vh.shape[1], self.factors.U.shape[0]
+        return self.factors.shape[-1], self.factors.shape[-2]
 
     @property
     def signature(self) -> Hashable:
         """Sites of equal signature have the same forward but for d_in and d_out."""
         tensors = [*self.core.named_parameters(), *self.core.named_buffers(), *self.factors.named_buffers()]
         dtypes = tuple((name, tensor.dtype) for name, tensor in tensors)
-        return type(self), self.variant, len(self.factors.S), self.layout, self.kind, self.form, dtypes
+        fixed = None if self._has_free_sizes else (self.factors.shape, tuple(self.weight.shape))
+        return type(self), self.variant, self.factors.rank, self.layout, self.kind, self.form, dtypes, fixed
+
+    @property
+    def batched(self) -> bool:
+        """Whether the forward runs under ``vmap``."""
+        return self.factors.stack is not None
+
+    @property
+    def _has_free_sizes(self) -> bool:
+        """Whether the weight is its own matrix; any other is reshaped, by numbers."""
+        return len(self.factors.shape) == len(self.weight.shape) == 2
 
     @property
     def free_sizes(self) -> Mapping[str, tuple[int, ...]]:
         """Dimensions that the signature leaves open."""
+        if not self._has_free_sizes:
+            return {INPUT: ()}
         return {"factors.U": (0,), "factors.Vh": (1,), "W_res": (0, 1)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

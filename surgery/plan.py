@@ -83,9 +83,27 @@ def make_plan(
             f"site {read[0]!r}: {config.name} is not linear in its input, and this product reads its weight without "
             f"calling a module, so that there is no place for it ({len(read)} such)"
         )
-        target = config.default_targets if target_modules is None else target_modules
-        chosen = [site for site in chosen if site.key not in read]
-        if target not in GROUPS or not chosen:
-            raise VariantError(f"{message}; leave it out with exclude_modules")
-        warnings.warn(f"{message}: left alone", stacklevel=3)
+        chosen = _without(chosen, read, message, config, target_modules)
+    if config.needs_calibration and (stacks := [site.key for site in chosen if site.stack is not None]):
+        message = (
+            f"site {stacks[0]!r}: {config.name} chooses its factors by data, and what reaches each matrix of a stack "
+            f"is not seen, so that there are none for it ({len(stacks)} such)"
+        )
+        chosen = _without(chosen, stacks, message, config, target_modules)
     return Plan(inspection, chosen, ranks, hosts)
+
+
+def _without(
+    chosen: list[Site], unfit: list[str], message: str, config: Variant, target_modules: Patterns | None
+) -> list[Site]:
+    """Leave sites out with a warning, where a group of sites was asked for and others remain.
+
+    Raises:
+        VariantError: with the message.
+    """
+    target = config.default_targets if target_modules is None else target_modules
+    chosen = [site for site in chosen if site.key not in unfit]
+    if target not in GROUPS or not chosen:
+        raise VariantError(f"{message}; leave it out with exclude_modules")
+    warnings.warn(f"{message}: left alone", stacklevel=4)
+    return chosen

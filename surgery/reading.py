@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,7 @@ def _read_site(
     if host == "module" and not is_module_host(base, entry["layout"]):
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
     weight = parameters[entry["weight"]]
-    shape = tuple(weight.shape if entry["layout"] == "out_in" else weight.shape[::-1])
-    if weight.dim() != 2 or list(shape) != entry["shape"] or dtype_name(weight) != entry["dtype"]:
-        raise AdapterError(
-            f"{where}: the adapter is for a weight of shape {entry['shape']} and {entry['dtype']}, "
-            f"the model's is {list(shape)} and {dtype_name(weight)}"
-        )
+    shape = _matrix_shape(where, weight, entry, host)
     if fingerprint(weight) != entry["fingerprint"]:
         raise AdapterError(
             f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
@@ -194,22 +190,42 @@ def _read_site(
     variant = _variant(entry["variant"], entry.get("hyperparameters", {})) if "variant" in entry else default
     if host == "weight" and not variant.linear:
         raise AdapterError(f"{where}: {variant.name} is not linear, and the product reads its weight without a call")
-    (d_out, d_in), r = shape, entry["r"]
+    (*lead, d_out, d_in), r = shape, entry["r"]
+    if lead and variant.needs_calibration:
+        raise AdapterError(f"{where}: {variant.name} has no factors for a stack of matrices")
     if not 1 <= r <= min(d_out, d_in) or variant.rank(r) != r:
         raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     kept = (dtype, weight.dtype)  # a cast of the model casts its factors, and leaves a float64 core as it is
-    shapes = {f"factors.{n}": (s, kept) for n, s in zip(FACTORS, [(d_out, r), (r,), (r, d_in)], strict=True)}
+    shapes = {
+        f"factors.{n}": (s, kept)
+        for n, s in zip(FACTORS, [(*lead, d_out, r), (*lead, r), (*lead, r, d_in)], strict=True)
+    }
     for name, tensor in variant.init_core(r, torch.Generator()).items():
-        shapes[f"core.{name}"] = (tuple(tensor.shape), (core_dtype, torch.float64))
+        shapes[f"core.{name}"] = ((*lead, *tensor.shape), (core_dtype, torch.float64))
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
-    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in)
+    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=lead[0] if lead else None)
     return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
+
+
+def _matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:
+    """The shape of a weight as a matrix (d_out, d_in) or, where it is hosted as a weight, as a stack of them."""
+    stored, wanted = tuple(weight.shape), entry["shape"]
+    shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
+    fits = list(shape) == wanted and weight.dim() == 2
+    if host == "weight" and weight.dim() >= 2 and len(wanted) in (2, 3) and (weight.dim(), len(wanted)) != (2, 2):
+        fits = all(type(n) is int and n > 0 for n in wanted) and math.prod(wanted) == weight.numel()
+    if not fits or dtype_name(weight) != entry["dtype"]:
+        raise AdapterError(
+            f"{where}: the adapter is for a weight of shape {wanted} and {entry['dtype']}, "
+            f"the model's is {list(shape)} and {dtype_name(weight)}"
+        )
+    return tuple(wanted)
 
 
 def _tensor(

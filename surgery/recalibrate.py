@@ -107,7 +107,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     for key, site in found.items():
         graft = graft_of(inner, key, site)
         place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
-        wanted.append((place, site.variant, len(site.factors.S), graft.host))
+        wanted.append((place, site.variant, site.factors.rank, graft.host))
     coeffs = {key: site.core.coeff.clone() for key, site in found.items()}
     nodes = graph_sites(inner) if isinstance(inner, fx.GraphModule) else {}
     form = "residual" if any(site.form == "residual" for site in nodes.values()) else "delta"
@@ -129,6 +129,6 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
 
 def is_trained(key: str, site: SSpaceLinear, seed: int) -> bool:
     """Whether a core is anywhere but at the initial value of its seed."""
-    tensors = initial_core(site.variant, key, len(site.factors.S), seed)
+    tensors = initial_core(site.variant, key, site.factors.rank, seed, site.factors.stack)
     parameters = dict(site.core.named_parameters())
     return not all(torch.equal(parameters[name].cpu(), tensors[name].to(parameters[name].dtype)) for name in parameters)

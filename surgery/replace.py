@@ -60,6 +60,6 @@ def replace_adapters(
 def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
     """The adapter of a site as it can be attached again, or made anew."""
     weight, bias = parameter_names(model, site)
-    d_out, d_in = site.factors.U.shape[0], site.factors.Vh.shape[1]
-    place = Site(key, weight, bias, site.layout, d_out, d_in)
+    d_out, d_in = site.factors.shape[-2:]
+    place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack)
     return Graft(place, host_of(site), site.variant, site.factors, site.core, site.lowering)

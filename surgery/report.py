@@ -36,6 +36,7 @@ class SiteReport:
         base_macs: those of the base product.
         method, error, residual, energy: of the factorisation; None where factors were loaded.
         tokens: that calibration showed the site; None without calibration.
+        stack: number of matrices in the weight, each adapted by itself; None for one. Multiply-accumulates are of one.
     """
 
     key: str
@@ -58,6 +59,12 @@ class SiteReport:
     residual: float | None
     energy: float | None
     tokens: int | None
+    stack: int | None = None
+
+    @property
+    def shape(self) -> str:
+        """Sizes as text."""
+        return "x".join(str(size) for size in (self.stack, self.d_out, self.d_in) if size is not None)
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,12 @@ class Report:
         rows: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in self.sites:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.key)
-            rows.setdefault((name, site.d_out, site.d_in, site.r, site.host, *_columns(site)), []).append(site)
-        for (name, d_out, d_in, r, host, inference, training), found in rows.items():
+            rows.setdefault((name, site.shape, site.r, site.host, *_columns(site)), []).append(site)
+        for (name, shape, r, host, inference, training), found in rows.items():
             energies = [s.energy for s in found if s.energy is not None]
             energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
             trainable = f"{sum(s.trainable for s in found):,}"
-            sizes = (str(len(found)), f"{d_out}x{d_in}", str(r))
-            table.add_row(name, *sizes, host, inference, training, energy, trainable)
+            table.add_row(name, str(len(found)), shape, str(r), host, inference, training, energy, trainable)
         return table
 
     def _lines(self) -> list[str]:
@@ -176,7 +182,7 @@ def report(model: nn.Module) -> Report:
     inspection = record.inspection
     operated = []
     for key, site in sites(model).items():
-        d_out, r, d_in = site.factors.U.shape[0], len(site.factors.S), site.factors.Vh.shape[1]
+        (d_out, d_in), r = site.factors.shape[-2:], site.factors.rank
         host = host_of(site)
         trainable = sum(p.numel() for p in site.core.parameters())
         found = record.factorisation.get(key, {})
@@ -197,6 +203,7 @@ def report(model: nn.Module) -> Report:
                 found.get("residual"),
                 found.get("energy"),
                 found.get("tokens"),
+                site.factors.stack,
             )
         )
     skipped: list[Skipped] = []

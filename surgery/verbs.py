@@ -15,7 +15,7 @@ from passes.forward import outside_inference_mode
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear, merged_weight
-from surgery.graphs import drop_sites, rewrite
+from surgery.graphs import copy_as_ever, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
 from surgery.lowerings.dense import forget
 from surgery.node import SSpaceNode
@@ -132,6 +132,8 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
     for key, site in found.items():
         if key not in nodes:
             replace_weight(site, merged[key])
+    if isinstance(model, fx.GraphModule):
+        copy_as_ever(model)
     restore_flags(model, record.requires_grad, bases)
     del vars(model)["_surgery"]
     return given

@@ -39,7 +39,7 @@ def test_report_as_text(capsys):
     assert "12 x linear: not selected" in text
     assert "sites from transformers.exporters" in text
     text = str(report(apply_surgery(patient("vit").model, "antipasto", progress=False)))
-    assert "1 x conv2d: conv2d with a parameter is not covered yet" in text
+    assert "1 x conv2d: conv2d with a parameter: its kernel of 8x8 mixes positions" in text
 
 
 def test_report_of_a_loaded_adapter(tmp_path):

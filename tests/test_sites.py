@@ -305,17 +305,13 @@ IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SKIPPED: dict[str, tuple[Callable[..., Any], dict[str, Any], Any, str]] = {
     "activations": (lambda m, x: x @ x.mT, {}, X3, ACTIVATIONS),
     "bmm of activations": (lambda m, x: torch.bmm(x, x.transpose(1, 2)), {}, X3, ACTIVATIONS),
-    "bmm": (lambda m, x: torch.bmm(x, m.w), {"w": parameter(2, 4, 5)}, X3, "bmm with a parameter"),
-    "einsum": (lambda m, x: torch.einsum("bi,oi->bo", x, m.w), {"w": parameter(5, 4)}, X, "einsum with a parameter"),
-    "left operand": (lambda m, x: m.w @ x.t(), {"w": parameter(5, 4)}, X, "the parameter is the left operand"),
     "buffer": (lambda m, x: F.linear(x, m.w), {"w": torch.randn(5, 4)}, X, "a constant, not a parameter"),
     "transposed buffer": (lambda m, x: x @ m.w.t(), {"w": torch.randn(5, 4)}, X, "a constant, not a parameter"),
-    "vector": (lambda m, x: x @ m.w, {"w": parameter(4)}, X, "'w' is not a matrix"),
-    "stack": (lambda m, x: x @ m.w, {"w": parameter(2, 4, 5)}, X3, "'w' is not a matrix"),
-    "alpha": (lambda m, x: torch.addmm(m.b, x, m.w, alpha=2), {"w": parameter(4, 5), "b": parameter(5)}, X, "alpha"),
-    "beta": (lambda m, x: torch.addmm(m.b, x, m.w, beta=2), {"w": parameter(4, 5), "b": parameter(5)}, X, "beta"),
+    "vector": (lambda m, x: x @ m.w, {"w": parameter(4)}, X, "'w' is a vector, not a matrix"),
+    "strided": (lambda m, x: F.linear(x, m.w[::2]), {"w": parameter(6, 4)}, X, "that cannot be followed"),
+    "both": (lambda m, x: x + torch.bmm(m.w, m.v)[0], {"w": parameter(1, 3, 5), "v": parameter(1, 5, 4)}, X, "both"),
     "scaled": (lambda m, x: F.linear(x, m.w * 2), {"w": parameter(5, 4)}, X, "computed from the parameter 'w'"),
-    "sliced": (lambda m, x: F.linear(x, m.w[:2]), {"w": parameter(5, 4)}, X, "computed from the parameter 'w'"),
+    "scaled stack": (lambda m, x: torch.bmm(x, m.w * 2), {"w": parameter(2, 4, 5)}, X3, "computed from the parameter"),
 }
 
 
@@ -336,9 +332,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "bilinear": (lambda: Forward(lambda m, x: m.inner(x, x), inner=nn.Bilinear(4, 4, 2)), X),
     "lstm": (lambda: nn.LSTM(4, 5), X),
     "gru_cell": (lambda: nn.GRUCell(4, 5), X),
-    "tensordot": (lambda: Forward(lambda m, x: torch.tensordot(x, m.w, 1), w=parameter(4, 5)), X),
-    "inner": (lambda: Forward(lambda m, x: torch.inner(x, m.w), w=parameter(5, 4)), X),
-    "mv": (lambda: Forward(lambda m, x: torch.mv(x, m.w), w=parameter(4)), X),
 }
 
 
@@ -362,17 +355,20 @@ def test_a_skipped_product_says_in_which_module_it_stands():
     assert [s.where for s in skipped] == ["block.1", "block.1"]
 
 
-def test_stacked_experts_are_skipped_with_a_reason_and_the_router_is_a_site():
+def test_stacked_experts_are_sites_and_so_is_the_router():
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     sites, skipped = read(model, {"input_ids": torch.tensor([[1, 2, 3]])})
-    assert set(sites) - linear_paths(model) <= {"model.layers.0.mlp.gate"}
+    experts = "model.layers.0.mlp.experts"
+    stacks = {f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert set(sites) - linear_paths(model) == {"model.layers.0.mlp.gate", *stacks}
     assert sites["model.layers.0.mlp.gate"].d_out == 4
-    assert len(skipped) == 2
-    assert all("with a parameter is not covered" in s.reason for s in skipped)
+    found = {key: (sites[key].stack, sites[key].d_out, sites[key].d_in, sites[key].layout) for key in stacks}
+    assert found == {f"{experts}.gate_up_proj": (4, 96, 32, "out_in"), f"{experts}.down_proj": (4, 32, 48, "out_in")}
+    assert [s.reason for s in skipped if s.reason != ACTIVATIONS] == []
 
 
 @pytest.mark.parametrize(
