@@ -89,6 +89,11 @@ class Head:
         return node
 
     @property
+    def first(self) -> fx.Node:
+        """The first node that reads the tokens: the product, or one that asks for their sizes."""
+        return min(self.tokens.users)
+
+    @property
     def target(self) -> str:
         """Name of the tensor."""
         return str(self.tensor.target)
@@ -217,7 +222,8 @@ def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] 
     inner = {split: tokens, tokens: product, matrix: product} | ({} if tensor is matrix else {tensor: matrix})
     for node, reader in inner.items():
         own = mark_of(node)
-        if own is None or (own.path, own.at) != (mark.path, mark.at) or list(node.users) != [reader]:
+        readers = [user for user in node.users if node is not tokens or not _asks_rows(user)]
+        if own is None or (own.path, own.at) != (mark.path, mark.at) or readers != [reader]:
             return None
     if tensor.op != "get_attr":
         return None
@@ -226,6 +232,11 @@ def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] 
     if value is None or value.dim() != 2 or value.requires_grad:
         return None
     return Head(product, tokens, split, matrix, tensor)
+
+
+def _asks_rows(node: fx.Node) -> bool:
+    """Whether a node asks for one of the sizes that tokens and their product have in common."""
+    return node.target is aten.sym_size.int and node.args[1] in (0, 1)
 
 
 def _may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -258,7 +269,7 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
         node.meta = _provenance(head.product)
         return node
 
-    with graph.inserting_before(first.product):
+    with graph.inserting_before(min(head.first for head in heads)):
         matrix = shared("get_attr", f"{name}.rows", (), first.tensor, "rows")
         if first.matrix is not first.tensor:
             matrix = shared("call_function", aten.to.dtype, (matrix, *first.matrix.args[1:]), first.matrix, "cast")
@@ -266,11 +277,12 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
     for head in heads:
         start, stop = bounds[head.target]
         sizes: Any = head.split.args[2]
-        with graph.inserting_before(head.product):
+        with graph.inserting_before(head.first):
             part = own(head, aten.slice.Tensor, (wide, -1, start, stop), "part")
             split = own(head, aten.unflatten.int, (part, 0, sizes), "split")
             h = own(head, aten.reshape.default, (split, [*sizes, stop - start]), "h")
         head.product.replace_all_uses_with(h)
+        head.tokens.replace_all_uses_with(h, delete_user_cb=_asks_rows)
         for node in dict.fromkeys((head.product, head.tokens, head.split, head.matrix, head.tensor)):
             graph.erase_node(node)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch._dynamo.testing
 from torch import fx, nn
 
 import surgery
@@ -352,8 +353,8 @@ def test_onnx(folded, tmp_path):
     for mode in ("merged", "live"):
         report = export(fused, "onnx", tmp_path / f"{mode}.onnx", mode=mode, example_inputs=x)
         assert 0 <= report.max_error < 1e-5
-    rows, running = torch.linspace(-1, 1, 4), session(tmp_path / "live.onnx")
-    for coeff in (np.array(-0.5, np.float32), rows.numpy()):
+    running = session(tmp_path / "live.onnx")
+    for coeff in (np.array(-0.5, np.float32), np.array([2.0], np.float32)):
         (found,) = running.run(None, {"x": x.numpy(), "coeff": coeff})
         assert_close(torch.from_numpy(found), run(set_coeff(plain, torch.from_numpy(coeff)), x))
 
