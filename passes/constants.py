@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.marks import META, mark_of
+from passes.marks import erase_unread, mark_of
 from passes.modules import attribute
 
 
@@ -72,7 +72,7 @@ def store(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
         for user in list(node.users):
             arguments: Any = [fx.map_arg(a, lambda n: value if n is node else n) for a in (user.args, user.kwargs)]
             user.args, user.kwargs = arguments
-        _erase(graph, node)
+        erase_unread(graph, [node])
         return ""
     path = mark.path if mark else ""
     module = graph_module.get_submodule(path)
@@ -83,16 +83,5 @@ def store(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
         new = graph.create_node("get_attr", name, (), {}, f"{node.name}_folded")
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
-    _erase(graph, node)
+    erase_unread(graph, [node])
     return name
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node and the inserted nodes that only it read."""
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if not current._erased and not current.users and (current is node or META in current.meta):
-            sources = current.all_input_nodes
-            graph.erase_node(current)
-            pending.extend(sources)

@@ -18,6 +18,7 @@ COLOURS = {
     "body": ("#fdf3d8", "adapter"),
     "out": ("#fdf3d8", "adapter"),
     "biased": ("#fdf3d8", "adapter"),
+    "shared": ("#ece2f5", "shared by sites"),
     "frozen": ("#ececec", "frozen tensor"),
     "trainable": ("#d6efd6", "trainable tensor"),
     "knob": ("#f6d5d5", "coeff"),
@@ -110,6 +111,10 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
     if not found:
         raise KeyError(key)
     inside = set(found[0].nodes)
+    for node in reversed(graph_module.graph.nodes):
+        mark = mark_of(node)
+        if mark is not None and mark.role == "shared" and any(user in inside for user in node.users):
+            inside.add(node)
     readers = {user for node in inside for user in node.users} - inside
     sources = {source for node in inside for source in node.all_input_nodes} - inside
     chosen = [node for node in graph_module.graph.nodes if node in inside | readers | sources]

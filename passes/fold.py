@@ -4,13 +4,15 @@
   the stored ``W``, bit for bit. (Adding ``W_res + U S Vh`` in floating point would give other bits in about 60% of
   float32 entries; it is done, in float64 and rounded once, only where W was not kept.)
 * What depends on frozen tensors alone is computed once (:mod:`passes.constants`).
-* ``S`` meets its neighbour: ``(x Vh^T) * (S * e)  ->  (x (S Vh)^T) * e``, where every reader of ``x Vh^T`` scales by S.
+* ``S`` meets its neighbour: ``(x Vh^T) * (S * e)  ->  (x (S Vh)^T) * e``, where every reader of ``x Vh^T`` scales by S;
+  in a product that several sites share (:mod:`passes.fuse`), each site's own rows.
 * An adapter whose every tensor is frozen, its knob included, becomes a dense weight (:mod:`passes.merge`): the graph
   then has the base's nodes and no others.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import fx
 
 from passes.constants import fold_constants, store
+from passes.fuse import parts_of
 from passes.insert import Place, insert_delta
 from passes.marks import mark_of, occurrences
 from passes.merge import Merge, take_out
@@ -102,34 +105,59 @@ class Fold:
 
 
 def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> int:
-    """Fold a frozen scale of the rows of ``Vh`` into ``Vh``; returns the number of products that changed."""
+    """Fold frozen scales of the rows of ``Vh`` into ``Vh``; returns the number of products that changed."""
     changed = 0
-    stored: dict[tuple[Any, Any], str] = {}
+    stored: dict[tuple[Any, ...], str] = {}
     for node in list(graph_module.graph.nodes):
         mark = mark_of(node)
-        if mark is None or mark.role != "body" or node.target is not aten.linear.default or len(node.args) != 2:
+        if mark is None or mark.role not in ("body", "shared"):
+            continue
+        if node.target is not aten.linear.default or len(node.args) != 2:
             continue
         matrix = node.args[1]
-        scales = [_scale(user, node, frozen) for user in node.users]
-        if matrix.op != "get_attr" or matrix.target not in frozen or not scales or None in scales:
+        if matrix.op != "get_attr" or matrix.target not in frozen:
             continue
-        names = {scale[0].target for scale in scales if scale}
-        Vh, S = attribute(graph_module, matrix.target), attribute(graph_module, str(names.pop()))
-        if names or S.dim() != 1 or len(S) != len(Vh) or Vh.requires_grad or S.requires_grad:
+        Vh = attribute(graph_module, matrix.target)
+        parts: dict[tuple[int, int | None], list[fx.Node]] = defaultdict(list)
+        for start, stop, h in parts_of(node):
+            parts[start, stop].append(h)
+        product, folds = Vh.to(torch.float64, copy=True), []
+        for (start, stop), readers in parts.items():
+            S = _common_scale(graph_module, readers, frozen, len(Vh[start:stop]))
+            if S is None or Vh.requires_grad:
+                continue
+            scaled = product[start:stop] * attribute(graph_module, S).to(torch.float64)[:, None]
+            if torch.isfinite(scaled.to(Vh.dtype)).all():
+                product[start:stop] = scaled
+                folds.append((start, stop, S))
+        if not folds:
             continue
-        product = (S.to(torch.float64)[:, None] * Vh.to(torch.float64)).to(Vh.dtype)
-        if not torch.isfinite(product).all():
-            continue
-        place = (matrix.target, scales[0][0].target if scales[0] else None)
+        place = (matrix.target, *folds)
         if place in stored:
             matrix.target = stored[place]
         else:
-            stored[place] = store(graph_module, matrix, product)
-        for user, scale in zip(list(node.users), scales, strict=True):
-            assert scale is not None
-            _drop_scale(user, node, *scale)
+            stored[place] = store(graph_module, matrix, product.to(Vh.dtype))
+        for start, stop, _ in folds:
+            for h in parts[start, stop]:
+                for user in list(h.users):
+                    scale = _scale(user, h, frozen)
+                    assert scale is not None
+                    _drop_scale(user, h, *scale)
         changed += 1
     return changed
+
+
+def _common_scale(
+    graph_module: fx.GraphModule, parts: Collection[fx.Node], frozen: Collection[str], length: int
+) -> str | None:
+    """Name of the frozen vector (length,) by which every reader of some nodes scales, or None."""
+    scales = [_scale(user, h, frozen) for h in parts for user in h.users]
+    names = {str(scale[0].target) if scale else None for scale in scales}
+    name = names.pop() if len(names) == 1 else None
+    if name is None:
+        return None
+    S = attribute(graph_module, name)
+    return name if S.dim() == 1 and len(S) == length and not S.requires_grad else None
 
 
 def _scale(user: fx.Node, h: fx.Node, frozen: Collection[str]) -> tuple[fx.Node, list[fx.Node]] | None:

@@ -40,7 +40,8 @@ class Mark:
         path: of the adapter's submodule.
         at: name that the product's node had before surgery; one site may stand at several.
         role: "base" (the product), "body" (the adapter), "biased" (base plus what is added to it, where the base cannot
-            hold it), "out" (what the rest of the graph reads).
+            hold it), "out" (what the rest of the graph reads), "shared" (what several occurrences read; it belongs to
+            none of them, its key names all their sites, and its path the module that holds its tensor).
         form: "delta", "residual" or "weight".
         input: name of the product's input when the adapter was inserted.
         added: name of the node that the product added, or None.
@@ -120,7 +121,7 @@ def occurrences(graph: fx.Graph, keys: Iterable[str] | None = None) -> list[Occu
     found: dict[tuple[str, str], Occurrence] = {}
     for node in graph.nodes:
         mark = mark_of(node)
-        if mark is None or (chosen is not None and mark.key not in chosen):
+        if mark is None or mark.role == "shared" or (chosen is not None and mark.key not in chosen):
             continue
         place = found.setdefault((mark.path, mark.at), Occurrence(mark))
         place.nodes.append(node)
@@ -150,6 +151,17 @@ def erase(graph: fx.Graph, node: fx.Node) -> tuple[Erased, ...]:
             graph.erase_node(current)
         pending.extend(sources)
     return tuple(reversed(gone.values()))
+
+
+def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase those of some nodes that nothing reads, and the inserted nodes that only they read."""
+    pending = list(nodes)
+    while pending:
+        current = pending.pop()
+        if not current._erased and not current.users:
+            sources = [source for source in current.all_input_nodes if META in source.meta]
+            graph.erase_node(current)
+            pending.extend(sources)
 
 
 def _shows_a_parameter(node: fx.Node) -> bool:

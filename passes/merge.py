@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.marks import META, Occurrence, occurrences, put_back
+from passes.marks import META, Occurrence, erase_unread, mark_of, occurrences, put_back
 from passes.modules import attribute, set_parameter
 from passes.residual import VIEWS, operation
 
@@ -101,9 +101,12 @@ def take_out(place: Occurrence, names: dict[str, fx.Node]) -> fx.Node:
     else:
         del node.meta[META]
     out.replace_all_uses_with(node)
+    sources = dict.fromkeys(source for own in place.nodes for source in own.all_input_nodes)
+    shared = [source for source in sources if (mark := mark_of(source)) and mark.role == "shared"]
     for current_node in reversed(place.nodes):
         if current_node is not node:
             graph.erase_node(current_node)
+    erase_unread(graph, shared)
     return node
 
 

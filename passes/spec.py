@@ -16,6 +16,7 @@ from passes.marks import META, Mark, mark_of, occurrences
 from passes.modules import attribute
 from passes.trace import is_adapter
 
+aten = torch.ops.aten
 Rule = Callable[[fx.GraphModule], Iterator[str]]
 RULES: list[Rule] = []
 
@@ -92,7 +93,7 @@ def inserted_nodes_are_read(graph_module: fx.GraphModule) -> Iterator[str]:
     """No inserted node is dead, but for the output of a product that nothing read."""
     for node in graph_module.graph.nodes:
         mark = mark_of(node)
-        if mark and mark.role == "body" and not node.users:
+        if mark and mark.role in ("body", "shared") and not node.users:
             yield f"site {mark.key!r}: node {node.name!r} is dead"
 
 
@@ -111,6 +112,20 @@ def adapters_are_whole(graph_module: fx.GraphModule) -> Iterator[str]:
 
 
 @rule
+def shared_nodes_are_read_by_sites(graph_module: fx.GraphModule) -> Iterator[str]:
+    """What several sites share is read by nothing but adapters, a product of theirs by slices alone."""
+    for node in graph_module.graph.nodes:
+        mark = mark_of(node)
+        if mark is None or mark.role != "shared":
+            continue
+        for user in node.users:
+            if mark_of(user) is None:
+                yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it, which is none of theirs"
+            elif node.target is aten.linear.default and user.target is not aten.slice.Tensor:
+                yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it and is no slice"
+
+
+@rule
 def marks_are_marks(graph_module: fx.GraphModule) -> Iterator[str]:
     """The metadata entry of surgery holds a :class:`Mark` with a known role and form."""
     for node in graph_module.graph.nodes:
@@ -119,5 +134,9 @@ def marks_are_marks(graph_module: fx.GraphModule) -> Iterator[str]:
             continue
         if not isinstance(mark, Mark):
             yield f"node {node.name!r} has {mark!r} for a mark"
-        elif mark.role not in ("base", "body", "biased", "out") or mark.form not in ("delta", "residual", "weight"):
+        elif mark.role not in ("base", "body", "biased", "out", "shared") or mark.form not in (
+            "delta",
+            "residual",
+            "weight",
+        ):
             yield f"node {node.name!r} has the role {mark.role!r} and the form {mark.form!r}"

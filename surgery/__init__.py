@@ -18,7 +18,7 @@ from passes.errors import (
 )
 from surgery.adapter import SSpaceLinear
 from surgery.calibrate import Contrast
-from surgery.compiler import Compiled, fold, pipeline, to_graph
+from surgery.compiler import Compiled, fold, fuse, pipeline, to_graph
 from surgery.files import load_adapter, save_adapter
 from surgery.operate import apply_surgery, inspect_sites, undo_surgery
 from surgery.recalibrate import calibrate, recalibrate
@@ -50,6 +50,7 @@ __all__ = [
     "apply_surgery",
     "calibrate",
     "fold",
+    "fuse",
     "inspect_sites",
     "load_adapter",
     "merge",

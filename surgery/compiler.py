@@ -3,6 +3,7 @@
 capture  the base as one FX graph, its sizes free      (the adapters are taken off a twin that shares every tensor)
 insert   each site's adapter, inlined                  delta or residual form
 fold     the frozen factors                            residual -> delta, constants, S into its neighbour
+fuse     down-projections that read the same input     on request: one product for q, k and v, one for gate and up
 merge    dense weights                                 plain products again
 """
 
@@ -21,6 +22,7 @@ from passes.capture import forward_call
 from passes.errors import InputError
 from passes.fold import Fold
 from passes.forward import outside_inference_mode
+from passes.fuse import Fuse, shared_tensors
 from passes.insert import Insert
 from passes.marks import occurrences
 from passes.merge import Merge
@@ -54,6 +56,7 @@ def to_graph(
     *,
     form: str = "delta",
     keep_base: bool = True,
+    fuse: bool = False,
     verify: bool = False,
     debug: bool | None = None,
 ) -> fx.GraphModule:
@@ -71,17 +74,20 @@ def to_graph(
             ``S h + delta``.
         keep_base: in residual form, keep the base weights in the graph module, for ``undo_surgery``, and for ``fold``
             to put back bit for bit; else it gives them rounded once (each site's ``base_error`` says how far off).
+        fuse: let sites that read the same input share one down-projection, as :func:`fuse` does; delta form only.
         verify: compare the graph with the model's own adapters on the example inputs and on random ones.
         debug: check the specification of the graph dialect after the pass.
 
     Raises:
         SurgeryError: the model carries no surgery.
+        InputError: the form is unknown, or the options do not go together.
         CaptureError: it cannot be captured.
         PassError: the insertion failed, or verification found a difference.
     """
     compiled = pipeline(
-        model, example_inputs, form=form, keep_base=keep_base, stop_after="insert", verify=verify, debug=debug
-    )
+        model, example_inputs, form=form, keep_base=keep_base, fuse=fuse, stop_after="fuse" if fuse else "insert",
+        disable=["fold"] if fuse else [], verify=verify, debug=debug,
+    )  # fmt: skip
     return compiled.graph
 
 
@@ -92,6 +98,7 @@ def pipeline(
     *,
     form: str = "residual",
     keep_base: bool = True,
+    fuse: bool = False,
     stop_after: str | None = None,
     disable: Collection[str] = (),
     only: Collection[str] | None = None,
@@ -99,11 +106,13 @@ def pipeline(
     verify: bool = False,
     debug: bool | None = None,
 ) -> Compiled:
-    """Run the whole compiler on an operated model: capture, insert, fold, merge; the model is left as it was.
+    """Run the whole compiler on an operated model: capture, insert, fold, fuse, merge; the model is left as it
+    was.
 
     Args:
         form, keep_base, verify, debug: as in :func:`to_graph`.
-        stop_after: name of the last stage to run ("insert", "fold", "merge").
+        fuse: fuse down-projections between "fold" and "merge".
+        stop_after: name of the last stage to run ("insert", "fold", "fuse", "merge").
         disable: stages to leave out.
         only: keys of the sites to keep; the others are left as the base has them.
         untie: give a site whose weight has other readers a weight of its own when it is merged.
@@ -116,6 +125,8 @@ def pipeline(
         raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
     if not keep_base and form != "residual":
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
+    if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):
+        raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record, (graph, call) = record_of(model), capture_base(model, example_inputs)
     vars(graph)["_surgery"] = Record(
         dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
@@ -132,6 +143,7 @@ def pipeline(
     stages: list[Pass] = [
         Insert(places, keep_base=keep_base),
         Fold(_tensors(graph, "factors.")),
+        *([Fuse()] if fuse else []),
         Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
     ]
     validation = Validation(call) if verify else None
@@ -200,6 +212,33 @@ def fold(
     return model
 
 
+@outside_inference_mode
+def fuse(model: fx.GraphModule, *, verify: Any = None, debug: bool | None = None) -> fx.GraphModule:
+    """Let sites of a graph patient that read the same input share one down-projection, in place.
+
+    The factors ``Vh`` of such sites (q, k and v; gate and up) become views of one tensor, and each adapter goes on from
+    its slice of one product; what is in residual form is left alone. All verbs work as before.
+
+    Args:
+        verify: example inputs on which the graph is compared before and after.
+        debug: check the specification of the graph dialect afterwards.
+
+    Raises:
+        InputError: the model is no graph patient.
+        PassError: verification found a difference; the graph is what it was.
+    """
+    if not isinstance(model, fx.GraphModule):
+        raise InputError(f"fuse works on graphs, and {type(model).__name__} is none: use to_graph first")
+    record_of(model)
+    rewrite(
+        model,
+        [Fuse(), Annotate()],
+        validation=None if verify is None else Validation(forward_call(verify)),
+        debug=debug,
+    )
+    return model
+
+
 def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[str]:
     """Full names of the tensors of all sites in a graph that start with one of the prefixes."""
     paths = {id(module): path for path, module in graph.named_modules()}
@@ -210,7 +249,7 @@ def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[s
             chosen |= name.removeprefix("core.") in site.variant.frozen
             if chosen or (knob and name == site.knob):
                 names.add(f"{paths[id(site)]}.{name}")
-    return names
+    return names | shared_tensors(graph)
 
 
 def _settle(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = ()) -> None:

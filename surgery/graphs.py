@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from passes.base import PassResult
 from passes.errors import SurgeryError
+from passes.fuse import Rows, forget_rows
 from passes.insert import Place
 from passes.inspection import graph_products
 from passes.modules import copy_graph
@@ -37,7 +38,7 @@ class GraphState:
     parameters: dict[str, Any]
     sites: dict[str, Any]
     forms: dict[str, str]
-    buffers: dict[str, tuple[dict[str, Any], set[str]]]
+    buffers: list[tuple[nn.Module, dict[str, Any], set[str]]]
 
 
 def graph_state(model: nn.Module) -> GraphState | None:
@@ -48,7 +49,9 @@ def graph_state(model: nn.Module) -> GraphState | None:
     holder = _container(model)
     inner = dict(holder._modules) if holder is not None else {}
     forms = {key: site.form for key, site in nodes.items()}
-    buffers = {key: (dict(site._buffers), set(site._non_persistent_buffers_set)) for key, site in nodes.items()}
+    rows = [module for module in model.children() if isinstance(module, Rows)]
+    holders = [*nodes.values(), *(site.factors for site in nodes.values()), *rows]
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in holders]
     return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms, buffers)
 
 
@@ -64,11 +67,11 @@ def restore_state(model: Any, state: GraphState) -> None:
         holder._modules.update(state.sites)
     for key, site in graph_sites(model).items():
         site.form = state.forms[key]
-        buffers, transient = state.buffers[key]
-        site._buffers.clear()
-        site._buffers.update(buffers)
-        site._non_persistent_buffers_set.clear()
-        site._non_persistent_buffers_set.update(transient)
+    for module, buffers, transient in state.buffers:
+        module._buffers.clear()
+        module._buffers.update(buffers)
+        module._non_persistent_buffers_set.clear()
+        module._non_persistent_buffers_set.update(transient)
     if holder is None:
         copy_as_ever(model)
     if model.graph is not state.graph:
@@ -164,6 +167,7 @@ def drop_sites(model: Any, keys: Iterable[str]) -> None:
     assert holder is not None
     for name in [name for name, site in holder.named_children() if getattr(site, "key", None) in gone]:
         del holder._modules[name]
+    forget_rows(model)
     if not holder._modules:
         for name in [name for name, module in model._modules.items() if module is holder]:
             delattr(model, name)
