@@ -265,7 +265,13 @@ class SSpaceLinear(nn.Module):
             D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, _Tensors(core), coeff)
             return U @ D.T @ Vh
 
-        delta = change(U, S, Vh, tensors) if factors.stack is None else torch.func.vmap(change)(U, S, Vh, tensors)
+        if factors.stack is None:
+            delta = change(U, S, Vh, tensors)
+        elif torch.compiler.is_exporting():  # an exported graph with levels of vmap cannot be decomposed
+            each = [{name: p[i] for name, p in tensors.items()} for i in range(factors.stack)]
+            delta = torch.stack([change(*parts) for parts in zip(U, S, Vh, each, strict=True)])
+        else:
+            delta = torch.func.vmap(change)(U, S, Vh, tensors)
         return of_weight(delta, self.layout, self.weight.shape)
 
     def extra_repr(self) -> str:

@@ -205,6 +205,25 @@ class Bare(nn.Module):
         return torch.bmm(x, self.w)
 
 
+def test_compiled_and_exported_in_place():
+    model, x = trained(operated_bare()), torch.randn(3, 5, 4)
+    expected = torch.bmm(x.double(), reference_weight(sites(model)["w"])).float()
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(compiled(x).detach(), expected)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    assert_close(program.module()(x).detach(), expected)
+    set_coeff(model, 0.3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = compiled(x).detach()
+    assert_close(found, torch.bmm(x.double(), reference_weight(sites(model)["w"])).float())
+
+
+def operated_bare() -> nn.Module:
+    model = Bare()
+    surgery.apply_surgery(model, "antipasto_rot", r=4, example_inputs=(torch.randn(3, 5, 4),), progress=False)
+    return model
+
+
 @each_model
 def test_gradients_reach_every_core_that_is_used(name):
     model = operated(name)
