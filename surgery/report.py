@@ -108,9 +108,11 @@ class Report:
         title = f"{self.model}: {len(self.sites)} sites operated on ({variants})"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
         table.add_column("site", overflow="fold")
+        hosts = any(site.host != "module" for site in self.sites)  # the usual one goes without saying
         for name in ("n", "out x in", "r", "host", "inference", "training", "energy", "trainable"):
             left = name in ("host", "inference", "training")
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+            if name != "host" or hosts:
+                table.add_column(name, justify="left" if left else "right", no_wrap=True)
         rows: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in self.sites:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.key)
@@ -119,7 +121,8 @@ class Report:
             energies = [s.energy for s in found if s.energy is not None]
             energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
             trainable = f"{sum(s.trainable for s in found):,}"
-            table.add_row(name, str(len(found)), shape, str(r), host, inference, training, energy, trainable)
+            where = (host,) if hosts else ()
+            table.add_row(name, str(len(found)), shape, str(r), *where, inference, training, energy, trainable)
         return table
 
     def _lines(self) -> list[str]:
