@@ -199,6 +199,7 @@ class SSpaceLinear(nn.Module):
         return (
             torch._C._get_tracing_state() is None
             and get_proxy_mode() is None
+            and torch._C._functorch.peek_interpreter_stack() is None
             and all(type(p) is nn.Parameter for p in self.core._parameters.values())
         )
 

@@ -392,3 +392,17 @@ def test_output_is_not_chosen_in_half_precision() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = operated("auto", dtype=dtype)
         assert all(name != "output" for site in sites(model).values() for steps in site.schedule for _, name in steps)
+
+
+@pytest.mark.parametrize("lowering", NAMES)
+def test_under_functional_transforms(lowering: str) -> None:
+    model, x = operated(lowering), inputs()
+    expected = reference(model, x)
+    with torch.no_grad():
+        assert disagreement(torch.func.vmap(model)(x), expected) is None
+        assert disagreement(torch.func.vmap(model, in_dims=1, out_dims=1)(x), expected) is None
+    gradient = torch.func.grad(lambda a: model(a).square().sum())(x)
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    assert disagreement(gradient, x.grad) is None

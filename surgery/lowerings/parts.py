@@ -17,7 +17,7 @@ def add_term(site: SSpaceLinear, y: torch.Tensor, d: torch.Tensor) -> torch.Tens
     Without gradients it is one product that adds to y in place, which nobody else has seen.
     """
     U = site.factors.U.to(y.dtype)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not site.plain():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (site.plain() and y.is_contiguous()):
         return y + F.linear(d.to(y.dtype), U)
     y.view(-1, y.shape[-1]).addmm_(d.reshape(-1, d.shape[-1]).to(y.dtype), U.T)
     return y
