@@ -19,6 +19,7 @@ from passes.trace import is_adapter
 aten = torch.ops.aten
 Rule = Callable[[fx.GraphModule], Iterator[str]]
 RULES: list[Rule] = []
+ROLES, FORMS = ("base", "body", "biased", "out", "shared"), ("delta", "residual", "weight")
 
 
 def rule(function: Rule) -> Rule:
@@ -134,9 +135,5 @@ def marks_are_marks(graph_module: fx.GraphModule) -> Iterator[str]:
             continue
         if not isinstance(mark, Mark):
             yield f"node {node.name!r} has {mark!r} for a mark"
-        elif mark.role not in ("base", "body", "biased", "out", "shared") or mark.form not in (
-            "delta",
-            "residual",
-            "weight",
-        ):
+        elif mark.role not in ROLES or mark.form not in FORMS:
             yield f"node {node.name!r} has the role {mark.role!r} and the form {mark.form!r}"

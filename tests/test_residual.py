@@ -127,7 +127,7 @@ HUB: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         t5_gated,
         ("encoder.block.*.layer.0.SelfAttention.o", "encoder.block.*.layer.1.DenseReluDense.wo"),
     ),
-    "experts behind a router": (mixtral, ("model.layers.*.self_attn.o_proj",)),
+    "experts behind a router": (mixtral, ("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.experts.down_proj")),
 }
 
 

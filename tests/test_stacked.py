@@ -252,7 +252,7 @@ def test_generate_and_report():
     rows = {row.key: row for row in report(model).sites}
     row = rows[f"{EXPERTS}.gate_up_proj"]
     assert (row.stack, row.d_out, row.d_in, row.r, row.trainable, row.host) == (4, 48, 16, 4, 16, "weight")
-    assert "4 x 48 x 16" in str(report(model))
+    assert "4x48x16" in str(report(model))
 
 
 def test_rows_are_refused_and_so_is_what_is_not_linear():
