@@ -101,16 +101,21 @@ def lora(base: nn.Module, r: int) -> nn.Module:
 
 
 def paired(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender in turn, in an order that is turned round each time, after two runs of each."""
+    """Milliseconds of each contender in turn, in an order that is turned round each time, after two runs of each.
+
+    What a contender returns, if it can be called, is called after the clock has stopped.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for i in range(repeats + 2):
         for name in names if i % 2 else reversed(names):
             gc.collect()
             started = time.perf_counter()
-            contenders[name]()
+            after = contenders[name]()
             if i > 1:
                 times[name].append(1000 * (time.perf_counter() - started))
+            if callable(after):
+                after()
     return times
 
 
@@ -125,13 +130,23 @@ def forward(model: nn.Module, x: Tensor) -> Run:
 
 
 def step(model: nn.Module, x: Tensor) -> Run:
-    """Forward and backward, to the trainable parameters and to the input, as in the middle of a model."""
+    """Forward and backward, to the trainable parameters and to the input, as in the middle of a model.
+
+    Afterwards the parameters change, as an optimiser would change them: no weight serves two steps.
+    """
     x = x.clone().requires_grad_()
 
-    def run() -> None:
+    def update() -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.mul_(1 + 1e-4)
+
+    def run() -> Callable[[], None]:
         model.zero_grad(set_to_none=True)
         x.grad = None
         model(x).sum().backward()
+        return update
 
     return run
 
