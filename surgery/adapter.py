@@ -16,6 +16,7 @@ from surgery.costs import schedule_of
 from surgery.lowerings import REGISTRY, Schedule, step
 from surgery.lowerings.dense import forget, give_handle
 from surgery.variants import Variant
+from surgery.watching import watch
 
 
 class Factors(nn.Module):
@@ -108,7 +109,8 @@ class Core(nn.Module):
         kept = vars(self).get("_prepared")
         if kept is None or not all(same(p) for p, same in zip(tensors, kept[0], strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                kept = ([_watch(p) for p in tensors], SimpleNamespace(**self.tensors(), **variant.prepare(self)))  # type: ignore[arg-type]
+                made = variant.prepare(self)  # type: ignore[arg-type]
+                kept = [watch(p, by_value=True) for p in tensors], SimpleNamespace(**self.tensors(), **made)
             vars(self)["_prepared"] = kept
         return kept[1]
 
@@ -121,15 +123,6 @@ class Core(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.tensors().items())
-
-
-def _watch(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
-    """A function that tells whether a tensor still is what it is now."""
-    if tensor.device.type == "cpu":
-        value = tensor.detach().clone()
-        return lambda now: (now.device, now.dtype) == (value.device, value.dtype) and torch.equal(now, value)
-    mark = (tensor.data_ptr(), tensor._version, tensor.dtype)
-    return lambda now: (now.data_ptr(), now._version, now.dtype) == mark
 
 
 class _Tensors:

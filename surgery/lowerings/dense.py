@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from surgery.lowerings import Size, Work, register
 from surgery.lowerings.parts import with_gradient_of
+from surgery.watching import watch
 
 if TYPE_CHECKING:
     from surgery.adapter import SSpaceLinear
@@ -92,37 +93,22 @@ class Kept:
     """A materialised weight and what it was made from."""
 
     def __init__(self, site: SSpaceLinear) -> None:
-        self.values = [t.detach().clone() if t.device.type == "cpu" else t for t in _live(site)]
-        self.marks = [_mark(t) for t in _live(site)]
-        self.frozen = _frozen(site)  # held, so that no other tensor can come to lie at their addresses
-        self.frozen_marks = [_mark(t) for t in self.frozen]
+        self.unchanged = [watch(tensor, by_value=live) for tensor, live in _sources(site)]
         self.weight = changed(site)
 
     def fits(self, site: SSpaceLinear) -> bool:
         """Whether the weight is what would be made now."""
-        if [_mark(t) for t in _frozen(site)] != self.frozen_marks:
+        now = _sources(site)
+        if len(now) != len(self.unchanged):
             return False
-        live = _live(site)
-        if len(live) != len(self.values):
-            return False
-        return all(
-            (now.dtype, now.device) == (old.dtype, old.device)
-            and (torch.equal(now, old) if old.device.type == "cpu" else _mark(now) == mark)
-            for now, old, mark in zip(live, self.values, self.marks, strict=True)
-        )
+        return all(same(tensor) for same, (tensor, _) in zip(self.unchanged, now, strict=True))
 
 
-def _live(site: SSpaceLinear) -> list[torch.Tensor]:
-    return [site.core.coeff, *site.core.tensors().values()]
-
-
-def _frozen(site: SSpaceLinear) -> list[torch.Tensor]:
-    return [site.weight, site.factors.U, site.factors.S, site.factors.Vh]
-
-
-def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+def _sources(site: SSpaceLinear) -> list[tuple[torch.Tensor, bool]]:
+    """What a weight is made from: the knob and the core, which are live, and the frozen tensors."""
+    frozen = (site.weight, site.factors.U, site.factors.S, site.factors.Vh)
+    live = (site.core.coeff, *site.core.tensors().values())
+    return [(tensor, True) for tensor in live] + [(tensor, False) for tensor in frozen]
 
 
 def kept_weight(site: SSpaceLinear) -> torch.Tensor:
@@ -150,8 +136,8 @@ def give_handle(site: SSpaceLinear) -> None:
     SITES[number] = site
 
 
-LIBRARY = torch.library.Library("surgery", "FRAGMENT")
-LIBRARY.define("dense_linear(Tensor x, Tensor handle, Tensor[] reads, SymInt d_out) -> Tensor")
+OPERATORS = torch.library.Library("surgery", "FRAGMENT")
+OPERATORS.define("dense_linear(Tensor x, Tensor handle, Tensor[] reads, SymInt d_out) -> Tensor")
 
 
 def _dense_linear(x: torch.Tensor, handle: torch.Tensor, reads: list[torch.Tensor], d_out: int) -> torch.Tensor:
@@ -165,5 +151,5 @@ def _dense_linear_shape(x: torch.Tensor, handle: torch.Tensor, reads: list[torch
     return x.new_empty(*x.shape[:-1], d_out)
 
 
-LIBRARY.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("surgery::dense_linear", _dense_linear_shape, lib=LIBRARY)
+OPERATORS.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("surgery::dense_linear", _dense_linear_shape, lib=OPERATORS)

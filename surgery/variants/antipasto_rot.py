@@ -130,7 +130,7 @@ def powers(entries: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"K": K}
     kept = {"K": K, "K2": K @ K, "s": entries.square().sum(dim=-1)[..., None, None]}
     if size == 4:
-        f, e, d, c, b, a = entries.unbind(-1)
+        f, e, d, c, b, a = (entries[..., i] for i in range(6))
         dual = torch.stack([a, -b, c, d, -e, f], dim=-1)
         pfaffian = (entries * dual).sum(dim=-1)[..., None, None] / 2
         kept |= {"p2": pfaffian.square(), "L": pfaffian * skew(dual, size)}
