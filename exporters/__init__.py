@@ -49,6 +49,6 @@ def export(
     known = list(inspect.signature(exporter.write).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):
         raise ExportError(f"format {format!r} has no option {', '.join(unknown)} (known: {', '.join(known)})")
-    with staged(path, exporter.DEFAULT_NAME) as (folder, target):
-        exported = exporter.write(unwrap(model), folder / target.name, example_inputs, **options)
-        return publish(folder, target, format, exported)
+    with staged(path, exporter.DEFAULT_NAME) as (written, target):
+        exported = exporter.write(unwrap(model), written, example_inputs, **options)
+        return publish(written, target, format, exported)

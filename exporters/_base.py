@@ -18,6 +18,7 @@ from torch import nn
 from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
 from passes.forward import set_mode
+from surgery.files import move_files
 from surgery.verbs import sites
 
 
@@ -34,7 +35,8 @@ class ExportReport:
     """A finished export.
 
     Attributes:
-        path: the file that was asked for, or the main file in the directory that was asked for.
+        path: the file that was asked for, or the main file in the directory that was asked for; of a format that is a
+            directory, the directory.
         files: all files written.
         max_error: largest deviation from PyTorch on the example inputs, relative to the largest output entry.
         details: of the format.
@@ -48,28 +50,30 @@ class ExportReport:
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str], default_name: str) -> Iterator[tuple[Path, Path]]:
-    """Give a temporary folder beside the target to write into, and the target file.
+def staged(path: str | os.PathLike[str], default_name: str | None) -> Iterator[tuple[Path, Path]]:
+    """Give what to write, in a temporary folder beside the target, and the target: a file, or a directory.
 
-    A path with the suffix of the default name is a file; any other is a directory, which must be new or empty.
+    A path with the suffix of the default name is a file; any other is a directory, which must be new or empty. Without
+    a default name the format is a directory.
 
     Raises:
         ExportError: the directory is not empty, or cannot be written.
     """
     path = Path(path)
-    if path.suffix == Path(default_name).suffix and not path.is_dir():
+    if default_name is not None and path.suffix == Path(default_name).suffix and not path.is_dir():
         target = path
     else:
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise ExportError(
-                f"{str(path)!r} must be a new or empty directory, or a file name with {default_name!r}'s suffix"
-            )
-        target = path / default_name
+            name = "" if default_name is None else f", or a file name with {default_name!r}'s suffix"
+            raise ExportError(f"{str(path)!r} must be a new or empty directory{name}")
+        target = path if default_name is None else path / default_name
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            yield Path(folder), target
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            staging = Path(temporary) / "files"
+            staging.mkdir()
+            yield (staging if default_name is None else staging / target.name), target
     except BaseException as error:
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -79,13 +83,17 @@ def staged(path: str | os.PathLike[str], default_name: str) -> Iterator[tuple[Pa
         raise
 
 
-def publish(folder: Path, target: Path, format: str, exported: Exported) -> ExportReport:
-    """Move finished files into place, the main one last."""
-    names = sorted((file.name for file in folder.iterdir()), key=lambda name: (name == target.name, name))
-    for name in names:
-        os.replace(folder / name, target.parent / name)
-    files = tuple(target.parent / name for name in reversed(names))
-    return ExportReport(format, target, files, exported.max_error, exported.details)
+def publish(written: Path, target: Path, format: str, exported: Exported) -> ExportReport:
+    """Move what was written into place, all or nothing, the main file last."""
+    staging, folder = (written, target) if written.is_dir() else (written.parent, target.parent)
+    names = sorted((file.name for file in staging.iterdir()), key=lambda name: (name == target.name, name))
+    if folder.exists():
+        move_files(staging, folder, names)
+    else:
+        os.rename(staging, folder)
+    return ExportReport(
+        format, target, tuple(folder / name for name in reversed(names)), exported.max_error, exported.details
+    )
 
 
 def need(package: str, extra: str) -> ModuleType:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,28 +121,38 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     place = path if path.is_dir() else path.parent  # on the same file system as the result
     with tempfile.TemporaryDirectory(dir=place, prefix=f".{path.name}.") as temporary:
-        staging, old = Path(temporary) / "files", Path(temporary) / "old"
+        staging = Path(temporary) / "files"
         staging.mkdir()
-        old.mkdir()
         for name, data in files.items():
             with open(staging / name, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        if not path.exists():
+        if path.exists():
+            move_files(staging, path, list(files))
+        else:
             os.rename(staging, path)
-            return
-        for name in files:
-            if (path / name).exists():
-                os.link(path / name, old / name)
+
+
+def move_files(staging: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move files into a folder of the same file system in the given order, all or none; those there are replaced.
+
+    Raises:
+        OSError: the folder holds what it held.
+    """
+    with tempfile.TemporaryDirectory(dir=staging.parent) as temporary:
+        old = Path(temporary)
+        for name in names:
+            if (folder / name).exists():
+                os.link(folder / name, old / name)
         try:
-            for name in files:
-                os.replace(staging / name, path / name)
+            for name in names:
+                os.replace(staging / name, folder / name)
         except BaseException:
-            for name in files:
-                (path / name).unlink(missing_ok=True)
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
                 if (old / name).exists():
-                    os.rename(old / name, path / name)
+                    os.rename(old / name, folder / name)
             raise
 
 
