@@ -1,8 +1,8 @@
 """What a live core costs on one decoder layer, against the plain base: ``python -m bench.lowerings``.
 
 One layer of the sizes of Qwen3-0.6B (hidden 1024, MLP 3072, 16 and 8 heads of 128), all seven projections adapted, the
-core away from its start. Outputs are checked before anything is timed; contenders take turns in one process, in an
-order that is turned round each time, and ratios are of pairs of neighbours.
+core away from its start. Outputs are checked before anything is timed; contenders take turns in one process, and
+ratios are of pairs of neighbours.
 
 The limits, in FLOPs of a site: inference under ``lowrank`` costs ``1 + r (d_in + d_out) / (d_in d_out)`` of the
 base's, under ``dense`` 1. A training step costs a LoRA 6 N r (d_in + d_out) more than the frozen base, ``lowrank`` 4
@@ -100,23 +100,33 @@ def lora(base: nn.Module, r: int) -> nn.Module:
     return model
 
 
-def paired(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender in turn, in an order that is turned round each time, after two runs of each.
+def paired(contenders: dict[str, Run], repeats: int) -> dict[str, list[list[float]]]:
+    """Milliseconds of each contender and of the base next to it, after two runs of each.
 
-    What a contender returns, if it can be called, is called after the clock has stopped.
+    Every contender has runs of the base of its own, before it and after it in turn, and the order of the contenders is
+    turned round each time, so that load, clock and caches treat both alike. What a contender returns, if it can be
+    called, is called after the clock has stopped.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    base = contenders["base"]
+    times: dict[str, list[list[float]]] = {name: [] for name in contenders if name != "base"}
+    names = list(times)
     for i in range(repeats + 2):
         for name in names if i % 2 else reversed(names):
-            gc.collect()
-            started = time.perf_counter()
-            after = contenders[name]()
+            pair = [contenders[name], base]
+            found = [_milliseconds(run) for run in (pair if i % 2 else reversed(pair))]
             if i > 1:
-                times[name].append(1000 * (time.perf_counter() - started))
-            if callable(after):
-                after()
+                times[name].append(found if i % 2 else found[::-1])
     return times
+
+
+def _milliseconds(run: Run) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    after = run()
+    found = 1000 * (time.perf_counter() - started)
+    if callable(after):
+        after()
+    return found
 
 
 def forward(model: nn.Module, x: Tensor) -> Run:
@@ -199,17 +209,15 @@ def training(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callab
     return {"errors": errors, "milliseconds": paired(runs, repeats)}
 
 
-def over(times: dict[str, list[float]], name: str, other: str = "base") -> str:
-    """Median of the paired ratios of two contenders, with the quartiles."""
-    pairs = [a / b for a, b in zip(times[name], times[other], strict=True)]
-    low, middle, high = statistics.quantiles(pairs, n=4)
+def over(row: dict[str, Any], name: str) -> str:
+    """Median of a contender's paired ratios to the base, with the quartiles."""
+    low, middle, high = statistics.quantiles([a / b for a, b in row["milliseconds"][name]], n=4)
     return f"{middle:.3f} ({low:.2f} to {high:.2f})"
 
 
-def overhead(times: dict[str, list[float]], name: str, other: str) -> float:
-    """Overhead over the base relative to another's, of medians."""
-    base = statistics.median(times["base"])
-    return (statistics.median(times[name]) - base) / (statistics.median(times[other]) - base)
+def ratio(row: dict[str, Any], name: str) -> float:
+    """Median of a contender's paired ratios to the base."""
+    return statistics.median(a / b for a, b in row["milliseconds"][name])
 
 
 def bound(r: int) -> float:
@@ -225,8 +233,7 @@ def markdown(data: dict[str, Any]) -> str:
     lines = ["| forward, over the plain base | " + " | ".join(kinds) + " | coeff changed, dense |"]
     lines += ["|---" + "|---:" * (len(kinds) + 1) + "|"]
     for row in data["inference"]:
-        times = row["milliseconds"]
-        cells = [over(times, kind) for kind in kinds] + [over(times, "dense, coeff changed")]
+        cells = [over(row, kind) for kind in kinds] + [over(row, "dense, coeff changed")]
         name = f"{row['mode']}, r = {row['r']}, {row['tokens']} tokens (low-rank bound {bound(row['r']):.3f})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     kinds = ("auto", "lowrank", "output", "dense", "naive residual", "LoRA")
@@ -236,9 +243,9 @@ def markdown(data: dict[str, Any]) -> str:
     ]
     lines += ["|---" + "|---:" * (len(kinds) + 2) + "|"]
     for row in data["training"]:
-        times = row["milliseconds"]
-        cells = [over(times, kind) for kind in kinds]
-        cells += [f"{overhead(times, 'auto', other):.2f}" for other in ("LoRA", "naive residual")]
+        cells = [over(row, kind) for kind in kinds]
+        extra = ratio(row, "auto") - 1
+        cells += [f"{extra / (ratio(row, other) - 1):.2f}" for other in ("LoRA", "naive residual")]
         lines.append(f"| {row['mode']}, r = {row['r']}, {row['tokens']} tokens | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -259,7 +266,7 @@ def main() -> None:
         prepare: Callable[[nn.Module], Any] = torch.compile if mode == "compiled" else lambda model: model
         for r in options.ranks:
             torch.compiler.reset()
-            found = inference(base, r, 512, options.repeats, prepare)
+            found = inference(base, r, 512, 3 * options.repeats, prepare)
             data["inference"].append({"mode": mode, "r": r, "tokens": 512, **found})
         for tokens in options.training_tokens:
             torch.compiler.reset()
