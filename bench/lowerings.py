@@ -227,56 +227,91 @@ def bound(r: int) -> float:
     return 1 + sum(r * (a + b) for a, b in shapes) / sum(a * b for a, b in shapes)
 
 
-def markdown(data: dict[str, Any]) -> str:
+FORWARDS = {
+    "the base against itself": "base again",
+    "merged": "merged",
+    "`dense`": "dense",
+    "`dense`, right after coeff changed": "dense, coeff changed",
+    "`auto`": "auto",
+    "`auto` with a coeff per row: the chosen low-rank lowering": "low-rank",
+    "`lowrank`": "lowrank",
+    "`lowrank`, a coeff per row": "lowrank, coeff by row",
+}
+STEPS = {
+    "`auto`": "auto",
+    "`lowrank`": "lowrank",
+    "`output`": "output",
+    "`dense`": "dense",
+    "naive residual form": "naive residual",
+    "PEFT's LoRA": "LoRA",
+}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
     """The figures as tables."""
-    kinds = ("base again", "merged", "dense", "auto", "low-rank", "lowrank", "lowrank, coeff by row")
-    lines = ["| forward, over the plain base | " + " | ".join(kinds) + " | coeff changed, dense |"]
-    lines += ["|---" + "|---:" * (len(kinds) + 1) + "|"]
-    for row in data["inference"]:
-        cells = [over(row, kind) for kind in kinds] + [over(row, "dense, coeff changed")]
-        name = f"{row['mode']}, r = {row['r']}, {row['tokens']} tokens (low-rank bound {bound(row['r']):.3f})"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    kinds = ("auto", "lowrank", "output", "dense", "naive residual", "LoRA")
-    lines += [
-        "",
-        "| training step, over the frozen base's | " + " | ".join(kinds) + " | overhead, auto : LoRA | auto : naive |",
+    found = {kind: [row for row in rows if row["kind"] == kind] for kind in ("inference", "training")}
+    at = [f"{row['mode']}, r = {row['r']}" for row in found["inference"]]
+    lines = [
+        "| forward of 512 tokens, over the plain base | " + " | ".join(at) + " |",
+        "|---" + "|---:" * len(at) + "|",
     ]
-    lines += ["|---" + "|---:" * (len(kinds) + 2) + "|"]
-    for row in data["training"]:
-        cells = [over(row, kind) for kind in kinds]
-        extra = ratio(row, "auto") - 1
-        cells += [f"{extra / (ratio(row, other) - 1):.2f}" for other in ("LoRA", "naive residual")]
-        lines.append(f"| {row['mode']}, r = {row['r']}, {row['tokens']} tokens | " + " | ".join(cells) + " |")
+    for name, contender in FORWARDS.items():
+        lines.append(f"| {name} | " + " | ".join(over(row, contender) for row in found["inference"]) + " |")
+    lines.append(
+        "| FLOPs of a low-rank form | " + " | ".join(f"{bound(row['r']):.3f}" for row in found["inference"]) + " |"
+    )
+    at = [f"{row['mode']}, {row['tokens']:,} tokens" for row in found["training"]]
+    lines += ["", "| training step, r = 256, over the frozen base's | " + " | ".join(at) + " |"]
+    lines.append("|---" + "|---:" * len(at) + "|")
+    for name, contender in STEPS.items():
+        lines.append(f"| {name} | " + " | ".join(over(row, contender) for row in found["training"]) + " |")
+    for other in ("LoRA", "naive residual"):
+        shares = [(ratio(row, "auto") - 1) / (ratio(row, other) - 1) for row in found["training"]]
+        lines.append(
+            f"| overhead of `auto`, {other}'s being 1 | " + " | ".join(f"{share:.2f}" for share in shares) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The recorded rows, each with where it comes from."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Put a row in the place of the one that was measured of the same before, so that a run can be taken up again."""
+    sort = ("kind", "mode", "r", "tokens")
+    rows = {tuple(old[name] for name in sort): old for old in read(path)}
+    rows[tuple(row[name] for name in sort)] = {**row, **environment(), "seed": SEED}
+    order = sorted(rows, key=lambda key: (key[0], key[1] != "eager", *key[2:]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(rows[key]) + "\n" for key in order))
+
+
 def main() -> None:
-    """Measure, print the tables, and write them with their data."""
+    """Measure, write each row as it is there, and print the tables of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="directory of the results")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="pairs of training steps at 512 tokens; a forward has 3x"
+    )
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--training-tokens", nargs="*", type=int, default=[512, 4096])
-    parser.add_argument("--ranks", nargs="*", type=int, default=[64, 256])
+    parser.add_argument("--training-tokens", nargs="*", type=int, default=[512, 4096], help="may be empty")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[64, 256], help="of the forwards; may be empty")
     options = parser.parse_args()
     torch.manual_seed(SEED)
-    base = Layer().eval()
-    data: dict[str, Any] = {"inference": [], "training": []}
+    base, path = Layer().eval(), options.out / "lowerings.jsonl"
     for mode in options.modes:
         prepare: Callable[[nn.Module], Any] = torch.compile if mode == "compiled" else lambda model: model
         for r in options.ranks:
             torch.compiler.reset()
             found = inference(base, r, 512, 3 * options.repeats, prepare)
-            data["inference"].append({"mode": mode, "r": r, "tokens": 512, **found})
+            record(path, {"kind": "inference", "mode": mode, "r": r, "tokens": 512, **found})
         for tokens in options.training_tokens:
             torch.compiler.reset()
-            repeats = max(5, options.repeats * 512 // tokens)
-            found = training(base, 256, tokens, repeats, prepare)
-            data["training"].append({"mode": mode, "r": 256, "tokens": tokens, **found})
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = {**environment(), "seed": SEED, **data}
-    (options.out / "lowerings.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = markdown(data)
+            found = training(base, 256, tokens, max(7, options.repeats * 512 // tokens), prepare)
+            record(path, {"kind": "training", "mode": mode, "r": 256, "tokens": tokens, **found})
+    text = markdown(read(path))
     (options.out / "lowerings.md").write_text(text)
     print(text)
 

@@ -19,6 +19,7 @@ from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
 from passes.forward import set_mode
 from surgery.files import move_files
+from surgery.hosts import shared_tensors
 from surgery.verbs import sites
 
 
@@ -110,8 +111,7 @@ def need(package: str, extra: str) -> ModuleType:
 
 def working_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin = copy.deepcopy(model, shared_tensors(model))
     set_mode(twin, training=False)
     for site in sites(twin).values():
         site.core.coeff = site.core.coeff.clone()

@@ -87,7 +87,7 @@ class _Products(TorchDispatchMode):
         self.alive: dict[int, Any] = {}
         self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
-            weight = model.get_parameter(site.weight)
+            weight = site.weight_of(model)
             owner = model.get_submodule(site.weight.rpartition(".")[0])
             parent = model.get_submodule(site.weight.rpartition(".")[0].rpartition(".")[0])  # of out_proj
             self._watch(weight, site, any(isinstance(m, nn.MultiheadAttention) for m in (owner, parent)))
@@ -106,7 +106,8 @@ class _Products(TorchDispatchMode):
         address = tensor.untyped_storage()._cdata
         if address not in self.weights or self.alive[address].expired():
             return []
-        return [found for found in self.weights[address] if found.start <= tensor.data_ptr() < found.stop]
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        return [found for found in self.weights[address] if found.start < stop and start < found.stop]
 
     def show(self, key: str, x: torch.Tensor) -> None:
         """Pass an input on; what is computed with it meanwhile is not looked at."""

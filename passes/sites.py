@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from passes.contractions import pointwise
 from passes.normalize import linear_layout
@@ -33,6 +35,7 @@ class Site:
         calls: products of this site in one forward.
         operation: ATen name of the product; None if unknown.
         stack: number of matrices in the weight (experts, heads), each with factors and a core of its own; None for one.
+        rows: first row, and the one after the last, of a site that is a part of a packed weight; None for a whole one.
     """
 
     key: str
@@ -47,6 +50,38 @@ class Site:
     calls: int = 1
     operation: str | None = None
     stack: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def parameter_of(self, model: nn.Module) -> torch.Tensor:
+        """The parameter of a model that holds the weight, also where it is parametrised."""
+        path, _, local = self.weight.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        if parametrize.is_parametrized(owner, local):
+            return owner.parametrizations[local].original  # type: ignore[no-any-return]
+        return owner.get_parameter(local)  # type: ignore[no-any-return]
+
+    def weight_of(self, model: nn.Module) -> torch.Tensor:
+        """The weight in a model: the parameter, or of a part a view of its rows."""
+        return part_of(self.parameter_of(model), self.rows)
+
+
+def part_of(weight: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
+    """Some rows of a weight, or all of it."""
+    return weight if rows is None else weight[rows[0] : rows[1]]
+
+
+def parts(site: Site, model: nn.Module) -> list[Site]:
+    """The q, k and v of the packed projection of ``nn.MultiheadAttention`` as sites; empty for any other site."""
+    path, _, local = site.weight.rpartition(".")
+    owner = model.get_submodule(path)
+    if local != "in_proj_weight" or not isinstance(owner, nn.MultiheadAttention):
+        return []
+    size = owner.embed_dim
+    whole = replace(
+        site, bias=None if owner.in_proj_bias is None else site.weight.removesuffix("weight") + "bias",
+        layout="out_in", d_out=size, d_in=size, stack=None, group=None,
+    )  # fmt: skip
+    return [replace(whole, key=f"{site.key}.{n}", rows=(i * size, (i + 1) * size)) for i, n in enumerate("qkv")]
 
 
 @dataclass(frozen=True)

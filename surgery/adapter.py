@@ -12,9 +12,10 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from passes.errors import InputError, VariantError
+from passes.sites import part_of
 from surgery.costs import schedule_of
 from surgery.lowerings import REGISTRY, Schedule, step
-from surgery.lowerings.dense import forget, give_handle
+from surgery.lowerings.dense import give_handle
 from surgery.variants import Variant
 from surgery.watching import watch
 
@@ -150,6 +151,8 @@ class SSpaceLinear(nn.Module):
         weight, bias: the frozen base parameters, in their own layout.
         layout: "out_in" or "in_out".
         base_class: the class that the module had.
+        keeps_base: whether the base weight is there; in residual form it need not be.
+        form: "delta"; "residual" where ``W_res`` stands in the weight's place.
         lowering: "auto", or the name of the one lowering to use.
         schedule: which lowering runs from how many tokens on.
     """
@@ -161,9 +164,16 @@ class SSpaceLinear(nn.Module):
     base_class: type[nn.Module]
     weight: torch.Tensor
     bias: torch.Tensor | None
+    keeps_base: bool = True
+    form: str = "delta"
     lowering: str = "auto"
     schedule: Schedule
     handle: torch.Tensor
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The parameter that holds the weight; of a part of a packed weight, the whole."""
+        return self.weight
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The base's product and the adapter's term in one of the lowerings, (..., d_out) for x (..., d_in)."""
@@ -198,7 +208,7 @@ class SSpaceLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        forget(self)
+        self.forget()
         if "schedule" in vars(self) and self.lowering == "auto" and not self.weight.is_meta:
             self.schedule = schedule_of(self, "auto")  # for the dtype and the device that it has now
         return self
@@ -209,6 +219,11 @@ class SSpaceLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         give_handle(self)
+
+    def forget(self) -> None:
+        """Drop what is kept of the core and of the weights made with it."""
+        self.core.forget()
+        vars(self).pop("_dense", None)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""
@@ -277,30 +292,43 @@ class SSpaceWeight(SSpaceLinear):
     """The same adapter as a parametrisation of a weight, ``W -> W + dW``, for products made without calling a module.
 
     Such weights are read by their owner (``nn.MultiheadAttention.in_proj_weight``, a raw ``nn.Parameter``), so that
-    only the weight itself can be intercepted. The base weight and bias are found through the owner.
+    only the weight itself can be intercepted. The base weight and bias are found through the owner. Of a packed weight,
+    several parts may be sites, each some rows of it.
     """
 
-    def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None) -> None:
+    def __init__(
+        self, owner: nn.Module, weight_name: str, bias_name: str | None, key: str, rows: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.owner = (owner,)  # in a tuple, since a registered owner would make the module tree a cycle
         self.weight_name = weight_name
         self.bias_name = bias_name
+        self.rows = rows
+        self.part = "" if rows is None else key.rpartition(".")[2]
         siblings = [m for m in owner.modules() if isinstance(m, SSpaceWeight) and m.owner[0] is owner]
         self.order: tuple[str, ...] = siblings[0].order if siblings else tuple(owner._parameters)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The frozen base weight."""
+        return part_of(self.parameter, self.rows)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The parameter that holds it."""
         return getattr(self.owner[0].parametrizations, self.weight_name).original  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """The frozen bias that is added to the product, or None."""
-        return getattr(self.owner[0], self.bias_name) if self.bias_name else None
+        return part_of(getattr(self.owner[0], self.bias_name), self.rows) if self.bias_name else None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return ``W + dW``, summed in the core's dtype and rounded once."""
-        return changed_weight(self, weight)
+        if self.rows is None:
+            return changed_weight(self, weight)
+        start, stop = self.rows
+        return torch.cat([weight[:start], changed_weight(self, weight[start:stop]), weight[stop:]])
 
 
 def matrices_of(weight: torch.Tensor, layout: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -315,6 +343,26 @@ def of_weight(matrices: torch.Tensor, layout: str, shape: torch.Size) -> torch.T
     """The inverse of :func:`matrices_of`: matrices in the layout and shape of a weight."""
     stored = matrices if layout == "out_in" else matrices.mT
     return stored if stored.dim() == len(shape) else stored.reshape(shape)
+
+
+def remainder(site: SSpaceLinear) -> torch.Tensor:
+    """``W_res = W - U S Vh`` (d_out, d_in) of the stored factors, in float32 or better."""
+    with torch.no_grad():
+        weight = site.weight.detach().to(device=site.factors.U.device)
+        W = matrices_of(weight, site.layout, site.factors.shape).to(torch.float64)
+        return (W - _top(site.factors)).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def rebuilt(W_res: torch.Tensor, site: SSpaceLinear, dtype: torch.dtype) -> torch.Tensor:
+    """``W_res + U S Vh`` in the layout of the weight, summed in float64 and rounded once."""
+    with torch.no_grad():
+        weight = (W_res.to(torch.float64) + _top(site.factors)).to(dtype)
+        return weight if site.layout == "out_in" else weight.T.contiguous()
+
+
+def _top(factors: Factors) -> torch.Tensor:
+    U, S, Vh = (factor.to(torch.float64) for factor in (factors.U, factors.S, factors.Vh))
+    return (U * S) @ Vh
 
 
 def changed_weight(site: SSpaceLinear, weight: torch.Tensor) -> torch.Tensor:
@@ -333,7 +381,8 @@ def merged_weight(site: SSpaceLinear, key: str) -> torch.Tensor:
     if not site.variant.linear:
         raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
     with torch.no_grad():
-        weight = (site.weight.to(torch.float64) + site.delta_weight(torch.float64)).to(site.weight.dtype)
+        delta, base = site.delta_weight(torch.float64), site.weight
+        weight = (base.to(delta) + delta).to(base.dtype)
         if not torch.isfinite(weight).all():
             raise InputError(f"site {key!r}: the merged weight overflows {weight.dtype}; lower coeff or the gains")
     return weight

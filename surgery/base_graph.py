@@ -27,8 +27,8 @@ from passes.modules import attribute, copy_graph
 from passes.tolerance import RELATIVE, disagreement
 from passes.verify import Validation
 from surgery.adapter import Core, Factors
-from surgery.graphs import drop_sites, graph_sites, original_graph, require_bases
-from surgery.hosts import detach, host_of, operated_sites
+from surgery.graphs import drop_sites, graph_sites, original_graph
+from surgery.hosts import detach, host_of, operated_sites, require_bases, shared_tensors
 from surgery.node import SSpaceNode
 from surgery.patients import private_parameters
 from surgery.reading import parameter_names
@@ -46,8 +46,8 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
         InputError: there are no example inputs.
         CaptureError: the model cannot be captured.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    require_bases(model)
+    twin: Any = copy.deepcopy(model, shared_tensors(model))
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(twin, fx.GraphModule):
         if hosted := [key for key, site in operated_sites(twin).items() if not isinstance(site, SSpaceNode)]:
@@ -55,7 +55,6 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
                 f"site {hosted[0]!r} is hosted by a module that the graph calls, and so cannot be written into it; "
                 "capture the model with torch.export, which shows what the module computes"
             )
-        require_bases(twin)
         drop_sites(twin, graph_sites(twin))
         twin.graph = copy_graph(original_graph(twin))
         return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
@@ -132,6 +131,10 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         if only is not None and key not in only:
             continue
         weight, bias = parameter_names(model, site)
+        if getattr(site, "rows", None):
+            raise CaptureError(
+                f"site {key!r} is a part of a packed weight, which graphs cannot hold; merge, or adapt {weight!r} whole"
+            )
         if key in products:  # of tied names, a capture may keep another, and so may a product read another
             weight = products[key][0].weight
         if key not in products and weight not in reads:

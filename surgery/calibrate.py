@@ -24,9 +24,9 @@ from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.observe import observed
 from passes.sites import Site
 from surgery.adapter import matrices_of
+from surgery.fingerprint import fingerprint
 from surgery.hosts import operated_sites
 from surgery.progress import track
-from surgery.reading import fingerprint
 from surgery.statistics import Statistic
 from surgery.statistics_file import Statistics
 from surgery.svd import factorise
@@ -140,7 +140,7 @@ def collect(
     run.finish(watched)
     for statistic in statistics.values():
         statistic.weight = None
-    prints = {site.key: fingerprint(model.get_parameter(site.weight)) for site in sites}
+    prints = {site.key: fingerprint(site.weight_of(model)) for site in sites}
     return Statistics(statistics, prints, run.pool)
 
 
@@ -172,7 +172,7 @@ def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, str]) ->
             found |= dict.fromkeys((site.key for site in members), Statistic(kind, "input", d_in))
             continue
         for site in members:
-            weight = model.get_parameter(site.weight).detach()
+            weight = site.weight_of(model).detach()
             weight = matrices_of(weight, site.layout, (site.d_out, site.d_in))
             if kind == "absolute":
                 full = factorise(weight, min(weight.shape), "exact")

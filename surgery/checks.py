@@ -22,7 +22,7 @@ def check_weight(model: nn.Module, site: Site) -> None:
     Raises:
         WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
     """
-    weight = model.get_parameter(site.weight)
+    weight = site.parameter_of(model)
     if weight.numel() == 0:
         raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
     supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
@@ -55,7 +55,16 @@ def check_factors(site: Site, factors: Factors) -> None:
 
 def check_options(
     config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
-) -> None:
+) -> tuple[str, str]:
+    """Refuse options of ``apply_surgery`` that are wrong, or do not go together.
+
+    Returns:
+        Form and lowering, each of which may be named by the other.
+
+    Raises:
+        InputError: says which, and what there is.
+        VariantError: the variant needs data.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, found {seed!r}")
     if calibration is None and config.needs_calibration:
@@ -63,14 +72,17 @@ def check_options(
         raise VariantError(f"{config.name} needs data to choose its factors by: pass calibration={wanted}")
     if form not in ("delta", "residual"):
         raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
-    if form == "residual" and not is_graph:
-        raise InputError("residual form is not supported in place yet: use to_graph(model, inputs, form='residual')")
-    known = ("auto", "lowrank") if is_graph else ("auto", "measure", *REGISTRY)
+    known = ("auto", "lowrank", "residual") if is_graph else ("auto", "measure", *REGISTRY)
     if lowering not in known:
         where = "in a graph " if is_graph else ""
         raise InputError(f"lowering {where}must be one of {', '.join(known)}; found {lowering!r}")
-    if not keep_base:
-        raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the model")
+    if form == "residual" and lowering not in ("auto", "residual"):
+        raise InputError(f"form='residual' has one lowering: leave lowering out; found {lowering!r}")
+    form = "residual" if lowering == "residual" else form
+    if not keep_base and (form != "residual" or is_graph):
+        where = "the graph: use to_graph(model, inputs, form='residual', keep_base=False)" if is_graph else "the model"
+        raise InputError(f"keep_base=False needs form='residual'; in delta form the base weight is part of {where}")
+    return form, "residual" if form == "residual" and not is_graph else lowering
 
 
 def check_loaded(model: nn.Module) -> None:

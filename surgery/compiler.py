@@ -31,10 +31,10 @@ from passes.pipeline import run_pipeline
 from passes.trace import adapter_tensors
 from passes.verify import Validation
 from surgery.base_graph import capture_base, check_capture, sites_for
+from surgery.fingerprint import fingerprint
 from surgery.graphs import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosts import operated_sites
 from surgery.operate import Record, record_of, restore_flags, unwrap
-from surgery.reading import fingerprint
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
 
 ``adapter_model.safetensors`` holds ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``. A site of another variant
 than the first has ``variant`` and ``hyperparameters`` of its own. The shape of a site on a stack of matrices is
-``[stack, d_out, d_in]``, and its tensors have one more dimension in front. Everything is checked before the
-model is touched.
+``[stack, d_out, d_in]``, and its tensors have one more dimension in front. A site that is a part of a packed weight
+has ``rows``, ``[first, one after the last]``. Everything is checked before the model is touched.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import nn
 
 from passes.errors import AdapterError
 from passes.sites import original_names
-from surgery.graphs import require_bases
-from surgery.hosts import host_of, operated_sites
+from surgery.fingerprint import fingerprint
+from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.reading import (
     CONFIG,
@@ -39,7 +39,6 @@ from surgery.reading import (
     TENSORS,
     VERSION,
     dtype_name,
-    fingerprint,
     parameter_names,
     read_adapter,
 )
@@ -82,6 +81,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             "dtype": dtype_name(site.weight),
             "fingerprint": getattr(site, "base_fingerprint", None) or fingerprint(site.weight),
         }
+        if rows := getattr(site, "rows", None):
+            entries[key]["rows"] = list(rows)
         if site.variant != first:
             entries[key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
         for name, tensor in site.core.tensors().items():

@@ -62,7 +62,7 @@ def _graft(
     model: nn.Module, site: Site, config: Variant, r: int, host: str, statistic: Statistic | None, seed: int
 ) -> tuple[Graft, dict[str, Any]]:
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
-        weight = model.get_parameter(site.weight).detach()
+        weight = site.weight_of(model).detach()
         try:
             found = _factorised(config, site, weight, r, statistic, seed)
         except InputError as error:

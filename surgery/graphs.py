@@ -24,7 +24,7 @@ from passes.modules import copy_graph
 from passes.pipeline import Stages, run_pipeline
 from passes.products import Product
 from passes.verify import Validation
-from surgery.node import SSpaceNode, has_base
+from surgery.node import SSpaceNode
 
 CONTAINER = "sspace"
 
@@ -178,19 +178,6 @@ def original_graph(model: fx.GraphModule) -> fx.Graph:
     """The graph of a graph patient before any surgery."""
     record = vars(model).get("_surgery")
     return record.original.graph if record is not None else model.graph
-
-
-def require_bases(model: nn.Module) -> None:
-    """Refuse what goes back to the graph before surgery, where it has lost its weights.
-
-    Raises:
-        SurgeryError: a base weight was not kept.
-    """
-    if missing := [key for key, site in graph_sites(model).items() if not has_base(site)]:
-        raise SurgeryError(
-            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so the graph before surgery is "
-            "gone; make the graph again from the model"
-        )
 
 
 def copy_whole(model: fx.GraphModule) -> None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from passes.annotate import Annotate
 from passes.calls import CallRecord
-from passes.errors import InputError, TargetError
+from passes.errors import InputError, SurgeryError, TargetError
 from passes.insert import Insert
 from passes.modules import private_module
 from passes.normalize import layout_of_forward
@@ -24,6 +25,7 @@ from surgery.costs import schedule_of
 from surgery.graphs import GraphState, copy_whole, register_sites, rewrite
 from surgery.lowerings.dense import give_handle
 from surgery.node import SSpaceNode
+from surgery.residual import SSpaceResidual, join, split
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
@@ -40,6 +42,8 @@ class Graft:
     factors: Factors
     core: Core
     lowering: str = "auto"
+    form: str = "delta"
+    keep_base: bool = True
 
 
 def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
@@ -63,24 +67,17 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
     return "weight" if composite else "module"
 
 
-def attach_all(
-    model: nn.Module,
-    grafts: Iterable[Graft],
-    original: GraphState | None,
-    *,
-    form: str = "delta",
-) -> None:
+def attach_all(model: nn.Module, grafts: Iterable[Graft], original: GraphState | None) -> None:
     """Put adapters on their sites; the caller undoes what is done if one of them fails.
 
     Args:
         original: of a graph patient, what it was before any surgery.
-        form: "delta" or "residual", of adapters in a graph.
     """
     nodes = []
     reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
     for graft in grafts:
         if graft.host == "graph" or graft.site.weight in reads:
-            nodes.append(_node(model, graft, form))
+            nodes.append(_node(model, graft))
             continue
         if original is not None:  # a module that a graph calls may be another model's too
             assert isinstance(model, fx.GraphModule)
@@ -93,12 +90,12 @@ def attach_all(
         rewrite(model, [Insert(register_sites(model, original.graph, nodes)), Annotate()])
 
 
-def _node(model: nn.Module, graft: Graft, form: str) -> SSpaceNode:
+def _node(model: nn.Module, graft: Graft) -> SSpaceNode:
     site, kind = graft.site, "product" if graft.host == "graph" else "weight"
     names = (site.weight, site.bias)
     node = SSpaceNode(model, site.key, names, graft.variant, graft.factors, graft.core, site.layout, kind=kind)
     node.train(model.training)
-    if form == "residual" and kind == "product":
+    if graft.form == "residual" and kind == "product":
         node.split()
     return node
 
@@ -114,7 +111,8 @@ def attach(model: nn.Module, graft: Graft) -> None:
     owner_path, _, local = graft.site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
     bias = graft.site.bias.rpartition(".")[2] if graft.site.bias else None
-    adapter = SSpaceWeight(owner, local, bias) if graft.host == "weight" else owner
+    site = graft.site
+    adapter = SSpaceWeight(owner, local, bias, site.key, site.rows) if graft.host == "weight" else owner
     cls = type(owner)
     try:
         for name, value in zip(
@@ -127,6 +125,10 @@ def attach(model: nn.Module, graft: Graft) -> None:
             parametrize.register_parametrization(owner, local, adapter, unsafe=True)
         else:
             owner.__class__ = SSpaceLinear
+            if graft.form == "residual":
+                weight = owner._parameters["weight"]
+                owners = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
+                split(owner, shared=len(owners) > 1)
             _schedule(owner, graft)
     except BaseException:
         if not isinstance(adapter, SSpaceWeight):
@@ -154,6 +156,10 @@ def detach(site: SSpaceLinear) -> None:
         _strip(site, site.base_class)
         return
     owner, name = site.owner[0], site.weight_name
+    hosted: Any = owner.parametrizations[name]  # type: ignore[index,operator]
+    if len(hosted) > 1:  # other parts of the weight
+        del hosted[next(i for i, other in enumerate(hosted) if other is site)]
+        return
     cls = type(owner)  # a deep copy shares it: without a class of its own, removal would delete the original's property
     owner.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
@@ -163,6 +169,8 @@ def detach(site: SSpaceLinear) -> None:
 
 
 def _strip(module: nn.Module, cls: type[nn.Module]) -> None:
+    if isinstance(module, SSpaceResidual):
+        join(module)
     module.__class__ = cls
     for name in (*ATTRIBUTES, *OWN):
         if name in vars(module) or name in module._modules:
@@ -173,9 +181,16 @@ def replace_weight(site: SSpaceLinear, weight: torch.Tensor) -> None:
     """Take an adapter off and give its owner a new weight parameter; the old tensor is not written."""
     owner: nn.Module = site.owner[0] if isinstance(site, SSpaceWeight) else site
     name = site.weight_name if isinstance(site, SSpaceWeight) else "weight"
-    requires_grad = site.weight.requires_grad
+    base, requires_grad = site.parameter, site.parameter.requires_grad
+    if isinstance(site, SSpaceWeight) and site.rows is not None:
+        start, stop = site.rows
+        weight = torch.cat([base.detach()[:start], weight, base.detach()[stop:]])
     detach(site)
-    owner._parameters[name] = nn.Parameter(weight, requires_grad=requires_grad)
+    parameter = nn.Parameter(weight, requires_grad=requires_grad)
+    if parametrize.is_parametrized(owner, name):
+        owner.parametrizations[name].original = parameter  # type: ignore[index,operator,union-attr]
+    else:
+        owner._parameters[name] = parameter
 
 
 def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
@@ -190,10 +205,30 @@ def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
         elif isinstance(module, SSpaceWeight):
             owner, _, local = path.rpartition("parametrizations.")
             owner, local = owner.rstrip("."), local.rpartition(".")[0]
-            found[owner if local == "weight" and owner else f"{owner}.{local}".lstrip(".")] = module
+            key = owner if local == "weight" and owner else f"{owner}.{local}".lstrip(".")
+            found[f"{key}.{module.part}" if module.part else key] = module
         elif isinstance(module, SSpaceLinear):
             found[path] = module
     return found
+
+
+def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
+    bases = [site.weight for site in model.modules() if isinstance(site, SSpaceResidual) and site.keeps_base]
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *bases)}
+
+
+def require_bases(model: nn.Module) -> None:
+    """Refuse what goes back to the model before surgery, where it has lost its weights.
+
+    Raises:
+        SurgeryError: a base weight was not kept.
+    """
+    if missing := [key for key, site in operated_sites(model).items() if not site.keeps_base]:
+        raise SurgeryError(
+            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so what was before surgery is gone; "
+            "begin again from the base model"
+        )
 
 
 def host_of(site: SSpaceLinear) -> str:
@@ -203,13 +238,19 @@ def host_of(site: SSpaceLinear) -> str:
     return "weight" if isinstance(site, SSpaceWeight) else "module"
 
 
-def check_not_operated(model: nn.Module, keys: list[str]) -> None:
-    """Refuse a second adapter on one site.
+def check_not_operated(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a second adapter on one site, and one on a part of it.
 
     Raises:
         TargetError: one of the sites carries an adapter.
     """
-    if twice := [key for key in keys if key in operated_sites(model)]:
+    present = operated_sites(model)
+    whole = {key.removesuffix(f".{site.part}") for key, site in present.items() if getattr(site, "part", "")}
+    if twice := [
+        site.key
+        for site in sites
+        if site.key in (*present, *whole) or (site.rows and site.key.rpartition(".")[0] in present)
+    ]:
         raise TargetError(
             f"site {twice[0]!r} already carries an adapter ({len(twice)} such); call undo_surgery or merge first"
         )

@@ -9,7 +9,7 @@ from torch import nn
 
 from passes.modules import attribute, private_module
 from passes.trace import INPUT
-from surgery.adapter import Core, Factors, SSpaceLinear, changed_weight, merged_weight
+from surgery.adapter import Core, Factors, SSpaceLinear, changed_weight, merged_weight, rebuilt, remainder
 from surgery.variants import Variant
 
 
@@ -122,11 +122,9 @@ class SSpaceNode(SSpaceLinear):
 
     def split(self) -> None:
         """Hold the remainder ``W_res = W - U S Vh`` of the stored factors, in float32 or better; residual form."""
-        weight, wide = self.weight, torch.promote_types(self.weight.dtype, torch.float32)
-        W = weight.detach().to(torch.float64)
-        remainder = (W if self.layout == "out_in" else W.T) - self._top()
-        self.register_buffer("W_res", remainder.to(wide))
+        self.register_buffer("W_res", remainder(self))
         self.form = "residual"
+        W = self.weight.detach().to(torch.float64)
         self.base_error = float((self.rebuilt_weight().to(torch.float64) - W).abs().max() / W.abs().max().clamp(1e-300))
 
     def use_base(self) -> None:
@@ -139,15 +137,4 @@ class SSpaceNode(SSpaceLinear):
 
     def rebuilt_weight(self) -> torch.Tensor:
         """``W_res + U S Vh`` in the weight's layout and dtype, summed in float64 and rounded once."""
-        remainder: torch.Tensor = self.get_buffer("W_res")
-        weight = (remainder.to(torch.float64) + self._top()).to(self.weight_dtype)
-        return weight if self.layout == "out_in" else weight.T.contiguous()
-
-    def _top(self) -> torch.Tensor:
-        U, S, Vh = (f.to(torch.float64) for f in (self.factors.U, self.factors.S, self.factors.Vh))
-        return (U * S) @ Vh
-
-
-def has_base(site: SSpaceLinear) -> bool:
-    """Whether the base weight of a site was kept."""
-    return not isinstance(site, SSpaceNode) or site.keeps_base
+        return rebuilt(self.get_buffer("W_res"), self, self.weight_dtype)

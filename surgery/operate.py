@@ -16,11 +16,12 @@ from surgery.calibrate import collect, first_batch
 from surgery.checks import check_options
 from surgery.graft import make_grafts
 from surgery.graphs import GraphState, graph_state, restore_state
-from surgery.hosts import Graft, attach_all, detach, operated_sites
+from surgery.hosts import Graft, attach_all, detach, operated_sites, require_bases
 from surgery.measure import measure
-from surgery.node import SSpaceNode, has_base
+from surgery.node import SSpaceNode
 from surgery.patients import as_patient
 from surgery.plan import known_inspection, make_plan
+from surgery.residual import SSpaceResidual
 from surgery.targets import Patterns
 from surgery.variants import Variant, resolve_variant
 
@@ -99,11 +100,13 @@ def apply_surgery(
         calibration: data that the factors are chosen by: an iterable of batches (each like ``example_inputs``; padding
             is left out by ``attention_mask``), a :class:`Contrast`, or :class:`Statistics` that were collected before.
             Of a plain module, the first batch also serves as ``example_inputs``.
-        form: "delta" (``W`` as it is, plus the change), or for graphs "residual" (``W_res`` in place of ``W``).
+        form: "delta" (``W`` as it is, plus the change), or "residual" (``W_res`` in place of ``W``, as the original has
+            it; a weight that is read without a call keeps delta form).
         lowering: how sites are computed: "auto" decides in each forward by a cost model, "measure" by timing the
-            candidates on the example inputs now, and a name ("lowrank", "output", "dense") wherever it is possible.
+            candidates on the example inputs now, and a name ("lowrank", "output", "dense") wherever it is possible;
+            "residual" is another word for that form.
             Products of weights that are read without a call, and graphs, have one way each.
-        keep_base: keep what undo needs.
+        keep_base: in residual form, keep the base weights, on the CPU, for ``undo_surgery``.
         seed: of the core's initial values.
         progress: show progress bars, and the report when done.
 
@@ -118,7 +121,8 @@ def apply_surgery(
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
     given, model = patient_of(model, example_inputs)
-    check_options(config, calibration, form, lowering, keep_base, seed, isinstance(model, fx.GraphModule))
+    is_graph = isinstance(model, fx.GraphModule)
+    form, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
     plan = make_plan(
         model,
         config,
@@ -134,7 +138,7 @@ def apply_surgery(
         statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
     wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
     grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-    grafts = [replace(graft, lowering=lowering) for graft in grafts]
+    grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
 
     def finish() -> None:
         if lowering == "measure":
@@ -142,7 +146,7 @@ def apply_surgery(
         if progress:
             _show_report(model)
 
-    operate(model, grafts, plan.inspection, notes, finish, form=form)
+    operate(model, grafts, plan.inspection, notes, finish)
     return given
 
 
@@ -158,14 +162,8 @@ def operate(
     inspection: Inspection | None,
     notes: dict[str, dict[str, Any]],
     finish: Callable[[], None] = lambda: None,
-    *,
-    form: str = "delta",
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
-
-    Args:
-        form: "delta" or "residual", of adapters in a graph.
-    """
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
     record = vars(model).get("_surgery")
     present = set(operated_sites(model))
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -176,9 +174,13 @@ def operate(
             vars(model)["_surgery"] = Record(flags, inspection, {}, state)
         original = record_of(model).original
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-            attach_all(model, grafts, original, form=form)
+            attach_all(model, grafts, original)
         vars(model)["_surgery"].factorisation.update(notes)
         finish()
+        dropped = {graft.site.key for graft in grafts if not graft.keep_base}
+        for key, site in operated_sites(model).items() if dropped else ():  # last: nothing can fail any more
+            if key in dropped and isinstance(site, SSpaceResidual):
+                site.drop_base()
     except BaseException:
         for key, site in reversed(operated_sites(model).items()):
             if key not in present and not isinstance(site, SSpaceNode):
@@ -202,10 +204,7 @@ def undo_surgery(model: Model) -> Model:
     """
     given, model = model, unwrap(model)
     record = record_of(model)
-    if missing := [key for key, site in operated_sites(model).items() if not has_base(site)]:
-        raise SurgeryError(
-            f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so nothing can be undone"
-        )
+    require_bases(model)
     detach_all(model)
     restore_flags(model, record.requires_grad)
     del vars(model)["_surgery"]

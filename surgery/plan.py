@@ -13,8 +13,8 @@ from passes.errors import VariantError
 from passes.inspection import Inspection, graph_products, inspect_model
 from passes.sites import Site
 from surgery.checks import check_loaded, check_weight
-from surgery.graphs import original_graph, require_bases
-from surgery.hosts import check_not_operated, choose_host
+from surgery.graphs import original_graph
+from surgery.hosts import check_not_operated, choose_host, require_bases
 from surgery.targets import GROUPS, Patterns, select_sites, site_ranks
 from surgery.variants import Variant
 
@@ -72,7 +72,7 @@ def make_plan(
         layers_to_transform=layers_to_transform,
         default=config.default_targets,
     )
-    check_not_operated(model, [site.key for site in chosen])
+    check_not_operated(model, chosen)
     ranks = site_ranks(chosen, config, rank_pattern)
     for site in chosen:
         check_weight(model, site)

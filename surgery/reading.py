@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from passes.errors import AdapterError, SurgeryError
 from passes.inspection import graph_products
-from passes.sites import Site, original_names
+from passes.sites import Site, original_names, part_of
 from surgery.adapter import Core, Factors, SSpaceLinear
+from surgery.fingerprint import fingerprint
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.node import SSpaceNode
@@ -42,7 +43,7 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for site in present.values():  # a hosted weight is named as it was before surgery
         weight, _ = parameter_names(model, site)
-        parameters[weight] = site.weight
+        parameters[weight] = site.parameter
     products: Collection[str] = ()
     flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
@@ -54,21 +55,13 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
             if isinstance(entry, dict):  # a Dynamo graph has flat names
                 entry = entry | {name: flat.get(str(entry.get(name)), entry.get(name)) for name in ("weight", "bias")}
             graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors)
-            if any(graft.site.weight == other.site.weight for other in grafts):
+            if any(_overlap(graft.site, other.site) for other in grafts):
                 raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
             expected |= names
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
     return grafts
-
-
-def fingerprint(weight: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
-    data = weight.detach().cpu().contiguous().view(torch.uint8)
-    digest.update(data.flatten().numpy().data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | None]:
@@ -181,7 +174,8 @@ def _read_site(
     base = getattr(owner, "base_class", type(owner))
     if host == "module" and not is_module_host(base, entry["layout"]):
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
-    weight = parameters[entry["weight"]]
+    rows = _rows(where, entry, parameters[entry["weight"]])
+    weight = part_of(parameters[entry["weight"]], rows)
     shape = _matrix_shape(where, weight, entry, host)
     if fingerprint(weight) != entry["fingerprint"]:
         raise AdapterError(
@@ -209,8 +203,27 @@ def _read_site(
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
-    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=lead[0] if lead else None)
+    stack = lead[0] if lead else None
+    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=rows)
     return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
+
+
+def _rows(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+    """The rows of a packed weight that a site is, or None for the whole."""
+    rows = entry.get("rows")
+    if rows is None:
+        return None
+    fits = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
+    if not fits or not 0 <= rows[0] < rows[1] <= len(weight) or weight.dim() != 2 or entry["host"] != "weight":
+        raise AdapterError(f"{where}: rows {rows!r:.80} are no part of a weight of shape {list(weight.shape)}")
+    return rows[0], rows[1]
+
+
+def _overlap(one: Site, other: Site) -> bool:
+    """Whether two sites share an entry of a weight."""
+    if one.weight != other.weight:
+        return False
+    return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
 def _matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from passes.capture import is_pretrained
 from passes.errors import InputError, SurgeryError
@@ -15,8 +15,7 @@ from passes.forward import outside_inference_mode
 from surgery.adapter import SSpaceLinear
 from surgery.calibrate import collect, first_batch
 from surgery.graft import Wanted, initial_core, make_grafts
-from surgery.graphs import graph_sites, require_bases
-from surgery.hosts import Graft, operated_sites
+from surgery.hosts import Graft, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, restore_flags, unwrap
 from surgery.plan import known_inspection, make_plan
 from surgery.replace import graft_of, replace_adapters
@@ -109,8 +108,6 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
         wanted.append((place, site.variant, site.factors.rank, graft.host))
     coeffs = {key: site.core.coeff.clone() for key, site in found.items()}
-    nodes = graph_sites(inner) if isinstance(inner, fx.GraphModule) else {}
-    form = "residual" if any(site.form == "residual" for site in nodes.values()) else "delta"
 
     def make() -> tuple[list[Graft], dict[str, dict[str, Any]]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
@@ -122,7 +119,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         return grafts, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
-    replace_adapters(inner, make, form=form)
+    replace_adapters(inner, make)
     restore_flags(inner, flags)
     return given
 

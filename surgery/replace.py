@@ -19,19 +19,18 @@ from surgery.plan import known_inspection
 from surgery.reading import parameter_names
 
 
-def replace_adapters(
-    model: nn.Module, make: Callable[[], tuple[list[Graft], dict[str, dict[str, Any]]]], *, form: str = "delta"
-) -> None:
+def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[Graft], dict[str, dict[str, Any]]]]) -> None:
     """Take all adapters off, make new ones on the intact model, and attach them; on any failure the old ones are back.
 
     Args:
-        make: gives the new adapters, and what is noted of their factorisation.
-        form: "delta" or "residual", of adapters in a graph.
+        make: gives the new adapters, and what is noted of their factorisation; form and lowering stay what they are.
     """
     record = vars(model).get("_surgery")
     present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
     old = [graft_of(model, key, site) for key, site in present.items()]
-    kept = {key: site.lowering for key, site in present.items()}
+    kept: dict[str, dict[str, Any]] = {
+        key: {"lowering": site.lowering, "form": site.form} for key, site in operated_sites(model).items()
+    }
     inspection = known_inspection(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     state = graph_state(model)
@@ -44,8 +43,7 @@ def replace_adapters(
         grafts, notes = make()
         for graft in grafts:
             check_weight(model, graft.site)
-        grafts = [replace(graft, lowering=kept.get(graft.site.key, graft.lowering)) for graft in grafts]
-        operate(model, grafts, inspection, notes, form=form)
+        operate(model, [replace(graft, **kept.get(graft.site.key, {})) for graft in grafts], inspection, notes)
     except BaseException:
         if state is not None:
             restore_state(model, state)
@@ -61,5 +59,6 @@ def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
     """The adapter of a site as it can be attached again, or made anew."""
     weight, bias = parameter_names(model, site)
     d_out, d_in = site.factors.shape[-2:]
-    place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack)
-    return Graft(place, host_of(site), site.variant, site.factors, site.core, site.lowering)
+    rows = getattr(site, "rows", None)
+    place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack, rows=rows)
+    return Graft(place, host_of(site), site.variant, site.factors, site.core, site.lowering, site.form)

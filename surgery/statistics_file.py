@@ -25,7 +25,7 @@ from torch import nn
 
 from passes.errors import AdapterError, InputError
 from passes.sites import Site
-from surgery.reading import fingerprint
+from surgery.fingerprint import fingerprint
 from surgery.statistics import KINDS, Statistic
 
 FORMAT, VERSION = "sspace-statistics", "1"
@@ -67,7 +67,7 @@ class Statistics:
             raise InputError(f"site {site.key!r}: the statistics do not cover it; they were collected at other sites")
         if statistic.kind != kind:
             raise InputError(f"site {site.key!r}: the statistics are of kind {statistic.kind!r}, needed is {kind!r}")
-        weight = model.get_parameter(site.weight)
+        weight = site.weight_of(model)
         if statistic.d_in != site.d_in or self.fingerprints[site.key] != fingerprint(weight):
             raise InputError(f"site {site.key!r}: the statistics were collected on another base weight")
         return statistic.to(weight.device)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from passes.errors import CaptureError, RankError, TargetError, WeightError
 from passes.inspection import Inspection
-from passes.sites import Site
+from passes.sites import Site, parts
 from surgery.variants import Variant
 
 Patterns = str | Sequence[str]
@@ -105,8 +105,11 @@ def select_sites(
                 raise CaptureError(f"'residual-writers' needs the graph of the model, which was not captured ({why})")
             chosen = [s for s in chosen if s.residual]
     else:
-        chosen = [s for s in known.values() if matches(target, s.key)]
-        _report_unmatched(target, inspection)
+        chosen = []
+        for site in known.values():  # the parts of a weight are there by their names, where the whole is not asked for
+            here = [site] if matches(target, site.key) else [p for p in parts(site, model) if matches(target, p.key)]
+            chosen += here
+        _report_unmatched(target, inspection, [site.key for site in chosen])
     layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
     if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
         named = () if isinstance(target, str) else target
@@ -130,11 +133,11 @@ def _quantised(model: nn.Module) -> str | None:
     return next((f"{n!r} ({t.dtype})" for n, t in matrices if t.dim() == 2 and not t.is_floating_point()), None)
 
 
-def _report_unmatched(target: Patterns, inspection: Inspection) -> None:
+def _report_unmatched(target: Patterns, inspection: Inspection, chosen: Sequence[str]) -> None:
     """Raise if no pattern matches anything, warn if some of a list do not."""
     known = [site.key for site in inspection.sites]
     patterns: list[Patterns] = [target] if isinstance(target, str) else [[p] for p in target]
-    unmatched = [p for p in patterns if not any(matches(p, key) for key in known)]
+    unmatched = [p for p in patterns if not any(matches(p, key) for key in (*known, *chosen))]
     if not unmatched:
         if not patterns:
             raise TargetError("target_modules is an empty list")

@@ -17,7 +17,6 @@ from passes.verify import Validation
 from surgery.adapter import SSpaceLinear, merged_weight
 from surgery.graphs import copy_as_ever, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
-from surgery.lowerings.dense import forget
 from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
@@ -120,7 +119,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; use merge(model, untie=True) to give the site a weight of its own"
             )
-    bases = [(parameter_names(model, site)[0], site.weight) for site in found.values()]
+    bases = [(parameter_names(model, site)[0], site.parameter) for site in found.values()]
     items = track(list(found.items()), "merging", enabled=progress)
     merged = {key: merged_weight(site, key) for key, site in items}
     if nodes:
@@ -148,8 +147,7 @@ def refresh(model: Model) -> Model:
         SurgeryError: the model carries no surgery.
     """
     for site in _operated(model).values():
-        site.core.forget()
-        forget(site)
+        site.forget()
     return model
 
 
@@ -179,8 +177,11 @@ def _shared(model: nn.Module, found: dict[str, SSpaceLinear]) -> dict[str, list[
     """What else has or reads the weight of a site, by the site's key."""
     owners, shared = _owners(model), {}
     for key, site in found.items():
-        if not isinstance(site, SSpaceNode) and len(owners[id(site.weight)]) > 1:
-            shared[key] = sorted(owners[id(site.weight)] - {key})
+        if isinstance(site, SSpaceNode):
+            continue
+        others = owners.get(id(site.parameter), set())
+        if len(others) > (site.form == "delta"):  # of a site in residual form, the weight is not its own parameter
+            shared[key] = sorted(others - {key})
     if isinstance(model, fx.GraphModule):
         shared |= {key: [f"node {node.name!r}" for node in nodes] for key, nodes in other_readers(model).items()}
     return {key: names for key, names in shared.items() if names}

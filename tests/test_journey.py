@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import factors
+from bench import factors, lowerings
 from bench.passes import markdown, summary
 
 ROOT = Path(__file__).parent.parent
@@ -44,17 +44,22 @@ def test_the_readmes_commands_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["demo", "passes", "factors"])
+@pytest.mark.parametrize("name", ["demo", "passes", "factors", "lowerings"])
 def test_the_readmes_tables_are_recorded_runs(name: str) -> None:
     table = re.search(rf"<!-- {name} table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert table is not None
     assert (ROOT / table.group(1)).read_text().strip() == table.group(2).strip()
-    data = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-    for entry in ("command", "commit", "versions", "hardware", "threads"):
-        assert data[entry]
+    results = ROOT / "bench" / "results"
+    rows = lowerings.read(results / f"{name}.jsonl")
+    data = json.loads((results / f"{name}.json").read_text()) if not rows else {}
+    for run in rows or [data]:
+        for entry in ("command", "commit", "versions", "hardware", "threads"):
+            assert run[entry]
     if name == "demo":
         assert all(passed is not False for _, _, passed in data["rows"])
         assert all(f"| {what} | {value} |" in table.group(2) for what, value, _ in data["rows"])
+    elif name == "lowerings":
+        assert lowerings.markdown(rows).strip() == table.group(2).strip()
     elif name == "factors":
         assert factors.markdown(data).strip() == table.group(2).strip()
     else:

@@ -181,7 +181,6 @@ def test_a_tensor_subclass():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"form": "residual"}, surgery.InputError),
         ({"form": "nonsense"}, surgery.InputError),
         ({"lowering": "nonsense"}, surgery.InputError),
         ({"keep_base": False}, surgery.InputError),

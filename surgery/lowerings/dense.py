@@ -124,11 +124,6 @@ def kept_weight(site: SSpaceLinear) -> torch.Tensor:
     return kept.weight  # type: ignore[no-any-return]
 
 
-def forget(site: SSpaceLinear) -> None:
-    """Drop the materialised weight of a site."""
-    vars(site).pop("_dense", None)
-
-
 def give_handle(site: SSpaceLinear) -> None:
     """Give a site the number by which compiled code finds what it keeps; a tensor, so that no graph holds its value."""
     number = next(COUNTER)

@@ -1,0 +1,45 @@
+"""``residual``: the original's own form, ``y = x W_res^T + b + (S h + delta(h)) U^T`` with ``W_res = W - U S Vh``.
+
+It costs what ``lowrank`` costs and computes in the remainder's dtype, float32 or better. The one lowering whose
+``coeff = 0`` is the base up to rounding, and not bit for bit: there to be compared with, and for a base that is not
+kept. The site is then a :class:`surgery.residual.SSpaceResidual`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from surgery.lowerings import REGISTRY, Size, Work, register
+
+if TYPE_CHECKING:
+    from surgery.adapter import SSpaceLinear
+
+
+@register
+class Residual:
+    """The PiSSA-style split."""
+
+    name = "residual"
+    steers_rows = True
+
+    def why_not(self, site: SSpaceLinear) -> str | None:
+        """The site has its weight, and no remainder."""
+        return None if site.form == "residual" else "the site is in delta form"
+
+    def advised(self, site: SSpaceLinear) -> bool:
+        """Never by itself: what the form of a site is, is decided when it is operated on."""
+        return False
+
+    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        """The remainder's product and the whole term, summed in the remainder's dtype."""
+        W_res = site.get_buffer("W_res")
+        wide = x.to(W_res.dtype)
+        bias = None if site.bias is None else site.bias.to(W_res.dtype)
+        return (F.linear(wide, W_res, bias) + site.adapter_term(wide, whole=True)).to(x.dtype)
+
+    def work(self, size: Size, *, training: bool) -> list[Work]:
+        """What ``lowrank`` takes beside the product, which is that of another weight."""
+        return REGISTRY["lowrank"].work(size, training=training)

@@ -1,0 +1,147 @@
+"""q, k and v of ``nn.MultiheadAttention.in_proj_weight``, each as a site of its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery import apply_surgery, load_adapter, merge, recalibrate, save_adapter, set_coeff, sites, steer, undo_surgery
+from tests.test_lowerings import shake
+from tests.tolerance import assert_close
+
+E = 16
+X = torch.randn(2, 5, E, generator=torch.Generator().manual_seed(3))
+MEMORY = torch.randn(2, 7, E, generator=torch.Generator().manual_seed(4))
+CALLS = {"self": (X, X, X), "memory": (X, MEMORY, MEMORY), "three": (X, MEMORY, torch.tanh(MEMORY))}
+QV = ["in_proj_weight.q", "in_proj_weight.v"]
+
+
+def attention(dtype: torch.dtype = torch.float32) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    found = nn.MultiheadAttention(E, 4, batch_first=True).to(dtype).eval()
+    nn.init.normal_(found.in_proj_bias, std=0.3)
+    return found
+
+
+def operated(call: str = "self", variant: Any = "antipasto", targets: Any = QV, **options: Any) -> nn.Module:
+    options = {"example_inputs": CALLS[call], "progress": False, **options}
+    return shake(apply_surgery(attention(), variant, r=6, target_modules=targets, **options))
+
+
+def run(model: nn.Module, call: str = "self") -> torch.Tensor:
+    with torch.no_grad():
+        return model(*CALLS[call])[0]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_each_part_has_factors_and_a_core_of_its_own(call: str) -> None:
+    model, base = operated(call), attention()
+    assert list(sites(model)) == QV
+    dense = copy.deepcopy(base).double()
+    for i, name in ((0, "q"), (2, "v")):
+        site = sites(model)[f"in_proj_weight.{name}"]
+        rows = slice(i * E, (i + 1) * E)
+        W = base.in_proj_weight.detach().double()[rows]
+        assert torch.equal(site.weight, base.in_proj_weight[rows])
+        assert torch.equal(site.bias, base.in_proj_bias[rows])
+        U, S, Vh = torch.linalg.svd(W)
+        assert_close(site.factors.S.double(), S[:6], torch.float32)
+        change = (U[:, :6] * (S[:6] * torch.nn.functional.elu(site.core.g.detach().double()))) @ Vh[:6]
+        assert_close(site.delta_weight().double(), change, torch.float32)
+        dense.in_proj_weight.data[rows] += change
+    with torch.no_grad():
+        expected = dense(*(x.double() for x in CALLS[call]))[0]
+    assert_close(run(model, call), expected)
+    with steer(model, 0.0):
+        assert torch.equal(run(model, call), run(attention().requires_grad_(False), call))
+
+
+def test_all_verbs(tmp_path: Path) -> None:
+    model, live = operated(), run(operated())
+    base = attention()
+    assert torch.equal(run(copy.deepcopy(model)), live)
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(run(load_adapter(attention(), tmp_path / "adapter")), live)
+    assert torch.equal(run(load_adapter(model, tmp_path / "adapter")), live)
+    merged = merge(copy.deepcopy(model))
+    assert type(merged) is nn.MultiheadAttention
+    assert_close(run(merged), live)
+    assert torch.equal(merged.in_proj_weight[E : 2 * E], base.in_proj_weight[E : 2 * E])
+    parameter = model.parametrizations.in_proj_weight.original
+    undo_surgery(model)
+    assert model.in_proj_weight is parameter
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in base.named_parameters()]
+    assert type(model) is nn.MultiheadAttention
+    assert torch.equal(run(model), run(base))
+
+
+def test_gradients_reach_the_cores_alone() -> None:
+    model = operated()
+    model(*CALLS["self"])[0].square().sum().backward()
+    assert all(bool(site.core.g.grad.abs().sum() > 0) for site in sites(model).values())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        name for name, p in model.named_parameters() if p.grad is not None
+    ]
+
+
+def test_parts_and_wholes_do_not_meet() -> None:
+    model = operated()
+    for targets in ("in_proj_weight", ["in_proj_weight.q"]):
+        with pytest.raises(surgery.TargetError, match="already carries an adapter"):
+            apply_surgery(model, "antipasto", r=6, target_modules=targets, example_inputs=CALLS["self"], progress=False)
+    apply_surgery(model, "lora_xs", r=4, target_modules=["k"], example_inputs=CALLS["self"], progress=False)
+    assert sorted(sites(model)) == [f"in_proj_weight.{name}" for name in "kqv"]
+    whole = operated(targets=".*")
+    assert sorted(sites(whole)) == ["in_proj_weight", "out_proj"]
+    with pytest.raises(surgery.TargetError, match="already carries an adapter"):
+        apply_surgery(whole, "antipasto", r=6, target_modules=["q"], example_inputs=CALLS["self"], progress=False)
+    with pytest.raises(surgery.CaptureError, match="part of a packed weight"):
+        surgery.to_graph(model, CALLS["self"])
+
+
+def test_a_failure_takes_off_the_new_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = operated(targets=["q"])
+    live = run(model)
+
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("surgery.operate._show_report", fail)
+    with pytest.raises(MemoryError):
+        apply_surgery(model, "antipasto", r=6, target_modules=["v"], example_inputs=CALLS["self"], progress=True)
+    assert list(sites(model)) == ["in_proj_weight.q"]
+    assert torch.equal(run(model), live)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calibration_sees_what_each_part_multiplies(call: str) -> None:
+    model = operated(call, "antipasto_corda", ["q", "k", "v"], calibration=[CALLS[call]])
+    for i, (name, x) in enumerate(zip("qkv", CALLS[call], strict=True)):
+        site = sites(model)[f"in_proj_weight.{name}"]
+        W = attention().in_proj_weight.detach().double()[i * E : (i + 1) * E]
+        tokens = x.double().flatten(0, 1)
+        C = tokens.T @ tokens / len(tokens) + 1e-3 * torch.eye(E, dtype=torch.float64)
+        expected = torch.linalg.eigvalsh(W @ C @ W.T).flip(0)[:6].sqrt()
+        assert_close(site.factors.S.double(), expected, torch.float32)
+    set_coeff(model, 0.0)
+    assert_close(run(model, call), run(attention(), call))
+    recalibrate(model, [CALLS[call]], reset=True, progress=False)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 99], [3, 3], [-1, 4], "all", [0, 4.0], [E, 2 * E]])
+def test_wrong_rows_in_a_file_are_refused(rows: Any, tmp_path: Path) -> None:
+    save_adapter(operated(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["sites"]["in_proj_weight.q"]["rows"] = rows
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = attention()
+    with pytest.raises(surgery.AdapterError, match=r"in_proj_weight\.q"):
+        load_adapter(model, tmp_path)
+    assert not sites(model)
