@@ -37,7 +37,7 @@ def compare(subject: Subject, run: Run, steer: Callable[[float], Any], what: str
         if coeff is not None:
             set_coeff(subject.reference, coeff)
             steer(coeff)
-        error, problem = _differ(subject, run, subject.call)
+        error, problem = differ(subject, run, subject.call)
         if problem is not None:
             at = "" if coeff is None else f" at coeff={coeff}"
             raise ExportError(f"{what} differs from PyTorch{at}: {problem}")
@@ -59,7 +59,7 @@ def sizes(subject: Subject, run: Run, names: Collection[str] = ("batch", "sequen
         except Exception:  # the model has no such size: it is not one to be kept free
             continue
         try:
-            found[name] = "free" if _differ(subject, run, call)[1] is None else "wrong"
+            found[name] = "free" if differ(subject, run, call)[1] is None else "wrong"
         except Exception:  # runtimes raise types of their own; a refusal is an answer
             found[name] = "fixed"
     return found
@@ -87,8 +87,8 @@ def other_calls(call: Call) -> dict[str, Call]:
     return calls
 
 
-def _differ(subject: Subject, run: Run, call: Call) -> tuple[float, str | None]:
-    """Largest deviation, and what is wrong or None."""
+def differ(subject: Subject, run: Run, call: Call) -> tuple[float, str | None]:
+    """Run a program and compare all outputs: the largest deviation, and what is wrong or None."""
     args, kwargs = copied(call)
     expected = subject.expected(call)
     with torch.no_grad():

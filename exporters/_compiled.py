@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from exporters._base import inputs_for
-from passes.capture import hub_inputs, is_pretrained
+from exporters._agreement import differ
+from exporters._base import working_copy
+from exporters._program import Subject, call_of
 from passes.errors import ExportError
-from passes.forward import copied, inference_mode_of, state_kept
-from passes.tolerance import RELATIVE, disagreement
 from surgery import pipeline
 from surgery.operate import unwrap
 
@@ -31,9 +29,10 @@ def compiled(
 ) -> Any:
     """Compile the graph of an operated model; the model is left as it was.
 
-    The result is called as the model is, in eval mode. It is ``torch.compile``'s wrapper of the graph, so that
-    ``set_coeff``, ``steer`` and ``sites`` work on it; neither a coeff nor a core that changes compiles again. Its cores
-    are the model's own, its coeff is its own.
+    The result is called as the model is, in eval mode; the tensors of a ``transformers`` model are keywords, its flags
+    are those of the example. It is ``torch.compile``'s wrapper of the graph, so that ``set_coeff``, ``steer`` and
+    ``sites`` work on it; neither a coeff nor a core that changes compiles again. Its cores are the model's own, its
+    coeff is its own.
 
     Args:
         example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
@@ -56,21 +55,9 @@ def compiled(
     graph = pipeline(model, example_inputs, form=form, fuse=fuse, stop_after=stop, disable=disable).graph
     program = torch.compile(graph, **options)
     if verify:
-        _verify(model, program, example_inputs)
-    return program
-
-
-def _verify(model: nn.Module, program: Any, example_inputs: Any) -> None:
-    call = inputs_for(model, example_inputs)
-    call = ((), hub_inputs(model, call)) if is_pretrained(model) else call
-    with inference_mode_of(model), state_kept(model), torch.no_grad():
-        args, kwargs = copied(call)
-        expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
-        args, kwargs = copied(call)
-        found = [leaf for leaf in tree_leaves(program(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
-    dtypes = {p.dtype for p in model.parameters() if p.dtype in RELATIVE}
-    coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)
-    for one, other in zip(found, expected, strict=True):
-        problem = disagreement(one, other, coarsest if one.dtype in RELATIVE else None)
+        reference = working_copy(model)
+        call, flags = call_of(reference, example_inputs)
+        _, problem = differ(Subject(program, reference, call, flags, (None,)), program, call)
         if problem is not None:
             raise ExportError(f"the compiled graph of {type(model).__name__} differs from the model: {problem}")
+    return program

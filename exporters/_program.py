@@ -72,7 +72,7 @@ def subject_of(model: nn.Module, example_inputs: Any, mode: str) -> Subject:
     if mode not in ("merged", "live"):
         raise ExportError(f"mode must be 'merged' or 'live', found {mode!r}")
     reference, root = working_copy(model), working_copy(model)
-    call, fixed = _call(reference, example_inputs)
+    call, fixed = call_of(reference, example_inputs)
     found = sites(root)
     if mode == "live":
         _check_live(root, found)
@@ -97,7 +97,7 @@ def _check_live(root: nn.Module, found: Mapping[str, SSpaceLinear]) -> None:
         raise ExportError(f"{type(root).__name__} has an attribute {KNOB!r} of its own, the name of the knob")
 
 
-def _call(model: nn.Module, example_inputs: Any) -> tuple[Call, dict[str, Any]]:
+def call_of(model: nn.Module, example_inputs: Any) -> tuple[Call, dict[str, Any]]:
     """The call with a batch of one doubled, and apart from it the keywords that are not tensors."""
     call = inputs_for(model, example_inputs)
     args, kwargs = ((), hub_inputs(model, call)) if is_pretrained(model) else copied(call)
@@ -123,6 +123,7 @@ class _Called(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self.training = False
 
 
 def _forward(root: nn.Module, found: list[SSpaceLinear], fixed: dict[str, Any]) -> Callable[..., Any]:

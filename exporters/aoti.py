@@ -16,6 +16,8 @@ sizes of its inputs: ``sizes`` in the report says which are free.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,8 +113,26 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
         except Exception as error:  # inductor may fail in any way; the cause is chained
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise ExportError(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
-        with archive(path) as file:
-            package_aoti(file, files)
+        # the sources are not needed to run, and name this machine's folders
+        kept = [file for file in files if not str(file).endswith((".cpp", ".h"))]
+        for file in kept:
+            if isinstance(file, str) and file:
+                _forget_paths(Path(file), [folder, str(Path(torch.__file__).parent.parent)])
+        with archive(path) as written:
+            package_aoti(written, kept)
+
+
+def _forget_paths(file: Path, folders: list[str]) -> None:
+    """Overwrite folders of this machine, in the texts of errors, by relative ones of the same length."""
+    with open(file, "r+b") as opened:
+        if not file.stat().st_size:
+            return
+        with mmap.mmap(opened.fileno(), 0) as data:
+            for folder in map(os.fsencode, folders):
+                at = data.find(folder)
+                while at >= 0:
+                    data[at : at + len(folder)] = (b"./" * len(folder))[: len(folder)]
+                    at = data.find(folder, at + len(folder))
 
 
 def _device(program: ExportedProgram) -> str:

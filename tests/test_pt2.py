@@ -354,6 +354,15 @@ def test_a_wrong_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("format", ["pt2", "torchscript"])
+def test_where_nothing_can_be_written(format: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    p = operated("mlp")
+    with pytest.raises(ExportError, match="cannot write"):
+        export(p.model, format, tmp_path / "file" / "folder", example_inputs=p.inputs)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("format", ["pt2", "torchscript"])
 def test_a_full_disk_leaves_nothing(format: str, tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys, torch
