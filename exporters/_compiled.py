@@ -57,7 +57,7 @@ def compiled(
     if verify:
         reference = working_copy(model)
         call, flags = call_of(reference, example_inputs)
-        _, problem = differ(Subject(program, reference, call, flags, (None,)), program, call)
+        _, problem = differ(Subject(reference, reference, call, flags, (None,)), program, call)
         if problem is not None:
             raise ExportError(f"the compiled graph of {type(model).__name__} differs from the model: {problem}")
     return program

@@ -191,7 +191,7 @@ def program_of(subject: Subject) -> ExportedProgram:
                 node.meta.pop(key, None)
     if subject.live:
         holder = root.inner if isinstance(root := subject.root, _Called) else root
-        program.graph_module.meta["custom"] = {FORMAT: contents(holder, root.get_buffer(KNOB), _used(program))}
+        program.graph_module.meta["custom"] = {FORMAT: contents(holder, root.get_buffer(KNOB), _read(program))}
     program.example_inputs = tree_map_only(torch.Tensor, torch.zeros_like, program.example_inputs)
     return program
 
@@ -207,8 +207,9 @@ def _rename(program: ExportedProgram, rename: Callable[[str], str]) -> None:
         tensors.update(renamed)
 
 
-def _used(program: ExportedProgram) -> set[str]:
-    """Names of the tensors that the program reads."""
-    holders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    specs = program.graph_signature.input_specs
-    return {spec.target for spec in specs if spec.target is not None and holders[spec.arg.name].users}
+def _read(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors that the program reads, by name."""
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    held = {**program.constants, **program.state_dict}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.target in held and users[spec.arg.name]]
+    return {spec.target: held[spec.target] for spec in specs if isinstance(held[spec.target], torch.Tensor)}

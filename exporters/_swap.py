@@ -36,23 +36,21 @@ PARTS = ("core", "factors")
 Tensors = dict[str, dict[str, torch.Tensor]]  # by part and name
 
 
-def contents(model: nn.Module, knob: torch.Tensor, used: set[str]) -> dict[str, Any]:
+def contents(model: nn.Module, knob: torch.Tensor, read: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What a live program holds for each site, for :func:`swap` to check an adapter against.
 
     Args:
         knob: the buffer that steers.
-        used: names of the tensors that the program reads; others cannot be replaced.
+        read: the tensors that the program reads, by its names; others cannot be replaced.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
+    names: dict[Any, list[str]] = {}  # by identity: a module that is registered twice has several names
+    for name, tensor in read.items():
+        names.setdefault(_place(tensor), []).append(name)
     entries = {}
     for key, site in sites(model).items():
         entries[key] = _entry(site)
-        for part, module in (("core", site.core), ("factors", site.factors)):
-            named = {name: f"{paths[id(module)]}.{name}" for name in _tensors(site)[part]}
-            entries[key][part] = {
-                name: {"name": named[name] if named[name] in used else None, **_kind(tensor)}
-                for name, tensor in _tensors(site)[part].items()
-            }
+        for part, tensors in _tensors(site).items():
+            entries[key][part] = {n: {"names": names.get(_place(t), []), **_kind(t)} for n, t in tensors.items()}
         for name, tensor in _tensors(site)["factors"].items():
             entries[key]["factors"][name]["fingerprint"] = fingerprint(tensor)
     return {"version": VERSION, "knob": KNOB, "dtype": dtype_name(knob), "device": str(knob.device), "sites": entries}
@@ -62,7 +60,7 @@ def names_in(meta: Mapping[str, Any]) -> set[str]:
     """Names of all tensors of a live program that can be replaced, from the metadata of its graph."""
     held = meta.get("custom", {}).get(FORMAT, {"sites": {}})
     tensors = [tensor for entry in held["sites"].values() for part in PARTS for tensor in entry[part].values()]
-    return {held["knob"] for _ in tensors[:1]} | {tensor["name"] for tensor in tensors if tensor["name"]}
+    return {held["knob"] for _ in tensors[:1]} | {name for tensor in tensors for name in tensor["names"]}
 
 
 def swap(loaded: Any, adapter: nn.Module | str | os.PathLike[str] | None = None, *, coeff: float | None = None) -> None:
@@ -158,11 +156,9 @@ def _value(where: str, tensor: torch.Tensor, wanted: Mapping[str, Any]) -> dict[
         raise AdapterError(f"{where} is not finite")
     if wanted.get("fingerprint") == fingerprint(tensor):
         return {}  # the same factors
-    if wanted["name"] is None:
-        if "fingerprint" not in wanted:  # a core that no product of the program reads
-            return {}
+    if "fingerprint" in wanted and not wanted["names"]:
         raise AdapterError(f"{where} differs from the program's, which has folded it: export the adapter anew")
-    return {wanted["name"]: tensor}
+    return dict.fromkeys(wanted["names"], tensor)  # none of a core that no product of the program reads
 
 
 def _put(loaded: Any, values: dict[str, torch.Tensor]) -> None:
@@ -188,6 +184,11 @@ def _variant_entry(variant: Variant) -> dict[str, Any]:
 
 def _tensors(site: Any) -> Tensors:
     return {"core": site.core.tensors(), "factors": {name: getattr(site.factors, name) for name in ("U", "S", "Vh")}}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a tensor are."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _kind(tensor: torch.Tensor) -> dict[str, Any]:

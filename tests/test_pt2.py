@@ -31,7 +31,7 @@ from surgery import (
 from surgery.variants import REGISTRY
 from tests.fresh import run_fresh
 from tests.test_onnx import operated
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, relative_error
 from tests.zoo import Forward, Patient, patient
 
 LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("bert", "vit", "t5", "llama")]
@@ -299,6 +299,28 @@ def test_swap_refuses_an_adapter_of_another_model_and_changes_nothing(live_mlp: 
     with pytest.raises(ExportError, match="holds no adapter"):
         swap(nn.Linear(2, 2), coeff=0.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in program.state_dict().items())
+
+
+class Twice(nn.Module):
+    """One module under three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)] * 2)
+        self.again = self.layers[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(torch.relu(self.layers[1](x))) + self.layers[0](x)
+
+
+def test_swap_reaches_a_module_with_several_names(tmp_path: Path) -> None:
+    p = Patient("twice", Twice().eval(), torch.randn(3, 8))
+    apply_surgery(p.model, "antipasto", r=4, example_inputs=p.inputs, progress=False)
+    program = load(export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)
+    before = p.run()
+    swap(program, shaken(p).model)
+    assert relative_error(p.run(), before) > 1e-2
+    assert_close(first(program, p.inputs), p.run())
 
 
 def test_swap_takes_other_factors_along(tmp_path: Path) -> None:
