@@ -15,10 +15,12 @@ from typing import Any
 from torch import nn
 
 from exporters._base import Exported, ExportReport, publish, staged
+from exporters._compiled import compiled
+from exporters._swap import swap
 from passes.errors import ExportError
 from surgery.operate import unwrap
 
-__all__ = ["ExportError", "ExportReport", "Exported", "export", "formats"]
+__all__ = ["ExportError", "ExportReport", "Exported", "compiled", "export", "formats", "swap"]
 
 
 def formats() -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path, tree_iter
 
+from exporters._capture import valid_positions
 from passes.errors import ExportError
 from passes.tolerance import relative_error
 from surgery.verbs import set_coeff
@@ -48,7 +49,9 @@ def compare(model: nn.Module, inputs: dict[str, Any], path: Path, coeffs: list[A
         if len(found) != len(expected):
             raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(expected)}")
         pairs = zip(map(torch.from_numpy, found), expected, strict=True)
-        deviation = max(relative_error(_valid(one, inputs), _valid(other.cpu(), inputs)) for one, other in pairs)
+        deviation = max(
+            relative_error(valid_positions(one, inputs), valid_positions(other.cpu(), inputs)) for one, other in pairs
+        )
         if not deviation <= TOLERANCE[dtype]:
             at = "" if coeff is None else f" at coeff={coeff.tolist()}"
             raise ExportError(
@@ -57,15 +60,6 @@ def compare(model: nn.Module, inputs: dict[str, Any], path: Path, coeffs: list[A
             )
         worst = max(worst, deviation)
     return worst
-
-
-def _valid(output: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """Leave out the positions of padding, which attend to nothing: each runtime fills them as it likes."""
-    valid = torch.ones(output.shape[:2], dtype=torch.bool)
-    for name, mask in inputs.items():
-        if name.endswith("attention_mask") and mask is not None and mask.shape == output.shape[:2]:
-            valid &= mask.cpu().bool()
-    return output if valid.all() else output[valid]
 
 
 def coefficients(rows: int) -> list[torch.Tensor]:

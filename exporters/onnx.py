@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from exporters._base import Exported, inputs_for, need, working_copy
+from exporters._capture import output_names
 from exporters._onnxruntime import KNOB, TOLERANCE, coefficients, compare
 from passes.capture import hub_inputs, is_pretrained, keyword_inputs
 from passes.errors import ExportError, InputError
@@ -167,7 +168,7 @@ def _convert(model: nn.Module, inputs: dict[str, Any], opset: int | None) -> Any
                 program = torch.onnx.export(
                     captured,
                     input_names=list(traced),
-                    output_names=_output_names(model(**traced)),
+                    output_names=output_names(model(**traced)),
                     opset_version=opset,
                     dynamo=True,
                     optimize=True,
@@ -194,15 +195,6 @@ class _Called(nn.Module):
 
 def _all_dynamic(value: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO), value)
-
-
-def _output_names(output: Any) -> list[str]:
-    """Names of the output's tensors: the keys of a mapping, positions of a sequence, "output" for a single tensor."""
-    leaves, _ = tree_flatten_with_path(output)
-    if len(leaves) == 1 and not leaves[0][0]:
-        return ["output"]
-    parts = [[str(getattr(key, "key", getattr(key, "idx", key))) for key in path] for path, _ in leaves]
-    return ["_".join(["output", *part] if part[0].isdigit() else part) for part in parts]
 
 
 def _finish(graph: Any, inputs: dict[str, Any]) -> None:

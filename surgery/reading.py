@@ -38,7 +38,7 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
     config = _read_config(path)
-    default = _variant(config["variant"], config["hyperparameters"])
+    default = variant_of(config)
     present = operated_sites(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for site in present.values():  # a hosted weight is named as it was before surgery
@@ -64,6 +64,18 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     return grafts
 
 
+@contextlib.contextmanager
+def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Open an adapter directory without a model: its configuration, and its tensors by name.
+
+    Raises:
+        AdapterError: the directory is missing or damaged.
+    """
+    config = _read_config(path)
+    with _opened(path, config) as tensors:
+        yield config, tensors
+
+
 def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | None]:
     """Names that the weight and bias of a site have, or had before surgery, in the model."""
     if isinstance(site, SSpaceNode):
@@ -78,6 +90,15 @@ def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | No
 
 def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def variant_of(entry: dict[str, Any]) -> Variant:
+    """The variant that an adapter's configuration, or that of one of its sites, names.
+
+    Raises:
+        AdapterError: there is none such.
+    """
+    return _variant(entry["variant"], entry.get("hyperparameters", {}))
 
 
 def _variant(name: Any, values: Any) -> Variant:
@@ -181,7 +202,7 @@ def _read_site(
         raise AdapterError(
             f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
         )
-    variant = _variant(entry["variant"], entry.get("hyperparameters", {})) if "variant" in entry else default
+    variant = variant_of(entry) if "variant" in entry else default
     if host == "weight" and not variant.linear:
         raise AdapterError(f"{where}: {variant.name} is not linear, and the product reads its weight without a call")
     (*lead, d_out, d_in), r = shape, entry["r"]
