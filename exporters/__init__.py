@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from exporters._base import Exported, ExportReport, publish, staged
+from exporters._onnx_cores import check_core, export_core
 from passes.errors import ExportError
 from surgery.operate import unwrap
 
-__all__ = ["ExportError", "ExportReport", "Exported", "export", "formats"]
+__all__ = ["ExportError", "ExportReport", "Exported", "check_core", "export", "export_core", "formats"]
 
 
 def formats() -> list[str]:
