@@ -22,7 +22,7 @@ from passes.capture import all_dynamic, hub_inputs, is_pretrained, keyword_input
 from passes.errors import ExportError, InputError
 from passes.forward import keep_forward, quiet
 from surgery.hosts import host_of
-from surgery.verbs import sites
+from surgery.verbs import sites, steer
 
 NOISY = ("transformers", "torch.onnx", "torch._export", "onnxscript", "onnx_ir")
 KNOB = "coeff"
@@ -37,21 +37,27 @@ class Knob:
         default: what holds where the input is left out.
         example: what it is captured with; no special values, which a rule of the optimiser might remove.
         slots: tables of tensors and the names in them that the input is put in for, each with the shape to put it in.
+        spread: give it as many entries as the batch has rows.
     """
 
     name: str
     default: torch.Tensor
     example: torch.Tensor
     slots: tuple[tuple[dict[str, Any], str, tuple[int, ...] | None], ...]
+    spread: bool = False
 
 
-def steering_knob(model: nn.Module) -> Knob:
-    """``coeff``: a number or one per row; 1.0 by default. It takes the place of every site's own."""
+def steering_knob(model: nn.Module, rows: int) -> Knob:
+    """``coeff``: a number or one per row; 1.0 by default. It takes the place of every site's own.
+
+    It is captured as (1,): a site reshapes it to (-1, 1, ..., 1), which takes any number of rows. But a graph sees its
+    inputs by as many rows as the knob has, so there it is spread over the rows of the batch.
+    """
     found = sites(model).values()
     slots = tuple((s.core._buffers, KNOB, () if host_of(s) == "weight" else None) for s in found)
     dtype = torch.promote_types(torch.float32, next(iter(found)).core.coeff.dtype)
-    # (1,): a site reshapes it to (-1, 1, ..., 1), which takes any number of rows
-    return Knob(KNOB, torch.ones((), dtype=dtype), torch.ones(1, dtype=dtype), slots)
+    spread = rows > 1 and any(host_of(site) == "graph" for site in found)
+    return Knob(KNOB, torch.ones((), dtype=dtype), torch.ones(1, dtype=dtype), slots, spread)
 
 
 def core_knobs(model: nn.Module) -> list[Knob]:
@@ -104,9 +110,17 @@ def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def rows_of(model: nn.Module, run: Callable[[], Any], inputs: Mapping[str, Any]) -> int:
     """Rows of the batch if every site sees them as dimension 0 of its input, so that each can have its coeff, or 1."""
-    rows = next(leaf for leaf in tree_iter(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()).shape[0]
+    rows = _first(inputs).shape[0]
     found = sites(model).values()
-    fits = [host_of(site) == "module" for site in found]
+    hosts = {host_of(site) for site in found}
+    if "graph" in hosts and "weight" not in hosts:
+        try:
+            with steer(model, torch.linspace(-1, 1, rows)), torch.no_grad():
+                run()
+        except (RuntimeError, InputError):  # the graph itself refuses rows that do not divide what a site sees
+            return 1
+        return rows
+    fits = [host == "module" for host in hosts]
 
     def look(site: nn.Module, args: Any, kwargs: Any) -> None:
         x = next(iter((*args, *kwargs.values())))
@@ -120,6 +134,11 @@ def rows_of(model: nn.Module, run: Callable[[], Any], inputs: Mapping[str, Any])
         for handle in handles:
             handle.remove()
     return rows if all(fits) else 1
+
+
+def _first(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The input that tells the number of rows."""
+    return next(leaf for leaf in tree_iter(dict(inputs)) if isinstance(leaf, torch.Tensor) and leaf.dim())
 
 
 def convert(
@@ -203,6 +222,7 @@ def _named_forward(
     def forward(**kwargs: Any) -> Any:
         given = {public[name]: value for name, value in kwargs.items()}
         values = [given.pop(knob.name) for knob in knobs]
+        values = [v.expand(len(_first(given))) if k.spread else v for v, k in zip(values, knobs, strict=True)]
         with put(knobs, values):
             return original(**given, **fixed) if call is None else call(original, **given, **fixed)
 

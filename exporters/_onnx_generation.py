@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,20 +153,21 @@ def greedy(
         cache = {name.replace(PRESENT, PAST, 1): t for name, t in out.items() if name.startswith(f"{PRESENT}.")}
 
 
-def compare_generation(cached: Cached, runtime: Runtime, knobs: Mapping[str, torch.Tensor], core: Any = None) -> int:
+def compare_generation(cached: Cached, runtime: Runtime, coeff: torch.Tensor | None, core: Path | None) -> int:
     """Generate greedily in PyTorch and in ONNX Runtime; returns how many tokens were compared.
 
     Args:
-        knobs: further inputs of the graph.
+        coeff, core: of ONNX Runtime; the graph's defaults if None.
 
     Raises:
         ExportError: a token differs where PyTorch's choice was clear.
     """
+
     def runs(call: Any) -> Iterator[torch.Tensor]:
         return greedy(call, cached.ids, cached.mask, cached.empty, NEW_TOKENS, positions=cached.positions)
 
     def exported(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(zip(runtime.outputs, runtime.run({**runtime.feed(inputs), **knobs}, core), strict=True))
+        return dict(zip(runtime.outputs, runtime.run(runtime.feed(inputs, coeff), core), strict=True))
 
     compared = 0
     with torch.no_grad():

@@ -62,8 +62,8 @@ class Runtime:
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.dtype = dtype
 
-    def feed(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The inputs that the graph has, by name.
+    def feed(self, inputs: Mapping[str, Any], coeff: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The inputs that the graph has, by name, and coeff unless it is None.
 
         Raises:
             ExportError: the graph wants others.
@@ -71,6 +71,8 @@ class Runtime:
         feed = {name: value for name, value in flat_inputs(inputs).items() if name in self.inputs}
         if missing := sorted(set(self.inputs) - set(feed)):
             raise ExportError(f"the exported graph has inputs that the model does not have: {', '.join(missing)}")
+        if coeff is not None:
+            feed[KNOB] = coeff.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         return feed
 
     def run(self, feed: Mapping[str, torch.Tensor], core: Path | None = None) -> list[torch.Tensor]:
@@ -119,9 +121,7 @@ def compare(
     Raises:
         ExportError: the results differ by more than the dtype allows.
     """
-    feed = runtime.feed(inputs)
-    if coeff is not None:
-        feed[KNOB] = coeff.to(torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    feed = runtime.feed(inputs, coeff)
     with torch.no_grad():
         expected = [leaf for leaf in tree_iter(run()) if isinstance(leaf, torch.Tensor)]
     found = runtime.run(feed, core)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from exporters._base import Exported, need, working_copy
-from exporters._onnx_capture import KNOB, Knob, convert, core_knobs, named_inputs, put, rows_of, steering_knob
+from exporters._onnx_capture import Knob, convert, core_knobs, named_inputs, put, rows_of, steering_knob
 from exporters._onnx_cores import write_core
 from exporters._onnx_generation import Cached, compare_generation
 from exporters._onnx_graph import finish, save, tensor_bytes, written_size
@@ -69,7 +69,8 @@ def write(
     if mode != "merged" and not operated:
         raise ExportError(f"mode={mode!r} needs an adapter, and {type(model).__name__} carries none")
     subject = _subject(reference, named_inputs(reference, example_inputs), use_cache=use_cache)
-    knobs = [] if mode == "merged" else [steering_knob(reference)]
+    rows = 1 if mode == "merged" else rows_of(reference, lambda: subject.run(subject.inputs), subject.inputs)
+    knobs = [] if mode == "merged" else [steering_knob(reference, rows)]
     cores = core_knobs(reference) if mode == "swappable" else []
     source = merge(working_copy(model), untie=True) if mode == "merged" and operated else reference
     graph = convert(source, subject.inputs, [*knobs, *cores], opset, subject.call)
@@ -83,7 +84,8 @@ def write(
     check_file(path)
     if not check:
         return Exported(float("nan"), details)
-    error, counts = _compare(subject, Runtime(path, dtype), knobs, cores, path)
+    coeffs = coefficients(rows) if knobs else [None]
+    error, counts = _compare(subject, Runtime(path, dtype), coeffs, cores, path)
     return Exported(error, details | counts)
 
 
@@ -134,12 +136,10 @@ def _base_size(model: nn.Module, subject: _Subject, opset: int | None, path: Pat
 
 
 def _compare(
-    subject: _Subject, runtime: Runtime, knobs: list[Knob], cores: list[Knob], path: Path
+    subject: _Subject, runtime: Runtime, coeffs: list[torch.Tensor | None], cores: list[Knob], path: Path
 ) -> tuple[float, dict[str, int]]:
     """Compare with PyTorch at several coeffs; with a cache in each of its uses, and with another core, from a file."""
     model, cached = subject.model, subject.cached
-    rows = rows_of(model, lambda: subject.run(subject.inputs), subject.inputs) if knobs else 1
-    coeffs = coefficients(rows) if knobs else [None]
     worst, comparisons, tokens = 0.0, 0, 0
     moved = {knob.name: _moved(knob.default) for knob in cores}
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
@@ -155,8 +155,7 @@ def _compare(
                         error = compare(runtime, lambda inputs=inputs: subject.run(inputs), inputs, coeff, core)
                         worst, comparisons = max(worst, error), comparisons + 1
                 if cached:
-                    fed = {} if coeff is None else {KNOB: coeff.to(knobs[0].default.dtype)}
-                    tokens += compare_generation(cached, runtime, fed, core)
+                    tokens += compare_generation(cached, runtime, coeff, core)
     return worst, {"comparisons": comparisons} | ({"tokens": tokens} if cached else {})
 
 

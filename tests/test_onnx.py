@@ -243,17 +243,17 @@ def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
     assert_close(first_output(report.path, p), p.run())
 
 
-def test_graph_patients_steer_rows_apart(tmp_path: Path) -> None:
-    for name in ("mlp", "qwen3", "gpt2"):
-        p = operated(name)
-        graph = to_graph(p.model, p.inputs)
-        path = export(graph, "onnx", tmp_path / f"{name}.onnx", mode="live", example_inputs=p.inputs).path
-        rows = torch.linspace(-1, 1, p.run().shape[0])
-        with steer(p.model, rows):
-            assert_close(first_output(path, p, coeff=rows.numpy()), p.run())
-        with steer(p.model, -0.5):
-            assert_close(first_output(path, p, coeff=np.array(-0.5, np.float32)), p.run())
-        assert_close(first_output(path, p), p.run())
+@pytest.mark.parametrize("name", ["mlp", "qwen3", "gpt2", "t5"])
+def test_graph_patients_steer_rows_apart(name: str, tmp_path: Path) -> None:
+    p = operated(name)
+    graph = to_graph(p.model, p.inputs)
+    path = export(graph, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+    rows = torch.linspace(-1, 1, p.run().shape[0])
+    with steer(p.model, rows):
+        assert_close(first_output(path, p, coeff=rows.numpy()), p.run())
+    with steer(p.model, -0.5):
+        assert_close(first_output(path, p, coeff=np.array(-0.5, np.float32)), p.run())
+    assert_close(first_output(path, p), p.run())
 
 
 def tensors_of(path: Path) -> list[np.ndarray]:
