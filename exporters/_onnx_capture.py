@@ -50,14 +50,14 @@ class Knob:
 def steering_knob(model: nn.Module, rows: int) -> Knob:
     """``coeff``: a number or one per row; 1.0 by default. It takes the place of every site's own.
 
-    It is captured as (1,): a site reshapes it to (-1, 1, ..., 1), which takes any number of rows. But a graph sees its
-    inputs by as many rows as the knob has, so there it is spread over the rows of the batch.
+    Args:
+        rows: of the batch, where each can have a coeff of its own. The knob is then spread over them before anything
+            is computed with it: what a number makes is inferred to be one number, and would lie in memory as such.
     """
     found = sites(model).values()
     slots = tuple((s.core._buffers, KNOB, () if host_of(s) == "weight" else None) for s in found)
     dtype = torch.promote_types(torch.float32, next(iter(found)).core.coeff.dtype)
-    spread = rows > 1 and any(host_of(site) == "graph" for site in found)
-    return Knob(KNOB, torch.ones((), dtype=dtype), torch.ones(1, dtype=dtype), slots, spread)
+    return Knob(KNOB, torch.ones((), dtype=dtype), torch.ones(1, dtype=dtype), slots, rows > 1)
 
 
 def core_knobs(model: nn.Module) -> list[Knob]:
@@ -222,6 +222,8 @@ def _named_forward(
     def forward(**kwargs: Any) -> Any:
         given = {public[name]: value for name, value in kwargs.items()}
         values = [given.pop(knob.name) for knob in knobs]
+        # a cast comes first, so that it is all that reads an input
+        values = [value.to(knob.default.dtype) for value, knob in zip(values, knobs, strict=True)]
         values = [v.expand(len(_first(given))) if k.spread else v for v, k in zip(values, knobs, strict=True)]
         with put(knobs, values):
             return original(**given, **fixed) if call is None else call(original, **given, **fixed)
@@ -239,9 +241,8 @@ def put(knobs: Sequence[Knob], values: Sequence[torch.Tensor]) -> Iterator[None]
     before = [(table, name, table[name]) for knob in knobs for table, name, _ in knob.slots]
     try:
         for knob, value in zip(knobs, values, strict=True):
-            cast = value.to(knob.default.dtype)  # at once, so that a cast in the graph is the only reader of the input
             for table, name, shape in knob.slots:
-                table[name] = cast if shape is None else cast.reshape(shape)
+                table[name] = value if shape is None else value.reshape(shape)
         yield
     finally:
         for table, name, old in before:
