@@ -16,11 +16,22 @@ from torch import nn
 
 from exporters._base import Exported, ExportReport, publish, staged
 from exporters._compiled import compiled
+from exporters._onnx_cores import check_core, export_core
 from exporters._swap import swap
 from passes.errors import ExportError
 from surgery.operate import unwrap
 
-__all__ = ["ExportError", "ExportReport", "Exported", "compiled", "export", "formats", "swap"]
+__all__ = [
+    "ExportError",
+    "ExportReport",
+    "Exported",
+    "check_core",
+    "compiled",
+    "export",
+    "export_core",
+    "formats",
+    "swap",
+]
 
 
 def formats() -> list[str]:

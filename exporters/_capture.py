@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,19 @@ def output_names(output: Any) -> list[str]:
     return ["_".join(["output", *part] if part[0].isdigit() else part) for part in parts]
 
 
-def valid_positions(output: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """Leave out the positions of padding, which attend to nothing: each runtime fills them as it likes."""
-    valid = torch.ones(output.shape[:2], dtype=torch.bool)
-    for name, mask in inputs.items():
-        if name.endswith("attention_mask") and mask is not None and mask.shape == output.shape[:2]:
-            valid &= mask.cpu().bool()
-    return output if valid.all() else output[valid]
+def valid_positions(output: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Leave out the positions of padding, which attend to nothing: each runtime fills them as it likes.
+
+    Positions are dimension 1, or 2 of what is kept of each head. A mask may also cover a past that the output lacks.
+    """
+    masks = [m.cpu().bool() for name, m in inputs.items() if name.endswith("attention_mask") and m is not None]
+    ids = inputs.get("input_ids")
+    queries = ids.shape[1] if ids is not None else None
+    for dim in (2, 1) if output.dim() == 4 else (1,) if output.dim() > 1 else ():
+        rows, length = output.shape[0], output.shape[dim]
+        fitting = [m for m in masks if m.dim() == 2 and len(m) == rows and length in (m.shape[1], queries)]
+        parts = [m[:, m.shape[1] - length :] for m in fitting if m.shape[1] >= length]
+        if parts:
+            kept = torch.stack(parts).all(dim=0)
+            return output if kept.all() else output.transpose(1, dim)[kept]
+    return output

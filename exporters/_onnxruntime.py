@@ -2,78 +2,146 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, tree_iter
+from torch.utils._pytree import tree_iter
 
 from exporters._capture import valid_positions
+from exporters._onnx_capture import KNOB, flat_inputs
 from passes.errors import ExportError
 from passes.tolerance import relative_error
-from surgery.verbs import set_coeff
 
-KNOB = "coeff"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ON_CPU = (torch.float64, torch.float32, torch.float16)
 
 
-def compare(model: nn.Module, inputs: dict[str, Any], path: Path, coeffs: list[Any], dtype: torch.dtype) -> float:
-    """Check the file and compare every output in ONNX Runtime with PyTorch, for several values of the knob.
+def providers(dtype: torch.dtype) -> list[str]:
+    """Where a graph of this dtype runs on this machine; empty if nowhere."""
+    import onnxruntime
+
+    if dtype in ON_CPU:
+        return [CPU]
+    return [CUDA, CPU] if dtype == torch.bfloat16 and CUDA in onnxruntime.get_available_providers() else []
+
+
+def check_file(path: Path) -> None:
+    """Run ``onnx.checker``.
 
     Raises:
-        ExportError: the file is not valid, or the results differ by more than the dtype allows.
+        ExportError: the file is not valid.
     """
     import onnx
-    import onnxruntime
 
     try:
         onnx.checker.check_model(str(path))
+    except Exception as error:  # the checker raises types of its own
+        raise ExportError(f"the exported graph is not valid: {str(error).strip()[:300]}") from error
+
+
+class Runtime:
+    """A graph in ONNX Runtime, that takes and gives tensors.
+
+    Attributes:
+        inputs: names of the inputs that have no default.
+        outputs: names of the outputs.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # both libraries raise types of their own
-        raise ExportError(f"the exported graph is not valid: {str(error).strip()[:300]}") from error
-    names = [value.name for value in session.get_inputs()]
-    feed = {name: value for name, value in _flat_inputs(inputs) if name in names}
-    if missing := sorted(set(names) - set(feed)):
-        raise ExportError(f"the exported graph has inputs that the model does not have: {', '.join(missing)}")
-    worst = 0.0
-    for coeff in coeffs:
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers(dtype))
+        except Exception as error:  # ONNX Runtime raises types of its own
+            raise ExportError(f"the exported graph is not valid: {str(error).strip()[:300]}") from error
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.dtype = dtype
+
+    def feed(self, inputs: Mapping[str, Any], coeff: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The inputs that the graph has, by name, and coeff unless it is None.
+
+        Raises:
+            ExportError: the graph wants others.
+        """
+        feed = {name: value for name, value in flat_inputs(inputs).items() if name in self.inputs}
+        if missing := sorted(set(self.inputs) - set(feed)):
+            raise ExportError(f"the exported graph has inputs that the model does not have: {', '.join(missing)}")
         if coeff is not None:
-            set_coeff(model, coeff)
-            feed[KNOB] = coeff.to(torch.float64 if dtype == torch.float64 else torch.float32).numpy()
-        with torch.no_grad():
-            expected = [leaf for leaf in tree_iter(model(**inputs)) if isinstance(leaf, torch.Tensor)]
-        found = session.run(None, feed)
-        if len(found) != len(expected):
-            raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(expected)}")
-        pairs = zip(map(torch.from_numpy, found), expected, strict=True)
-        deviation = max(
-            relative_error(valid_positions(one, inputs), valid_positions(other.cpu(), inputs)) for one, other in pairs
+            feed[KNOB] = coeff.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        return feed
+
+    def run(self, feed: Mapping[str, torch.Tensor], core: Path | None = None) -> list[torch.Tensor]:
+        """All outputs, with the core of an ``.onnx_adapter`` file if one is given."""
+        import onnxruntime
+
+        options, adapter = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()  # options do not keep an adapter alive
+        if core is not None:
+            adapter.Load(str(core))
+            options.add_active_adapter(adapter)
+        held = {name: value.detach().cpu().contiguous() for name, value in feed.items()}  # ONNX Runtime copies nothing
+        given = {name: _to_runtime(value) for name, value in held.items()}
+        return [_from_runtime(value) for value in self.session.run_with_ort_values(None, given, options)]
+
+
+def _to_runtime(tensor: torch.Tensor) -> Any:
+    import onnxruntime
+
+    if tensor.dtype != torch.bfloat16:  # which numpy does not have
+        return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    kind = 16  # TensorProto.BFLOAT16
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.int16).numpy(), kind)
+
+
+def _from_runtime(value: Any) -> torch.Tensor:
+    if value.data_type() != "tensor(bfloat16)":
+        return torch.from_numpy(value.numpy())
+    return torch.utils.dlpack.from_dlpack(value._ortvalue)
+
+
+def compare(
+    runtime: Runtime,
+    run: Callable[[], Any],
+    inputs: Mapping[str, Any],
+    coeff: torch.Tensor | None = None,
+    core: Path | None = None,
+) -> float:
+    """Compare every output in ONNX Runtime with what PyTorch gives; returns the largest relative deviation.
+
+    Args:
+        run: PyTorch, at this coeff and with this core.
+        inputs: of both.
+        coeff: that the graph is fed; its default if None.
+        core: file of the core to use; the graph's default if None.
+
+    Raises:
+        ExportError: the results differ by more than the dtype allows.
+    """
+    feed = runtime.feed(inputs, coeff)
+    with torch.no_grad():
+        expected = [leaf for leaf in tree_iter(run()) if isinstance(leaf, torch.Tensor)]
+    found = runtime.run(feed, core)
+    if len(found) != len(expected):
+        raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(expected)}")
+    pairs = zip(found, expected, strict=True)
+    deviation = max(
+        relative_error(valid_positions(one, inputs), valid_positions(other.cpu(), inputs)) for one, other in pairs
+    )
+    if not deviation <= TOLERANCE[runtime.dtype]:
+        at = "" if coeff is None else f" at coeff={coeff.tolist()}"
+        raise ExportError(
+            f"ONNX Runtime differs from PyTorch by {deviation:.3g} of the largest output{at}, "
+            f"allowed for {runtime.dtype} is {TOLERANCE[runtime.dtype]:.0e}"
         )
-        if not deviation <= TOLERANCE[dtype]:
-            at = "" if coeff is None else f" at coeff={coeff.tolist()}"
-            raise ExportError(
-                f"ONNX Runtime differs from PyTorch by {deviation:.3g} of the largest output{at}, "
-                f"allowed for {dtype} is {TOLERANCE[dtype]:.0e}"
-            )
-        worst = max(worst, deviation)
-    return worst
+    return deviation
 
 
 def coefficients(rows: int) -> list[torch.Tensor]:
     """Values of the knob to compare at: the default, identity, a negative one, and one per row."""
     values = [torch.tensor(value) for value in (1.0, 0.0, -0.5)]
     return values + ([torch.linspace(-1, 1, rows)] if rows > 1 else [])
-
-
-def _flat_inputs(inputs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Inputs as ONNX Runtime takes them: nested tensors by their dotted path, as the exporters name them."""
-    flat = []
-    for name, value in inputs.items():
-        for key_path, leaf in tree_flatten_with_path(value)[0]:
-            parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in key_path]
-            if isinstance(leaf, torch.Tensor):
-                flat.append((".".join([name, *parts]), leaf.detach().cpu().numpy()))
-    return flat

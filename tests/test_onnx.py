@@ -177,7 +177,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export(p.model, "onx", tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="no option speed"):
         export(p.model, "onnx", tmp_path / "m.onnx", speed=1)
-    with pytest.raises(ExportError, match="'merged' or 'live'"):
+    with pytest.raises(ExportError, match="'merged', 'live', 'swappable'"):
         export(p.model, "onnx", tmp_path / "m.onnx", mode="fast", example_inputs=p.inputs)
     with pytest.raises(ExportError, match="carries none"):
         export(patient("mlp").model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs)
@@ -214,14 +214,15 @@ def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import exporters.onnx as module
 
     p = operated("mlp")
-    real = module._finish
+    real = module.finish
 
-    def corrupt(graph: Any, inputs: Any) -> None:
-        real(graph, inputs)
+    def corrupt(graph: Any, *others: Any) -> int:
+        shared = real(graph, *others)
         value = next(v for v in graph.graph.initializers.values() if v.const_value.size > 100)
         value.const_value = module.need("onnx_ir", "onnx").tensor(value.const_value.numpy() * 1.01, name=value.name)
+        return shared
 
-    monkeypatch.setattr(module, "_finish", corrupt)
+    monkeypatch.setattr(module, "finish", corrupt)
     with pytest.raises(ExportError, match="differs from PyTorch"):
         export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
     assert list(tmp_path.iterdir()) == []
@@ -235,13 +236,86 @@ def test_a_full_directory_is_kept(tmp_path: Path) -> None:
 
 
 def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.onnx as module
-
-    monkeypatch.setattr(module, "PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr("exporters._onnx_graph.PROTOBUF_LIMIT", 100)
     p = operated("mlp")
     report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
     assert sorted(f.name for f in report.files) == ["m.onnx", "m.onnx.data"]
     assert_close(first_output(report.path, p), p.run())
+
+
+@pytest.mark.parametrize("name", ["mlp", "qwen3", "gpt2", "t5"])
+def test_graph_patients_steer_rows_apart(name: str, tmp_path: Path) -> None:
+    p = operated(name)
+    graph = to_graph(p.model, p.inputs)
+    path = export(graph, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+    rows = torch.linspace(-1, 1, p.run().shape[0])
+    with steer(p.model, rows):
+        assert_close(first_output(path, p, coeff=rows.numpy()), p.run())
+    with steer(p.model, -0.5):
+        assert_close(first_output(path, p, coeff=np.array(-0.5, np.float32)), p.run())
+    assert_close(first_output(path, p), p.run())
+
+
+def tensors_of(path: Path) -> list[np.ndarray]:
+    return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+
+
+@pytest.mark.parametrize("mode", ["merged", "live", "swappable"])
+@pytest.mark.parametrize("name", ["raw", "attention", "qwen3", "gpt2", "t5"])
+def test_no_tensor_is_stored_twice(name: str, mode: str, tmp_path: Path) -> None:
+    p = operated(name)
+    found = tensors_of(export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs).path)
+    large = [tensor for tensor in found if tensor.size > 36]
+    assert large
+    for i, one in enumerate(large):
+        for other in large[:i]:
+            assert not (one.shape == other.shape and np.array_equal(one, other))
+            assert not (one.shape == other.T.shape and np.array_equal(one, other.T))
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+    p = patient("qwen3")
+    report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
+    assert report.details["shared"] > 0
+    held = sum(parameter.numel() for parameter in p.model.parameters())
+    assert sum(tensor.size for tensor in tensors_of(report.path) if tensor.dtype == np.float32) < held + 200
+
+
+@pytest.mark.parametrize("name", ["mlp", "qwen3", "gpt2", "bert"])
+def test_merged_is_no_larger_than_the_base(name: str, tmp_path: Path) -> None:
+    p = operated(name)
+    base = export(patient(name).model, "onnx", tmp_path / "base.onnx", example_inputs=p.inputs)
+    report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs, against_base=True)
+    assert report.details["bytes"] == report.path.stat().st_size
+    assert report.details["base_bytes"] == base.details["bytes"] == base.path.stat().st_size
+    assert report.details["bytes"] <= report.details["base_bytes"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["base.onnx", "m.onnx"]
+    live = export(p.model, "onnx", tmp_path / "l.onnx", mode="live", example_inputs=p.inputs, against_base=True)
+    assert live.details["base_bytes"] == base.details["bytes"]
+    assert live.details["bytes"] > live.details["base_bytes"] + live.details["adapter_bytes"]
+
+
+def test_flags_of_the_model_stay(tmp_path: Path) -> None:
+    p = operated("qwen3")
+    before = {name: parameter.requires_grad for name, parameter in p.model.named_parameters()}
+    for mode in ("merged", "live", "swappable"):
+        export(p.model, "onnx", tmp_path / f"{mode}.onnx", mode=mode, example_inputs=p.inputs, against_base=True)
+        assert before == {name: parameter.requires_grad for name, parameter in p.model.named_parameters()}
+    assert any(before.values())
+    assert not all(before.values())
+
+
+def test_bfloat16_without_the_comparison(tmp_path: Path) -> None:
+    p = operated("mlp", torch.bfloat16)
+    report = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs, check=False)
+    assert report.max_error != report.max_error
+    kinds = {tensor.data_type for tensor in onnx.load(report.path).graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in kinds
+
+
+def test_float64(tmp_path: Path) -> None:
+    p = operated("mlp", torch.float64)
+    assert export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).max_error < 1e-12
 
 
 def test_formats_are_found_by_their_files() -> None:
