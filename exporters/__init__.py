@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from exporters._base import Exported, ExportReport, publish, staged
+from exporters._checkpoint import merge_checkpoint
 from passes.errors import ExportError
 from surgery.operate import unwrap
 
-__all__ = ["ExportError", "ExportReport", "Exported", "export", "formats"]
+__all__ = ["ExportError", "ExportReport", "Exported", "export", "formats", "merge_checkpoint"]
 
 
 def formats() -> list[str]:
