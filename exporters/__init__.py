@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from exporters._base import Exported, ExportReport, publish, staged
+from exporters._checkpoint import merge_checkpoint
 from exporters._compiled import compiled
 from exporters._onnx_cores import check_core, export_core
 from exporters._swap import swap
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "export_core",
     "formats",
+    "merge_checkpoint",
     "swap",
 ]
 

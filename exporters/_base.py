@@ -110,8 +110,16 @@ def need(package: str, extra: str) -> ModuleType:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
-    twin = copy.deepcopy(model, shared_tensors(model))
+    """A copy in eval mode that shares the memory of every tensor with the model, but of ``coeff``.
+
+    Parameters are objects of its own, so that it can be undone, merged or wrapped without a flag of the model's being
+    set; their values must not be written.
+    """
+    shared: dict[int, Any] = dict(shared_tensors(model))
+    for tensor in list(shared.values()):
+        if type(tensor) is nn.Parameter:
+            shared[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    twin = copy.deepcopy(model, shared)
     set_mode(twin, training=False)
     for site in sites(twin).values():
         site.core.coeff = site.core.coeff.clone()

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from passes.contractions import pointwise
+from passes.modules import attribute
 from passes.normalize import linear_layout
 from passes.operands import Matrices
 from passes.products import Product, aten, read_product
@@ -73,7 +74,7 @@ def part_of(weight: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
 def parts(site: Site, model: nn.Module) -> list[Site]:
     """The q, k and v of the packed projection of ``nn.MultiheadAttention`` as sites; empty for any other site."""
     path, _, local = site.weight.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = attribute(model, path) if path else model
     if local != "in_proj_weight" or not isinstance(owner, nn.MultiheadAttention):
         return []
     size = owner.embed_dim

@@ -37,7 +37,7 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    config = _read_config(path)
+    config = read_config(path)
     default = variant_of(config)
     present = operated_sites(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -48,7 +48,8 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
-    with _opened(path, config) as tensors:
+    check_digest(path, config)
+    with opened(path) as tensors:
         expected: set[str] = set()
         grafts: list[Graft] = []
         for key, entry in config["sites"].items():
@@ -71,8 +72,9 @@ def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     Raises:
         AdapterError: the directory is missing or damaged.
     """
-    config = _read_config(path)
-    with _opened(path, config) as tensors:
+    config = read_config(path)
+    check_digest(path, config)
+    with opened(path) as tensors:
         yield config, tensors
 
 
@@ -110,7 +112,12 @@ def _variant(name: Any, values: Any) -> Variant:
         raise AdapterError(f"adapter of variant {name!r}: {error}") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read and check the configuration of an adapter.
+
+    Raises:
+        AdapterError: it is missing, damaged, or of another format.
+    """
     if not path.is_dir():
         raise AdapterError(f"{str(path)!r} is not a directory; expected an adapter with {CONFIG} and {TENSORS}")
     file = path / CONFIG
@@ -154,16 +161,32 @@ def resolve_known(name: str) -> None:
         raise AdapterError(f"cannot load the adapter: {error}") from error
 
 
-@contextlib.contextmanager
-def _opened(path: Path, config: dict[str, Any]) -> Iterator[Any]:
-    """Open the tensor file after checking that it is the one that the configuration was written with."""
+def check_digest(path: Path, config: dict[str, Any]) -> None:
+    """Check that the tensor file is the one that the configuration was written with.
+
+    Raises:
+        AdapterError: it is missing or another.
+    """
     file = path / TENSORS
     try:
         with open(file, "rb") as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
+    if digest != config["tensors_sha256"]:
+        raise AdapterError(f"{str(file)!r} is damaged or not the one that {CONFIG} was written with")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open the tensor file of an adapter.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    file = path / TENSORS
+    try:
         with safe_open(file, framework="pt") as tensors:
-            if digest != config["tensors_sha256"]:
-                raise AdapterError(f"{str(file)!r} is damaged or not the one that {CONFIG} was written with")
             yield tensors
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
@@ -180,6 +203,27 @@ def _read_site(
     tensors: Any,
 ) -> tuple[Graft, set[str]]:
     where = f"{str(path)!r}: site {key!r}"
+    check_entry(where, entry, parameters)
+    host = "graph" if key in products else entry["host"]
+    owner = model.get_submodule(entry["weight"].rpartition(".")[0])
+    base = getattr(owner, "base_class", type(owner))
+    if host == "module" and not is_module_host(base, entry["layout"]):
+        raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
+    rows = rows_of(where, entry, parameters[entry["weight"]])
+    weight = part_of(parameters[entry["weight"]], rows)
+    variant, factors, core, names = read_parts(where, key, entry, default, weight, tensors, host=host)
+    *lead, d_out, d_in = factors.shape
+    stack = lead[0] if lead else None
+    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=rows)
+    return Graft(site, host, variant, factors, core), names
+
+
+def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
+    """Check what the configuration says of a site by itself and against the names of a model's parameters.
+
+    Raises:
+        AdapterError: a field is missing or unknown, or the model has no such parameter.
+    """
     for name, kind in SITE_FIELDS.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
             raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
@@ -190,14 +234,25 @@ def _read_site(
         raise AdapterError(f"{where}: the model has no parameter {bias!r:.80}; is it another base model?")
     if entry["layout"] not in ("out_in", "in_out") or entry["host"] not in ("module", "weight"):
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
-    host = "graph" if key in products else entry["host"]
-    owner = model.get_submodule(entry["weight"].rpartition(".")[0])
-    base = getattr(owner, "base_class", type(owner))
-    if host == "module" and not is_module_host(base, entry["layout"]):
-        raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
-    rows = _rows(where, entry, parameters[entry["weight"]])
-    weight = part_of(parameters[entry["weight"]], rows)
-    shape = _matrix_shape(where, weight, entry, host)
+
+
+def read_parts(
+    where: str, key: str, entry: dict[str, Any], default: Variant, weight: torch.Tensor, tensors: Any, *, host: str
+) -> tuple[Variant, Factors, Core, set[str]]:
+    """Read the adapter of one site, and check that its base weight is the one that it was made for.
+
+    Args:
+        entry: what the configuration says of the site.
+        default: the variant of the adapter's first site.
+        tensors: the opened tensor file.
+
+    Returns:
+        The variant, the factors, the core, and the names of their tensors.
+
+    Raises:
+        AdapterError: the weight is another one, or a tensor is missing, damaged or does not fit.
+    """
+    shape = matrix_shape(where, weight, entry, host)
     if fingerprint(weight) != entry["fingerprint"]:
         raise AdapterError(
             f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
@@ -224,13 +279,15 @@ def _read_site(
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
-    stack = lead[0] if lead else None
-    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=rows)
-    return Graft(site, host, variant, factors, core), {f"{key}.{name}" for name in shapes}
+    return variant, factors, core, {f"{key}.{name}" for name in shapes}
 
 
-def _rows(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
-    """The rows of a packed weight that a site is, or None for the whole."""
+def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+    """The rows of a packed weight that a site is, or None for the whole.
+
+    Raises:
+        AdapterError: they are no part of the weight.
+    """
     rows = entry.get("rows")
     if rows is None:
         return None
@@ -247,7 +304,7 @@ def _overlap(one: Site, other: Site) -> bool:
     return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
-def _matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:
+def matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:
     """The shape of a weight as a matrix (d_out, d_in) or, where it is hosted as a weight, as a stack of them."""
     stored, wanted = tuple(weight.shape), entry["shape"]
     shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])

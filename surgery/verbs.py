@@ -14,9 +14,10 @@ from passes.errors import InputError, SurgeryError, VariantError, WeightError
 from passes.forward import outside_inference_mode
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
-from surgery.adapter import SSpaceLinear, merged_weight
+from surgery.adapter import SSpaceLinear
 from surgery.graphs import copy_as_ever, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight
+from surgery.merged import merged_weight
 from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
@@ -117,7 +118,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
         if key in shared and not untie:
             raise WeightError(
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
-                "would change these too; use merge(model, untie=True) to give the site a weight of its own"
+                "would change these too; untie=True gives the site a weight of its own"
             )
     bases = [(parameter_names(model, site)[0], site.parameter) for site in found.values()]
     items = track(list(found.items()), "merging", enabled=progress)

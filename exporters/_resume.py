@@ -1,0 +1,80 @@
+"""A long run that writes a folder and can be killed: what is finished is kept beside the target, and used again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from exporters._safetensors import sync
+from passes.errors import ExportError
+
+JOURNAL = "journal"
+
+
+class Journal:
+    """The finished steps of a run, with what each measured: a line each, which is on disk before it counts."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        self.done: dict[str, float] = {}
+        if run_of(path) != digest:
+            self._append({"run": digest})
+        with contextlib.suppress(ValueError):  # a line cut short is of a step that does not count
+            for line in path.read_text().splitlines()[1:]:
+                self.done |= json.loads(line)
+
+    def finish(self, step: str, measured: float = 0.0) -> None:
+        """Note that a step is done."""
+        self._append({step: measured})
+        self.done[step] = measured
+
+    def _append(self, line: dict[str, object]) -> None:
+        with open(self.path, "ab") as file:
+            file.write(b"\n" * bool(file.tell()) + json.dumps(line).encode())
+            sync(file)
+
+
+def run_of(path: Path) -> str | None:
+    """The digest of the run that a journal is of, or None."""
+    try:
+        return str(json.loads(path.read_text().splitlines()[0])["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
+    """Give a folder to fill, which becomes the target, and the journal of the run.
+
+    An error leaves nothing behind. A kill leaves the finished steps, for the next run with the same digest; a run with
+    another digest starts afresh.
+
+    Raises:
+        ExportError: the target is not a new or empty directory, or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{str(target)!r} must be a new or empty directory")
+    staging = target.parent / f".{target.name}.merging"
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files = staging / "files"
+        if staging.exists() and not (files.is_dir() and run_of(staging / JOURNAL) == digest):
+            shutil.rmtree(staging)
+        files.mkdir(parents=True, exist_ok=True)
+        journal = Journal(staging / JOURNAL, digest)
+        yield files, journal
+        os.rename(files, target)
+        shutil.rmtree(staging)
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
+        raise
