@@ -109,9 +109,13 @@ def need(package: str, extra: str) -> ModuleType:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy in eval mode that shares every tensor's memory with the model but ``coeff``'s, so that it can be steered.
+
+    Its parameters are objects of their own, since merging or undoing sets their ``requires_grad``.
+    """
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    twin = copy.deepcopy(model, memo)
     set_mode(twin, training=False)
     for site in sites(twin).values():
         site.core.coeff = site.core.coeff.clone()
