@@ -225,7 +225,7 @@ def _named_forward(
         values = [given.pop(knob.name) for knob in knobs]
         # a cast comes first, so that it is all that reads an input
         values = [value.to(knob.default.dtype) for value, knob in zip(values, knobs, strict=True)]
-        values = [v.expand(len(_first(given))) if k.spread else v for v, k in zip(values, knobs, strict=True)]
+        values = [v.expand(_first(given).shape[0]) if k.spread else v for v, k in zip(values, knobs, strict=True)]
         with put(knobs, values):
             return original(**given, **fixed) if call is None else call(original, **given, **fixed)
 
