@@ -109,9 +109,16 @@ def need(package: str, extra: str) -> ModuleType:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every tensor with the model but ``coeff``, so that it can be steered."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy in eval mode that shares the memory of every tensor with the model, but of ``coeff``.
+
+    Parameters are objects of its own, so that it can be undone, merged or wrapped without a flag of the model's being
+    set; their values must not be written.
+    """
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
+    twin = copy.deepcopy(model, shared)
     set_mode(twin, training=False)
     for site in sites(twin).values():
         site.core.coeff = site.core.coeff.clone()

@@ -233,14 +233,14 @@ class SSpaceLinear(nn.Module):
             d = h * S.to(h.dtype) + d
         return F.linear(d, self.factors.U.to(x.dtype))
 
-    def delta_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The change of the weight at the present core and coeff, ``U D^T Vh`` with ``D = delta(I)``.
+    def delta_factor(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``U D^T`` (d_out, r) with ``D = delta(I)`` at the present core and coeff: the weight changes by ``U D^T Vh``.
 
         Args:
             dtype: to compute in and return; the core's by default.
 
         Returns:
-            A tensor of the shape and layout of ``weight``.
+            A matrix, or of a stack (stack, d_out, r).
 
         Raises:
             VariantError: the variant is not linear in h.
@@ -253,20 +253,26 @@ class SSpaceLinear(nn.Module):
             raise InputError("coeff steers the rows of a batch differently: set a scalar coeff first")
         dtype = dtype or core.coeff.dtype
         tensors = {name: p.to(dtype) for name, p in core.tensors().items()}
-        U, S, Vh, coeff = factors.U.to(dtype), factors.S.to(dtype), factors.Vh.to(dtype), core.coeff.to(dtype)
+        U, S, coeff = factors.U.to(dtype), factors.S.to(dtype), core.coeff.to(dtype)
 
-        def change(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, core: dict[str, torch.Tensor]) -> torch.Tensor:
+        def factor(U: torch.Tensor, S: torch.Tensor, core: dict[str, torch.Tensor]) -> torch.Tensor:
             D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, _Tensors(core), coeff)
-            return U @ D.T @ Vh
+            return U @ D.T
 
         if factors.stack is None:
-            delta = change(U, S, Vh, tensors)
-        elif torch.compiler.is_exporting():  # an exported graph with levels of vmap cannot be decomposed
+            return factor(U, S, tensors)
+        if torch.compiler.is_exporting():  # an exported graph with levels of vmap cannot be decomposed
             each = [{name: p[i] for name, p in tensors.items()} for i in range(factors.stack)]
-            delta = torch.stack([change(*parts) for parts in zip(U, S, Vh, each, strict=True)])
-        else:
-            delta = torch.func.vmap(change)(U, S, Vh, tensors)
-        return of_weight(delta, self.layout, self.weight.shape)
+            return torch.stack([factor(*parts) for parts in zip(U, S, each, strict=True)])
+        return torch.func.vmap(factor)(U, S, tensors)
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The change of the weight at the present core and coeff, ``U D^T Vh``, in the weight's shape and layout.
+
+        The arguments and errors are those of :meth:`delta_factor`.
+        """
+        left = self.delta_factor(dtype)
+        return of_weight(left @ self.factors.Vh.to(left.dtype), self.layout, self.weight.shape)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
