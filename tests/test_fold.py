@@ -233,7 +233,7 @@ def test_a_graph_patient_takes_the_residual_form():
     assert {site.form for site in sites(graph).values()} == {"residual"}
     assert_close(graph(x), base)
     assert torch.equal(undo_surgery(graph)(x), base)
-    with pytest.raises(surgery.InputError, match="in place yet"):
-        apply_surgery(model, "antipasto", form="residual", progress=False)
+    with pytest.raises(surgery.InputError, match=r"use to_graph\(model, inputs, form='residual', keep_base=False"):
+        apply_surgery(fx.symbolic_trace(model), "antipasto", form="residual", keep_base=False, progress=False)
     with pytest.raises(surgery.InputError, match="form must be"):
         apply_surgery(fx.symbolic_trace(model), "antipasto", form="other", progress=False)
