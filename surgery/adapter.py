@@ -261,7 +261,8 @@ class SSpaceLinear(nn.Module):
 
         if factors.stack is None:
             delta = change(U, S, Vh, tensors)
-        elif torch.compiler.is_exporting():  # an exported graph with levels of vmap cannot be decomposed
+        elif torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            # levels of vmap neither decompose nor trace
             each = [{name: p[i] for name, p in tensors.items()} for i in range(factors.stack)]
             delta = torch.stack([change(*parts) for parts in zip(U, S, Vh, each, strict=True)])
         else:
