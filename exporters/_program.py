@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -27,6 +28,7 @@ from surgery.verbs import merge, sites
 
 NOISY = ("transformers", "torch.export", "torch._export", "torch._dynamo", "torch._inductor")
 INNER = "inner."
+OWN = ("aten", "prim", "prims", "quantized", "quantized_decomposed")  # namespaces of torch
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,16 @@ def leaves(output: Any) -> list[torch.Tensor]:
 def program_of(subject: Subject) -> ExportedProgram:
     """Export with every size free that the model leaves free; the program holds no stack trace, path or example data.
 
+    Experts whose product is an operation of ``transformers`` are exported as ``batched_mm``, which is torch's own.
+
     Raises:
         ExportError: the model cannot be exported; the cause is chained.
     """
-    name = type(subject.reference).__name__
-    try:
-        with quiet(*NOISY):
-            program = export_program(subject.root, subject.call, dynamic=True)
-    except SurgeryError:
-        raise
-    except Exception as error:  # a model may resist in any way
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise ExportError(f"{name} cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+    program = _exported(subject)
+    root: Any = subject.root
+    if foreign_operations(program) and hasattr(root, "set_experts_implementation"):
+        root.set_experts_implementation("batched_mm")  # of the copy
+        program = _exported(subject)
     if isinstance(subject.root, _Called):
         _rename(program, lambda name: name.removeprefix(INNER))
     for module in program.graph_module.modules():
@@ -194,6 +194,25 @@ def program_of(subject: Subject) -> ExportedProgram:
         program.graph_module.meta["custom"] = {FORMAT: contents(holder, root.get_buffer(KNOB), _read(program))}
     program.example_inputs = tree_map_only(torch.Tensor, torch.zeros_like, program.example_inputs)
     return program
+
+
+def _exported(subject: Subject) -> ExportedProgram:
+    try:
+        with quiet(*NOISY):
+            return export_program(subject.root, subject.call, dynamic=True)
+    except SurgeryError:
+        raise
+    except Exception as error:  # a model may resist in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        name = type(subject.reference).__name__
+        raise ExportError(f"{name} cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+
+
+def foreign_operations(program: ExportedProgram) -> list[str]:
+    """Operations that torch alone does not have, and whose library must be imported where the program is loaded."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return sorted(str(t) for t in targets if isinstance(t, OpOverload) and t.namespace not in OWN)
 
 
 def _rename(program: ExportedProgram, rename: Callable[[str], str]) -> None:

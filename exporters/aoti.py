@@ -27,13 +27,14 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from exporters._agreement import compare, refuse_wrong, sizes
+from exporters._agreement import compare, differ, refuse_wrong, sizes
 from exporters._archive import archive
 from exporters._base import Exported
-from exporters._program import NOISY, program_of, subject_of
+from exporters._program import NOISY, Subject, foreign_operations, program_of, subject_of
 from exporters._swap import FORMAT, names_in, swap
 from passes.errors import ExportError
 from passes.forward import quiet
+from surgery.verbs import sites
 
 DEFAULT_NAME = "model.pt2"
 SLOW = True  # a compilation takes half a minute
@@ -67,8 +68,10 @@ def write(
     # a package does not check its inputs: only what the program leaves free is safe to try
     tried = sizes(subject, loaded, [name for name, size in free.items() if size == "free"])
     free |= refuse_wrong(tried, "the compiled package")
+    if subject.live:
+        _check_replaceable(subject, loaded)
     details = {"mode": mode, "device": _device(program), "sizes": free, "comparisons": len(subject.coeffs) + len(tried)}
-    return Exported(error, details)
+    return Exported(error, details | {"foreign_operations": foreign_operations(program)})
 
 
 def _need_compiler() -> None:
@@ -93,8 +96,8 @@ def _configs(program: ExportedProgram) -> dict[str, Any]:
         "aot_inductor.use_runtime_constant_folding": False,
         "aot_inductor.metadata": {FORMAT: json.dumps(held)} if held else {},
     }
-    if held:
-        settings["always_keep_tensor_constants"] = True
+    if held:  # a core at identity is all zeros, and coeff is a number: inductor would take both for constants
+        settings |= {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
     if hasattr(config.aot_inductor, "enable_line_tables"):
         settings["aot_inductor.enable_line_tables"] = False
     return settings
@@ -120,6 +123,24 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
                 _forget_paths(Path(file), [folder, str(Path(torch.__file__).parent.parent)])
         with archive(path) as written:
             package_aoti(written, kept)
+
+
+def _check_replaceable(subject: Subject, loaded: Any) -> None:
+    """Put noise into the cores of the reference and of the loaded package, and compare.
+
+    Raises:
+        ExportError: they differ, so that inductor made some of a core part of the code.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for site in sites(subject.reference).values():
+        for name, p in list(site.core._parameters.items()):
+            assert p is not None
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) / 10
+            site.core._parameters[name] = nn.Parameter(p.detach() + noise)  # the model's own is not written
+    swap(loaded, subject.reference)
+    _, problem = differ(subject, loaded, subject.call)
+    if problem is not None:
+        raise ExportError(f"the compiled package does not follow another core: {problem}")
 
 
 def _forget_paths(file: Path, folders: list[str]) -> None:

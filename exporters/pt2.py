@@ -25,7 +25,7 @@ from torch import nn
 from exporters._agreement import compare, refuse_wrong, sizes
 from exporters._archive import archive
 from exporters._base import Exported
-from exporters._program import program_of, subject_of
+from exporters._program import foreign_operations, program_of, subject_of
 from exporters._swap import KNOB
 
 DEFAULT_NAME = "model.pt2"
@@ -47,4 +47,5 @@ def write(model: nn.Module, path: Path, example_inputs: Any, mode: str = "merged
     loaded = torch.export.load(path).module()
     error = compare(subject, loaded, lambda coeff: loaded.get_buffer(KNOB).fill_(coeff), "the exported program")
     free = refuse_wrong(sizes(subject, loaded), "the exported program")
-    return Exported(error, {"mode": mode, "sizes": free, "comparisons": len(subject.coeffs) + len(free)})
+    details = {"mode": mode, "sizes": free, "comparisons": len(subject.coeffs) + len(free)}
+    return Exported(error, details | {"foreign_operations": foreign_operations(program)})

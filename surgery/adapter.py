@@ -276,7 +276,8 @@ class SSpaceLinear(nn.Module):
 
         if factors.stack is None:
             return factor(U, S, tensors)
-        if torch.compiler.is_exporting():  # an exported graph with levels of vmap cannot be decomposed
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            # levels of vmap neither decompose nor trace
             each = [{name: p[i] for name, p in tensors.items()} for i in range(factors.stack)]
             return torch.stack([factor(*parts) for parts in zip(U, S, each, strict=True)])
         return torch.func.vmap(factor)(U, S, tensors)

@@ -186,6 +186,17 @@ def test_every_variant_lives_and_takes_another_core(variant: str, tmp_path: Path
 
 
 @pytest.mark.full
+def test_a_core_at_identity_can_be_replaced(tmp_path: Path) -> None:
+    """Inductor takes a tensor of zeros for a constant, and with it all that is computed from it."""
+    p = patient("mlp")
+    apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
+    program = load(export(p.model, "aoti", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)
+    swap(program, shaken(p).model, coeff=0.5)
+    with steer(p.model, 0.5):
+        assert_close(first(program, p.inputs), p.run())
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     p = operated("mlp", dtype)

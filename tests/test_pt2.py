@@ -31,6 +31,8 @@ from surgery import (
 from surgery.variants import REGISTRY
 from tests.fresh import run_fresh
 from tests.test_onnx import operated
+from tests.test_stacked import IDS
+from tests.test_stacked import operated as stacked
 from tests.tolerance import assert_close, relative_error
 from tests.zoo import Forward, Patient, patient
 
@@ -204,6 +206,17 @@ def test_sizes_are_free_names_are_the_models_own_and_ties_stay_ties(tmp_path: Pa
     assert {f"{key}.core.g" for key in sites(p.model)} <= set(tensors)
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     assert report.path.stat().st_size < 1.5 * sum(stored.values()) + 10**6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["merged", "live"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_stacked_experts_need_nothing_but_torch(name: str, mode: str, tmp_path: Path) -> None:
+    p = shaken(Patient(name, stacked(name), {"input_ids": IDS}))
+    report = export(p.model, "pt2", tmp_path / "m.pt2", mode=mode, example_inputs=p.inputs)
+    assert report.details["foreign_operations"] == []
+    assert_close(first(load(report.path), p.inputs), p.run())
+    assert p.model.config._experts_implementation != "batched_mm"
 
 
 def test_default_inputs_and_a_batch_of_one(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from surgery import set_coeff, sites, steer, to_graph
 from surgery.variants import REGISTRY
 from tests.fresh import run_fresh
 from tests.test_onnx import operated
-from tests.test_pt2 import first, with_variant
+from tests.test_pt2 import first, shaken, with_variant
+from tests.test_stacked import IDS
+from tests.test_stacked import operated as stacked
 from tests.tolerance import assert_close
-from tests.zoo import Forward, patient
+from tests.zoo import Forward, Patient, patient
 
 LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("bert", "vit", "t5", "llama")]
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", "gpt2", *LONG]
@@ -89,6 +91,13 @@ def test_the_report_says_whether_other_sizes_are_right(tmp_path: Path) -> None:
     counts = Forward(lambda self, x: self.linear(x) + float(x.shape[0]), linear=nn.Linear(4, 4))
     x = torch.randn(3, 4)
     assert export(counts, "torchscript", tmp_path / "b.pt", example_inputs=x).details["sizes"] == {"batch": "wrong"}
+
+
+@pytest.mark.parametrize("mode", ["merged", "live"])
+def test_stacked_experts(mode: str, tmp_path: Path) -> None:
+    p = shaken(Patient("mixtral", stacked("mixtral"), {"input_ids": IDS}))
+    program = torch.jit.load(export(p.model, "torchscript", tmp_path, mode=mode, example_inputs=p.inputs).path)
+    assert_close(first(program, p.inputs), p.run())
 
 
 def test_graph_patients(tmp_path: Path) -> None:
