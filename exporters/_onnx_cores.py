@@ -25,7 +25,8 @@ from torch import nn
 
 from exporters._base import Exported, ExportReport, need, publish, staged
 from passes.errors import ExportError
-from surgery.adapter import Core, SSpaceLinear
+from surgery.adapter import SSpaceLinear
+from surgery.core import Core
 from surgery.fingerprint import fingerprint
 from surgery.operate import unwrap
 from surgery.reading import FACTORS

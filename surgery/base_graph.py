@@ -26,7 +26,7 @@ from passes.inspection import graph_products
 from passes.modules import attribute, copy_graph
 from passes.tolerance import RELATIVE, disagreement
 from passes.verify import Validation
-from surgery.adapter import Core, Factors
+from surgery.core import Core, Factors
 from surgery.graphs import drop_sites, graph_sites, original_graph
 from surgery.hosts import detach, host_of, operated_sites, require_bases, shared_tensors
 from surgery.node import SSpaceNode

@@ -9,7 +9,7 @@ from torch import nn
 
 from passes.errors import InputError, VariantError, WeightError
 from passes.sites import Site
-from surgery.adapter import Factors
+from surgery.core import Factors
 from surgery.lowerings import REGISTRY
 from surgery.variants import Variant
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from passes.errors import InputError
 from passes.sites import Site
-from surgery.adapter import Core, Factors, matrices_of
+from surgery.adapter import matrices_of
 from surgery.checks import check_factors
+from surgery.core import Core, Factors
 from surgery.hosts import Graft
 from surgery.progress import track
 from surgery.statistics import Statistic

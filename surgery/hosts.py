@@ -20,7 +20,8 @@ from passes.insert import Insert
 from passes.modules import private_module
 from passes.normalize import layout_of_forward
 from passes.sites import Site
-from surgery.adapter import Core, Factors, SSpaceLinear, SSpaceWeight
+from surgery.adapter import SSpaceLinear, SSpaceWeight
+from surgery.core import Core, Factors
 from surgery.costs import schedule_of
 from surgery.graphs import GraphState, copy_whole, register_sites, rewrite
 from surgery.lowerings.dense import give_handle

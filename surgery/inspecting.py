@@ -17,8 +17,8 @@ from passes.insert import Insert
 from passes.inspection import Inspection, graph_products
 from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
-from surgery.adapter import Core, Factors
 from surgery.base_graph import capture_base
+from surgery.core import Core, Factors
 from surgery.graft import initial_core
 from surgery.graphs import register_sites
 from surgery.node import SSpaceNode

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from passes.errors import InputError, VariantError
-from surgery.adapter import Core, Factors, SSpaceLinear, matrices_of
+from surgery.adapter import SSpaceLinear, matrices_of
+from surgery.core import Core, Factors
 from surgery.variants import Variant
 
 BLOCK = 2**18  # entries of a weight that are summed in float64 at a time, at least of 64 rows

@@ -9,7 +9,8 @@ from torch import nn
 
 from passes.modules import attribute, private_module
 from passes.trace import INPUT
-from surgery.adapter import Core, Factors, SSpaceLinear, changed_weight, rebuilt, remainder
+from surgery.adapter import SSpaceLinear, changed_weight, rebuilt, remainder
+from surgery.core import Core, Factors
 from surgery.merged import merged_weight
 from surgery.variants import Variant
 

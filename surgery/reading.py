@@ -17,7 +17,8 @@ from torch import fx, nn
 from passes.errors import AdapterError, SurgeryError
 from passes.inspection import graph_products
 from passes.sites import Site, original_names, part_of
-from surgery.adapter import Core, Factors, SSpaceLinear
+from surgery.adapter import SSpaceLinear
+from surgery.core import Core, Factors
 from surgery.fingerprint import fingerprint
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites

@@ -17,7 +17,7 @@ from torch import nn
 import surgery
 from passes.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
-from surgery.adapter import Core
+from surgery.core import Core
 from surgery.graft import initial_core
 from surgery.variants import REGISTRY, Variant, antipasto_ablate, antipasto_rot
 from surgery.variants.antipasto_ablate import orthonormal

@@ -22,7 +22,8 @@ from torch import nn
 
 import surgery
 from passes.sites import Site
-from surgery.adapter import Core, Factors, SSpaceLinear, rows_like
+from surgery.adapter import SSpaceLinear, rows_like
+from surgery.core import Core, Factors
 from surgery.hosts import Graft, attach
 from surgery.svd import factorise
 from surgery.variants import REGISTRY, Variant, resolve_variant, variant_from_dict
