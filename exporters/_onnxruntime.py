@@ -100,7 +100,7 @@ def _to_runtime(tensor: torch.Tensor) -> Any:
 def _from_runtime(value: Any) -> torch.Tensor:
     if value.data_type() != "tensor(bfloat16)":
         return torch.from_numpy(value.numpy())
-    return torch.from_dlpack(value._ortvalue)
+    return torch.utils.dlpack.from_dlpack(value._ortvalue)
 
 
 def compare(

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def write(
     check_file(path)
     if not check:
         return Exported(float("nan"), details)
-    coeffs = coefficients(rows) if knobs else [None]
+    coeffs: list[torch.Tensor | None] = [*coefficients(rows)] if knobs else [None]
     error, counts = _compare(subject, Runtime(path, dtype), coeffs, cores, path)
     return Exported(error, details | counts)
 
@@ -152,7 +153,7 @@ def _compare(
                     if coeff is not None:
                         set_coeff(model, coeff)
                     for inputs in cached.shapes() if cached else (subject.inputs,):
-                        error = compare(runtime, lambda inputs=inputs: subject.run(inputs), inputs, coeff, core)
+                        error = compare(runtime, partial(subject.run, inputs), inputs, coeff, core)
                         worst, comparisons = max(worst, error), comparisons + 1
                 if cached:
                     tokens += compare_generation(cached, runtime, coeff, core)
