@@ -12,11 +12,11 @@ and no stack trace and no path is written, so that two exports are byte-identica
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def _compare(
                     if coeff is not None:
                         set_coeff(model, coeff)
                     for inputs in cached.shapes() if cached else (subject.inputs,):
-                        error = compare(runtime, functools.partial(subject.run, inputs), inputs, coeff, core)
+                        error = compare(runtime, partial(subject.run, inputs), inputs, coeff, core)
                         worst, comparisons = max(worst, error), comparisons + 1
                 if cached:
                     tokens += compare_generation(cached, runtime, coeff, core)

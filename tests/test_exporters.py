@@ -1,7 +1,8 @@
 """The contract that every exporter keeps, whatever its format: a new file in ``exporters/`` goes through it by itself.
 
 An exporter may say in its module what the suite has to know: ``SLOW = True`` (an export takes more than a few seconds:
-only `make test-full` runs it) and ``OPTIONS = {...}`` (options that an export cannot do without).
+only `make test-full` runs it), ``OPTIONS = {...}`` (options that an export cannot do without), and
+``NEEDS_INPUTS = False``.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def test_an_existing_empty_directory_is_filled(format: str, tmp_path: Path) -> N
 @each_format
 def test_a_plain_module_needs_example_inputs_that_fit(format: str, tmp_path: Path) -> None:
     p = operate(patient("mlp"))
-    with pytest.raises(InputError, match="needs example_inputs"):
-        run(p, format, tmp_path / "out", example_inputs=None)
+    if getattr(MODULES[format], "NEEDS_INPUTS", True):
+        with pytest.raises(InputError, match="needs example_inputs"):
+            run(p, format, tmp_path / "out", example_inputs=None)
     with pytest.raises(InputError, match="does not run"):
         run(p, format, tmp_path / "out", example_inputs=torch.randn(2, 99))
     assert list(tmp_path.iterdir()) == []
