@@ -55,13 +55,17 @@ def sizes(subject: Subject, run: Run, names: Collection[str] = ("batch", "sequen
         if name not in names:
             continue
         try:
-            subject.expected(call)
-        except Exception:  # the model has no such size: it is not one to be kept free
+            expected = subject.expected(call)
+        except (RuntimeError, ValueError, IndexError, AssertionError):  # the model has no such size to be kept free
             continue
+        args, kwargs = copied(call)
         try:
-            found[name] = "free" if differ(subject, run, call)[1] is None else "wrong"
+            with torch.no_grad():
+                outputs = run(*args, **kwargs)
         except Exception:  # runtimes raise types of their own; a refusal is an answer
             found[name] = "fixed"
+        else:
+            found[name] = "free" if _differ(subject, outputs, expected, call)[1] is None else "wrong"
     return found
 
 
@@ -92,7 +96,11 @@ def differ(subject: Subject, run: Run, call: Call) -> tuple[float, str | None]:
     args, kwargs = copied(call)
     expected = subject.expected(call)
     with torch.no_grad():
-        found = leaves(run(*args, **kwargs))
+        return _differ(subject, run(*args, **kwargs), expected, call)
+
+
+def _differ(subject: Subject, outputs: Any, expected: list[torch.Tensor], call: Call) -> tuple[float, str | None]:
+    found, kwargs = leaves(outputs), call[1]
     if len(found) != len(expected):
         return float("inf"), f"it has {len(found)} outputs, the model {len(expected)}"
     coarsest = _coarsest(subject)

@@ -31,9 +31,31 @@ def finish(graph: Any, inputs: Mapping[str, Any], knobs: Sequence[Knob] = (), ax
     for knob in knobs:
         _give_default(graph.graph, knob)
     _name_sizes(graph.graph, inputs, axes or {}, {knob.name for knob in knobs})
+    _spell_out_elu(graph.graph)
     shared = share_tensors(graph.graph)
     _drop_traces(graph)
     return shared
+
+
+def _spell_out_elu(graph: Any) -> None:
+    """Write elu in float64, which ONNX Runtime lacks, as ``max(x, 0) + (exp(min(x, 0)) - 1)``."""
+    import onnx_ir
+
+    for node in [node for node in graph if node.op_type == "Elu"]:
+        (x,), alpha = node.inputs, node.attributes.get("alpha")
+        if x.dtype != onnx_ir.DataType.DOUBLE or (alpha is not None and alpha.as_float() != 1):
+            continue
+        tape = onnx_ir.tape.Tape(graph)
+        zero = tape.initializer(onnx_ir.tensor(np.float64(0), name=f"{node.name}_zero"))
+        one = tape.initializer(onnx_ir.tensor(np.float64(1), name=f"{node.name}_one"))
+        small = tape.op("Sub", [tape.op("Exp", [tape.op("Min", [x, zero])]), one])
+        out = tape.op("Add", [tape.op("Max", [x, zero]), small])
+        nodes = list(tape.nodes)
+        graph.remove(nodes)
+        for i, made in enumerate(nodes):  # named, so that two exports are equal
+            made.name = f"{node.name}_{i}"
+            made.outputs[0].name = f"{node.outputs[0].name}_{i}"
+        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [out])
 
 
 def _give_default(graph: Any, knob: Knob) -> None:

@@ -145,8 +145,9 @@ class Faulty(nn.Module):
         self.down = nn.Linear(24, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        Faulty.calls += 1
-        return Faulty.effect(Faulty.calls, self.down(torch.tanh(self.up(x))))
+        y = self.down(torch.tanh(self.up(x)))
+        Faulty.calls += 1  # of inputs that fit
+        return Faulty.effect(Faulty.calls, y)
 
 
 @pytest.fixture
