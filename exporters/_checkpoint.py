@@ -25,9 +25,10 @@ from exporters._safetensors import read_header, sync
 from passes.errors import ExportError
 from passes.sites import part_of
 from surgery.adapter import SSpaceLinear
+from surgery.entries import read_parts, rows_of
 from surgery.merged import bare_site, merged_weight
 from surgery.progress import track
-from surgery.reading import opened, read_parts, rows_of
+from surgery.reading import opened
 
 
 def merge_checkpoint(

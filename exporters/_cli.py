@@ -27,7 +27,7 @@ def options() -> dict[str, tuple[Any, str]]:
         for name, parameter in list(inspect.signature(write).parameters.items())[3:]:
             kind = _simple(kinds.get(name))
             if kind is not None:
-                default = "" if parameter.default in (None, False) else f" [default: {parameter.default}]"
+                default = "" if parameter.default in (None, False) else f" (default: {parameter.default})"
                 line = f"{format}: {about.get(name, '').rstrip('.')}{default}."
                 before = found.get(name)
                 found[name] = (before[0] if before else kind, f"{before[1]} {line}" if before else line)

@@ -27,9 +27,9 @@ from exporters._base import Exported, ExportReport, need, publish, staged
 from passes.errors import ExportError
 from surgery.adapter import SSpaceLinear
 from surgery.core import Core
+from surgery.entries import FACTORS
 from surgery.fingerprint import fingerprint
 from surgery.operate import unwrap
-from surgery.reading import FACTORS
 from surgery.variants import Variant
 from surgery.verbs import sites
 

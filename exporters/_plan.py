@@ -17,8 +17,9 @@ from exporters._names import INSTEAD, Group, Names, owners
 from exporters._safetensors import DTYPES
 from passes.errors import AdapterError, ExportError, InputError, VariantError, WeightError
 from passes.sites import part_of
+from surgery.entries import check_entry, matrix_shape, rows_of, variant_of
 from surgery.inspecting import load_model
-from surgery.reading import CONFIG, check_digest, check_entry, matrix_shape, read_config, rows_of, variant_of
+from surgery.reading import CONFIG, check_digest, read_config
 from surgery.variants import Variant
 
 

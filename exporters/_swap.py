@@ -26,8 +26,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from passes.errors import AdapterError, ExportError, InputError
+from surgery.entries import SITE_FIELDS, dtype_name, variant_of
 from surgery.fingerprint import fingerprint
-from surgery.reading import SITE_FIELDS, dtype_name, opened_adapter, variant_of
+from surgery.reading import opened_adapter
 from surgery.variants import Variant
 from surgery.verbs import sites
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from passes.contractions import pointwise
 from passes.modules import attribute
+from passes.names import Names
 from passes.normalize import linear_layout
 from passes.operands import Matrices
 from passes.products import Product, aten, read_product
@@ -101,7 +101,7 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for owners.
     """
-    names = _Names(model)
+    names = Names(model)
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
@@ -124,7 +124,7 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
     return products, skipped
 
 
-def _matrices(product: Product, names: _Names) -> Matrices:
+def _matrices(product: Product, names: Names) -> Matrices:
     """How a product sees its weight."""
     if product.matrices is not None:
         return product.matrices
@@ -132,7 +132,7 @@ def _matrices(product: Product, names: _Names) -> Matrices:
     return Matrices(None, *((rows, columns) if product.layout == "out_in" else (columns, rows)), product.layout)
 
 
-def _module_product(node: fx.Node, names: _Names) -> Product | str:
+def _module_product(node: fx.Node, names: Names) -> Product | str:
     """The product of a module that a symbolic trace does not look into, or why there is none."""
     path = str(node.target)
     module, weight = names.modules[path], f"{path}.weight"
@@ -155,7 +155,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for ties and owners.
     """
-    names = _Names(model)
+    names = Names(model)
     products, skipped = products_by_site(graph_module, model)
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
@@ -180,7 +180,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
 
 def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
-    names = _Names(model)
+    names = Names(model)
     sites, skipped = [], []
     for path, module, layout, local in _linear_weights(model):
         if layout is None:
@@ -219,71 +219,6 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
 OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
-def original_names(model: nn.Module) -> dict[str, str]:
-    """Names that parameters had before Dynamo flattened them, by their present names; empty for any other model."""
-    known: dict[str, str] = getattr(model, "meta", {}).get("dynamo_flat_name_to_original_fqn", {})
-    plain: dict[str, list[str]] = defaultdict(list)  # of numbered modules, it records names before their last cleaning
-    for flat, original in known.items():
-        plain[re.sub("_+", "_", flat.replace("getattr_", ""))].append(original)
-    found = {}
-    for name, _ in model.named_parameters() if known else ():
-        same = [known[name]] if name in known else plain[re.sub("_+", "_", name)]
-        if len(same) == 1:
-            found[name] = same[0]
-    return found
-
-
-class _Names:
-    """The model's parameters by every name they have, and which of these names are one tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = dict(model.named_parameters(remove_duplicate=False))
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.originals = original_names(model)
-        self.first_path: dict[int, str] = {}
-        for path, module in self.modules.items():
-            self.first_path.setdefault(id(module), path)
-        self.by_tensor: dict[int, list[str]] = defaultdict(list)
-        for name, tensor in self.tensors.items():
-            self.by_tensor[id(tensor)].append(name)
-
-    def canonical(self, name: str) -> str:
-        return self.by_tensor[id(self.tensors[name])][0]
-
-    def same(self, one: str, other: str) -> bool:
-        return self.tensors[one] is self.tensors[other]
-
-    def owner(self, name: str) -> str:
-        """First path of the module that registers a parameter."""
-        module = self.modules[name.rpartition(".")[0]]
-        return self.first_path[id(module)]
-
-    def key(self, weight: str, module_path: str | None = None) -> str:
-        """Key of the product that uses a weight: among tied names, the one whose module the product stands in."""
-        owners = {self.owner(name): name for name in self.by_tensor[id(self.tensors[weight])]}
-        if module_path in self.modules:
-            module_path = self.first_path[id(self.modules[module_path])]
-        name = weight if module_path is None else owners.get(module_path, weight)
-        if name in self.originals:
-            name = self.originals[name]
-            return name.removesuffix(".weight")
-        owner, local = self.owner(name), name.rpartition(".")[2]
-        if not owner:
-            return local
-        return owner if local == "weight" else f"{owner}.{local}"
-
-    def alias(self, name: str, key: str) -> str:
-        """The name of a parameter that belongs to a key, where it has several."""
-        aliases = self.by_tensor[id(self.tensors[name])]
-        return next((a for a in aliases if a == key or a.rpartition(".")[0] == key), name)
-
-    def ties(self, name: str) -> tuple[str, ...]:
-        """Other names of the same tensor, those that merely reach the same module by another path left out."""
-        aliases = self.by_tensor[id(self.tensors[name])]
-        mine = (self.owner(name), name.rpartition(".")[2])
-        return tuple(a for a in aliases if a != name and (self.owner(a), a.rpartition(".")[2]) != mine)
-
-
 def _module_path(node: fx.Node) -> str | None:
     if "called_module" in node.meta:
         return str(node.meta["called_module"])
@@ -301,7 +236,7 @@ def _operation(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
-def _other_uses(graph: fx.Graph, names: _Names, products: dict[str, list[Product]]) -> dict[str, list[str]]:
+def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]]) -> dict[str, list[str]]:
     """Uses of a weight that are no product of it, such as an embedding look-up, by the weight's first name."""
     counted = {p.node for found in products.values() for p in found}
     uses: dict[str, list[str]] = defaultdict(list)

@@ -28,20 +28,12 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from passes.errors import AdapterError
-from passes.sites import original_names
+from passes.names import original_names
+from surgery.entries import FACTORS, dtype_name
 from surgery.fingerprint import fingerprint
 from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, unwrap
-from surgery.reading import (
-    CONFIG,
-    FACTORS,
-    FORMAT,
-    TENSORS,
-    VERSION,
-    dtype_name,
-    parameter_names,
-    read_adapter,
-)
+from surgery.reading import CONFIG, FORMAT, TENSORS, VERSION, parameter_names, read_adapter
 from surgery.replace import replace_adapters
 
 

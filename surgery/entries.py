@@ -1,0 +1,157 @@
+"""What an adapter's configuration says of one site, read and checked against the base weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from passes.errors import AdapterError, SurgeryError
+from passes.sites import Site
+from surgery.core import Core, Factors
+from surgery.fingerprint import fingerprint
+from surgery.variants import Variant, variant_from_dict
+
+FACTORS = ("U", "S", "Vh")
+SITE_FIELDS = {"weight": str, "layout": str, "host": str, "shape": list, "r": int, "dtype": str, "fingerprint": str}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def variant_of(entry: dict[str, Any]) -> Variant:
+    """The variant that an adapter's configuration, or that of one of its sites, names.
+
+    Raises:
+        AdapterError: there is none such.
+    """
+    return _variant(entry["variant"], entry.get("hyperparameters", {}))
+
+
+def _variant(name: Any, values: Any) -> Variant:
+    try:
+        return variant_from_dict(name, values)
+    except AdapterError:
+        raise
+    except (SurgeryError, TypeError, ValueError) as error:
+        raise AdapterError(f"adapter of variant {name!r}: {error}") from error
+
+
+def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
+    """Check what the configuration says of a site by itself and against the names of a model's parameters.
+
+    Raises:
+        AdapterError: a field is missing or unknown, or the model has no such parameter.
+    """
+    for name, kind in SITE_FIELDS.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+            raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
+    if entry["weight"] not in parameters:
+        raise AdapterError(f"{where}: the model has no parameter {entry['weight']!r}; is it another base model?")
+    bias = entry.get("bias")
+    if bias is not None and (not isinstance(bias, str) or bias not in parameters):
+        raise AdapterError(f"{where}: the model has no parameter {bias!r:.80}; is it another base model?")
+    if entry["layout"] not in ("out_in", "in_out") or entry["host"] not in ("module", "weight"):
+        raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
+
+
+def read_parts(
+    where: str, key: str, entry: dict[str, Any], default: Variant, weight: torch.Tensor, tensors: Any, *, host: str
+) -> tuple[Variant, Factors, Core, set[str]]:
+    """Read the adapter of one site, and check that its base weight is the one that it was made for.
+
+    Args:
+        entry: what the configuration says of the site.
+        default: the variant of the adapter's first site.
+        tensors: the opened tensor file.
+
+    Returns:
+        The variant, the factors, the core, and the names of their tensors.
+
+    Raises:
+        AdapterError: the weight is another one, or a tensor is missing, damaged or does not fit.
+    """
+    shape = matrix_shape(where, weight, entry, host)
+    if fingerprint(weight) != entry["fingerprint"]:
+        raise AdapterError(
+            f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
+        )
+    variant = variant_of(entry) if "variant" in entry else default
+    if host == "weight" and not variant.linear:
+        raise AdapterError(f"{where}: {variant.name} is not linear, and the product reads its weight without a call")
+    (*lead, d_out, d_in), r = shape, entry["r"]
+    if lead and variant.needs_calibration:
+        raise AdapterError(f"{where}: {variant.name} has no factors for a stack of matrices")
+    if not 1 <= r <= min(d_out, d_in) or variant.rank(r) != r:
+        raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
+    dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
+    core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    kept = (dtype, weight.dtype)  # a cast of the model casts its factors, and leaves a float64 core as it is
+    shapes = {
+        f"factors.{n}": (s, kept)
+        for n, s in zip(FACTORS, [(*lead, d_out, r), (*lead, r), (*lead, r, d_in)], strict=True)
+    }
+    for name, tensor in variant.init_core(r, torch.Generator()).items():
+        shapes[f"core.{name}"] = ((*lead, *tensor.shape), (core_dtype, torch.float64))
+    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
+    tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
+    core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
+    core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
+    return variant, factors, core, {f"{key}.{name}" for name in shapes}
+
+
+def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+    """The rows of a packed weight that a site is, or None for the whole.
+
+    Raises:
+        AdapterError: they are no part of the weight.
+    """
+    rows = entry.get("rows")
+    if rows is None:
+        return None
+    fits = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
+    if not fits or not 0 <= rows[0] < rows[1] <= len(weight) or weight.dim() != 2 or entry["host"] != "weight":
+        raise AdapterError(f"{where}: rows {rows!r:.80} are no part of a weight of shape {list(weight.shape)}")
+    return rows[0], rows[1]
+
+
+def overlap(one: Site, other: Site) -> bool:
+    """Whether two sites share an entry of a weight."""
+    if one.weight != other.weight:
+        return False
+    return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
+
+
+def matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:
+    """The shape of a weight as a matrix (d_out, d_in) or, where it is hosted as a weight, as a stack of them."""
+    stored, wanted = tuple(weight.shape), entry["shape"]
+    shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
+    fits = list(shape) == wanted and weight.dim() == 2
+    if host == "weight" and weight.dim() >= 2 and len(wanted) in (2, 3) and (weight.dim(), len(wanted)) != (2, 2):
+        fits = all(type(n) is int and n > 0 for n in wanted) and math.prod(wanted) == weight.numel()
+    if not fits or dtype_name(weight) != entry["dtype"]:
+        raise AdapterError(
+            f"{where}: the adapter is for a weight of shape {wanted} and {entry['dtype']}, "
+            f"the model's is {list(shape)} and {dtype_name(weight)}"
+        )
+    return tuple(wanted)
+
+
+def _tensor(
+    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> torch.Tensor:
+    if name not in set(tensors.keys()):
+        raise AdapterError(f"{where}: tensor {name!r} is missing")
+    found = tuple(tensors.get_slice(name).get_shape())
+    if found != shape:
+        raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
+    tensor: torch.Tensor = tensors.get_tensor(name).clone()
+    if tensor.dtype not in dtypes:
+        raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"{where}: tensor {name!r} is not finite")
+    return tensor
