@@ -68,6 +68,8 @@ def _place(model: nn.Module, key: str, site: SSpaceLinear) -> Place | str:
         return "is inlined in a graph, which has no module to wrap; export the model that the graph was made of"
     if host_of(site) == "module":
         return Place(key)
+    if getattr(site, "rows", None):
+        return "is a part of a packed weight, which PEFT adapts whole"
     path, _, local = parameter_names(model, site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
     if not path:

@@ -30,6 +30,7 @@ from exporters._onnxruntime import TOLERANCE
 from passes.capture import default_inputs, is_pretrained
 from passes.errors import ExportError, InputError
 from passes.forward import quiet, set_mode
+from passes.sites import part_of
 from passes.tolerance import relative_error
 from surgery.reading import parameter_names
 from surgery.verbs import merge, sites
@@ -75,7 +76,8 @@ def write(
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise ExportError(f"{type(model).__name__} cannot be saved: {type(error).__name__}: {reason}") from error
     stored = _compare_tensors(state, _state(loaded))
-    weights = max((merge_error(site, key, stored[names[key]]) for key, site in found.items()), default=0.0)
+    parts = {key: part_of(stored[names[key]], getattr(site, "rows", None)) for key, site in found.items()}
+    weights = max((merge_error(site, key, parts[key]) for key, site in found.items()), default=0.0)
     details = {"sites": len(found), "weight_error": weights}
     if example_inputs is None and default_inputs(model) is None:
         return Exported(weights, {**details, "compared": "weights"})

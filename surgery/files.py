@@ -35,6 +35,7 @@ from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.reading import CONFIG, FORMAT, TENSORS, VERSION, parameter_names, read_adapter
 from surgery.replace import replace_adapters
+from surgery.residual import SSpaceResidual, base_of
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact") -> Path:
@@ -63,6 +64,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
     tensors: dict[str, torch.Tensor] = {}
     for key, site in found.items():
         weight, bias = names[key]
+        if isinstance(site, SSpaceResidual) and base_of(site).cast:
+            raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
         entries[key] = {
             "weight": originals.get(weight, weight),
             "bias": originals.get(str(bias), bias),

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from passes.annotate import Annotate
 from passes.calls import CallRecord
-from passes.errors import InputError, SurgeryError, TargetError
+from passes.errors import CaptureError, InputError, SurgeryError, TargetError
 from passes.insert import Insert
 from passes.modules import private_module
 from passes.normalize import layout_of_forward
@@ -56,7 +56,7 @@ def choose_host(model: nn.Module, site: Site, calls: CallRecord | None) -> str:
     owner_path, _, local = site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
     plain = local == "weight" and is_module_host(type(owner), site.layout) and "forward" not in vars(owner)
-    if not plain or owner is model or any(hasattr(owner, name) for name in ATTRIBUTES):
+    if not plain or owner is model or any(hasattr(owner, name) for name in (*ATTRIBUTES, "form", "W_res")):
         return "weight"
     if calls is not None and site.weight in calls.read:
         return "weight"
@@ -93,6 +93,8 @@ def attach_all(model: nn.Module, grafts: Iterable[Graft], original: GraphState |
 
 def _node(model: nn.Module, graft: Graft) -> SSpaceNode:
     site, kind = graft.site, "product" if graft.host == "graph" else "weight"
+    if site.rows:
+        raise CaptureError(f"site {site.key!r} is a part of a packed weight, which graphs cannot hold; merge it first")
     names = (site.weight, site.bias)
     node = SSpaceNode(model, site.key, names, graft.variant, graft.factors, graft.core, site.layout, kind=kind)
     node.train(model.training)
@@ -128,13 +130,13 @@ def attach(model: nn.Module, graft: Graft) -> None:
             owner.__class__ = SSpaceLinear
             if graft.form == "residual":
                 weight = owner._parameters["weight"]
-                owners = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
+                owners = [m for m in model.modules() if any(p is weight for p in weights_of(m))]
                 split(owner, shared=len(owners) > 1)
             _schedule(owner, graft)
     except BaseException:
         if not isinstance(adapter, SSpaceWeight):
             _strip(owner, cls)
-        elif parametrize.is_parametrized(owner, local):
+        elif any(module is adapter for module in owner.modules()):
             detach(adapter)
         raise
 
@@ -213,9 +215,17 @@ def operated_sites(model: nn.Module) -> dict[str, SSpaceLinear]:
     return found
 
 
+def weights_of(module: nn.Module) -> list[torch.Tensor | None]:
+    """The parameters that a module has itself, among them a weight that a remainder stands in for."""
+    own: list[torch.Tensor | None] = list(module._parameters.values())
+    if isinstance(module, SSpaceResidual):
+        own.append(module.parameter if module.keeps_base else module.W_res)
+    return own
+
+
 def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
-    bases = [site.weight for site in model.modules() if isinstance(site, SSpaceResidual) and site.keeps_base]
+    bases = [site.parameter for site in model.modules() if isinstance(site, SSpaceResidual) and site.keeps_base]
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *bases)}
 
 

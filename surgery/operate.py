@@ -14,6 +14,7 @@ from passes.errors import SurgeryError
 from passes.inspection import Inspection, inspect_model
 from surgery.calibrate import collect, first_batch
 from surgery.checks import check_options
+from surgery.fingerprint import fingerprint
 from surgery.graft import make_grafts
 from surgery.graphs import GraphState, graph_state, restore_state
 from surgery.hosts import Graft, attach_all, detach, operated_sites, require_bases
@@ -178,9 +179,10 @@ def operate(
         vars(model)["_surgery"].factorisation.update(notes)
         finish()
         dropped = {graft.site.key for graft in grafts if not graft.keep_base}
-        for key, site in operated_sites(model).items() if dropped else ():  # last: nothing can fail any more
-            if key in dropped and isinstance(site, SSpaceResidual):
-                site.drop_base()
+        gone = [s for k, s in operated_sites(model).items() if k in dropped and isinstance(s, SSpaceResidual)]
+        prints = [fingerprint(site.weight) for site in gone]  # may fail; nothing below can
+        for residual, found in zip(gone, prints, strict=True):
+            residual.drop_base(found)
     except BaseException:
         for key, site in reversed(operated_sites(model).items()):
             if key not in present and not isinstance(site, SSpaceNode):

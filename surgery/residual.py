@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from passes.errors import SurgeryError
 from surgery.adapter import SSpaceLinear, rebuilt, remainder
-from surgery.fingerprint import fingerprint
+
+
+@dataclass
+class Base:
+    """The weight that a remainder stands in for.
+
+    Attributes:
+        parameter: the weight, or None where it was dropped.
+        dtype: that it has, or would have.
+        order: of the module's parameters.
+        shared: whether another module has it too.
+        error: of what the stored tensors give back, relative to the largest entry.
+        fingerprint: of the weight, where it was dropped.
+        settled: False after a state dict was loaded, until the weight is known to be that of the remainder.
+        cast: whether the model was cast since the weight was dropped.
+    """
+
+    parameter: nn.Parameter | None
+    dtype: torch.dtype
+    order: tuple[str, ...]
+    shared: bool
+    error: float
+    fingerprint: str | None = None
+    settled: bool = True
+    cast: bool = False
 
 
 class SSpaceResidual(SSpaceLinear):
@@ -18,48 +44,85 @@ class SSpaceResidual(SSpaceLinear):
     ``W_res`` is a buffer in float32 or better, also when the model is cast to a half dtype. The base weight is no
     parameter of the module: it waits on the CPU for the undoing (the parameter itself, if it was on the CPU or another
     module has it too), unless it is dropped.
-
-    Attributes:
-        keeps_base: whether the base weight was kept.
-        base_error: of the weight that the stored tensors give back, relative to its largest entry.
-        base_fingerprint: of the base weight, where it was dropped.
     """
 
     form = "residual"
     W_res: torch.Tensor
-    base_error: float
-    base_fingerprint: str | None = None
 
     @property
     def keeps_base(self) -> bool:  # type: ignore[override]
         """Whether the base weight was kept."""
-        return vars(self)["base"] is not None
+        return base_of(self).parameter is not None
+
+    @property
+    def base_error(self) -> float:
+        """Of the weight that the stored tensors give back, relative to its largest entry."""
+        return base_of(self).error
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base weight, where it was dropped."""
+        return base_of(self).fingerprint
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The frozen base weight; where it was not kept, what the factors and the remainder give."""
-        base: torch.Tensor | None = vars(self)["base"]
-        return rebuilt(self.W_res, self, vars(self)["weight_dtype"]) if base is None else base
+        """The frozen base weight where the module is; if it was not kept, what the factors and the remainder give."""
+        return self.parameter.to(self.W_res.device)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The base weight where it waits."""
+        base = base_of(self)
+        if not base.settled:
+            self._settle(base)
+        return rebuilt(self.W_res, self, base.dtype) if base.parameter is None else base.parameter
+
+    def _settle(self, base: Base) -> None:
+        """After a state dict was loaded: the weight is that of the remainder."""
+        base.settled = True
+        if base.parameter is not None and not torch.equal(remainder(self), self.W_res):
+            found = rebuilt(self.W_res, self, base.dtype).to(base.parameter.device)
+            base.parameter = nn.Parameter(found, requires_grad=False)
 
     def chosen(self, x: torch.Tensor) -> str:
         """There is one lowering of this form."""
         return "residual"
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Let the weight be tied to what it is, as ``tie_weights`` does; refuse another."""
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif param is not base_of(self).parameter:
+            raise SurgeryError("the weight of a site in residual form cannot be replaced: undo surgery or merge first")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        base_of(self).settled = False
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before, base, W_res = vars(self)["weight_dtype"], vars(self)["base"], self.W_res
+        base, W_res = base_of(self), self.W_res
         super()._apply(fn, recurse)
-        dtype = vars(self)["weight_dtype"] = fn(W_res.new_empty(0, dtype=before)).dtype
-        if base is not None and dtype != before:  # the remainder of the weight as it is now
-            vars(self)["base"] = nn.Parameter(base.detach().to(dtype), requires_grad=base.requires_grad)
+        before, base.dtype = base.dtype, fn(W_res.new_empty(0, dtype=base.dtype)).dtype
+        if base.parameter is not None and base.dtype != before:  # the remainder of the weight as it is now
+            if base.parameter.dtype != base.dtype:  # of a shared one, the other module may have cast it already
+                base.parameter.data = base.parameter.detach().to(base.dtype)
             self.W_res = remainder(self)
-        else:
-            self.W_res = W_res.to(self.factors.U.device, torch.promote_types(dtype, torch.float32))
+            return self
+        base.cast |= base.dtype != before
+        kept = self.W_res if W_res.is_meta else W_res.to(self.factors.U.device)
+        self.W_res = kept.to(torch.promote_types(base.dtype, torch.float32))
         return self
 
-    def drop_base(self) -> None:
-        """Let go of the base weight; its fingerprint is kept, by which an adapter file knows its model."""
-        self.base_fingerprint = fingerprint(self.weight)
-        vars(self)["base"] = None
+    def drop_base(self, fingerprint: str) -> None:
+        """Let go of the base weight, unless another module has it; files know it by the fingerprint."""
+        base = base_of(self)
+        if not base.shared:
+            base.parameter, base.fingerprint = None, fingerprint
+
+
+def base_of(site: SSpaceResidual) -> Base:
+    """What is kept of the base of a site."""
+    return vars(site)["_base"]  # type: ignore[no-any-return]
 
 
 def split(site: nn.Module, *, shared: bool) -> None:
@@ -75,21 +138,18 @@ def split(site: nn.Module, *, shared: bool) -> None:
     W = weight.detach().to(torch.float64)
     error = (rebuilt(W_res, site, weight.dtype).to(torch.float64) - W).abs().max() / W.abs().max().clamp(1e-300)
     kept = weight if shared or weight.device.type == "cpu" else nn.Parameter(weight.cpu(), requires_grad=False)
-    state = {"base": kept, "weight_dtype": weight.dtype, "order": tuple(site._parameters), "base_error": float(error)}
-    vars(site).update(state)
+    vars(site)["_base"] = Base(kept, weight.dtype, tuple(site._parameters), shared, float(error))
+    site.register_buffer("W_res", W_res)
     del site._parameters["weight"]
     site.__class__ = SSpaceResidual
-    site.register_buffer("W_res", W_res)
 
 
 def join(site: SSpaceResidual) -> None:
     """Put the weight back in its place; the site is in delta form."""
-    weight, order = site.weight, vars(site)["order"]
+    weight, order = site.parameter, base_of(site).order
     if not isinstance(weight, nn.Parameter) or weight.device != site.W_res.device:
         weight = nn.Parameter(weight.detach().to(site.W_res.device), requires_grad=False)
-    del site._buffers["W_res"]
-    for name in ("base", "weight_dtype", "order", "base_error", "base_fingerprint"):
-        vars(site).pop(name, None)
+    del site._buffers["W_res"], vars(site)["_base"]
     site.__class__ = SSpaceLinear  # type: ignore[assignment]
     parameters = {**site._parameters, "weight": weight}
     site._parameters.clear()

@@ -16,7 +16,7 @@ from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear
 from surgery.graphs import copy_as_ever, drop_sites, rewrite
-from surgery.hosts import host_of, operated_sites, replace_weight
+from surgery.hosts import host_of, operated_sites, replace_weight, weights_of
 from surgery.merged import merged_weight
 from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
@@ -154,7 +154,8 @@ def refresh(model: Model) -> Model:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters, a shared one counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in unwrap(model).parameters()]
+    found = {id(p): p for module in unwrap(model).modules() for p in weights_of(module) if p is not None}
+    sizes = [(p.numel(), p.requires_grad) for p in found.values()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
@@ -181,7 +182,7 @@ def _shared(model: nn.Module, found: dict[str, SSpaceLinear]) -> dict[str, list[
         if isinstance(site, SSpaceNode):
             continue
         others = owners.get(id(site.parameter), set())
-        if len(others) > (site.form == "delta"):  # of a site in residual form, the weight is not its own parameter
+        if len(others) > 1:
             shared[key] = sorted(others - {key})
     if isinstance(model, fx.GraphModule):
         shared |= {key: [f"node {node.name!r}" for node in nodes] for key, nodes in other_readers(model).items()}
@@ -192,7 +193,7 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
     """Paths of the modules that register each parameter, by the parameter's identity."""
     owners: dict[int, set[str]] = {}
     for path, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in weights_of(module):
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(path.partition(".parametrizations.")[0])
     return owners

@@ -145,3 +145,54 @@ def test_wrong_rows_in_a_file_are_refused(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(surgery.AdapterError, match=r"in_proj_weight\.q"):
         load_adapter(model, tmp_path)
     assert not sites(model)
+
+
+def test_a_part_that_cannot_be_attached_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.utils import parametrize
+
+    model = operated(targets=["q"])
+    live = run(model)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(parametrize, "register_parametrization", fail)
+    with pytest.raises(MemoryError):
+        apply_surgery(model, "antipasto", r=6, target_modules=["v"], example_inputs=CALLS["self"], progress=False)
+    assert list(sites(model)) == ["in_proj_weight.q"]
+    assert torch.equal(run(model), live)
+
+
+class Wrapped(nn.Module):
+    """An attention of its input to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.att = attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.att(x, x, x)[0]
+
+
+def test_exports_of_parts(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from exporters import ExportError, export, merge_checkpoint
+
+    model = Wrapped().eval()
+    (tmp_path / "base").mkdir()
+    save_file({name: t.detach().clone() for name, t in model.state_dict().items()}, tmp_path / "base/model.safetensors")
+    shake(apply_surgery(model, "antipasto", r=6, target_modules=["q", "v"], example_inputs=X, progress=False))
+    save_adapter(model, tmp_path / "adapter")
+    for format in ("dense", "pt2", "onnx"):
+        assert export(model, format, tmp_path / format, example_inputs=X).max_error < 1e-5
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for name, tensor in load_file(tmp_path / "dense/model.safetensors").items():
+        assert torch.equal(tensor, merged[name])
+    with pytest.raises(ExportError, match="part of a packed weight"):
+        export(model, "lora", tmp_path / "lora", example_inputs=X)
+    graph = torch.export.export(Wrapped().eval(), (X,)).module()
+    with pytest.raises(surgery.CaptureError, match="part of a packed weight"):
+        load_adapter(graph, tmp_path / "adapter")
+    assert not sites(graph)

@@ -208,3 +208,107 @@ def test_words_for_it_and_refusals() -> None:
         apply_surgery(model_of(), "antipasto", r=8, form="residual", lowering="dense", **options)
     with pytest.raises(surgery.InputError, match="needs form='residual'"):
         apply_surgery(model_of(), "antipasto", r=8, keep_base=False, **options)
+
+
+def test_coeff_may_change_before_the_backward() -> None:
+    model, x = operated(), inputs()
+    with steer(model, 0.5):
+        loss = model(x).square().sum()
+    loss.backward()
+    found = {key: site.core.g.grad.clone() for key, site in sites(model).items()}
+    model.zero_grad()
+    set_coeff(model, 0.5)
+    model(x).square().sum().backward()
+    for key, site in sites(model).items():
+        assert_close(site.core.g.grad, found[key])
+
+
+def test_autocast_gives_what_a_linear_module_gives() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert operated()(inputs()).dtype == model_of()(inputs()).dtype == torch.bfloat16
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("targets", [["0", "2"], ["2"]])
+def test_a_merge_does_not_untie_unasked(targets: list[str], keep_base: bool) -> None:
+    options: dict[str, Any] = {"form": "residual", "keep_base": keep_base, "progress": False}
+    model = apply_surgery(tied(), "antipasto", r=8, target_modules=targets, example_inputs=inputs(), **options)
+    shake(model)
+    with pytest.raises(surgery.WeightError, match="shares its weight"):
+        merge(model)
+    live = model(inputs())
+    assert_close(merge(copy.deepcopy(model), untie=True)(inputs()), live)
+    model.to(torch.bfloat16)
+    undo_surgery(model)
+    assert model[0].weight is model[2].weight
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_failure_while_bases_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    before = {key: (id(t), t.clone()) for key, t in model.named_parameters()}
+    real, calls = surgery.operate.fingerprint, []
+
+    def fail(weight: torch.Tensor) -> str:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(weight)
+
+    monkeypatch.setattr("surgery.operate.fingerprint", fail)
+    options: dict[str, Any] = {"target_modules": "all-linear", "example_inputs": inputs(), "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        apply_surgery(model, "antipasto", r=8, form="residual", keep_base=False, **options)
+    for key, tensor in model.named_parameters():
+        assert id(tensor) == before[key][0]
+        assert torch.equal(tensor, before[key][1])
+
+
+def test_a_state_of_another_base_is_what_is_merged() -> None:
+    model, other, x = operated(), operated(), inputs()
+    for site in sites(other).values():
+        site.W_res.mul_(1.5)
+    model.load_state_dict(other.state_dict())
+    live = model(x)
+    assert_close(live, other(x))
+    assert_close(merge(model)(x), live)
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_parameters_are_counted_as_in_delta_form(keep_base: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    surgery.print_trainable_parameters(operated(keep_base=keep_base))
+    surgery.print_trainable_parameters(undone_and_loaded(operated(), "antipasto", torch.float32))
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+
+
+def test_an_adapter_without_a_base_is_not_saved_after_a_cast(tmp_path: Path) -> None:
+    with pytest.raises(surgery.AdapterError, match="cast after its base was dropped"):
+        save_adapter(operated(keep_base=False).to(torch.bfloat16), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_model_ties_its_weights_again_and_generates() -> None:
+    p = patient("qwen3")
+    apply_surgery(p.model, "antipasto", r=6, target_modules=["lm_head", "q_proj"], form="residual", progress=False)
+    p.model.tie_weights()
+    with pytest.raises(surgery.SurgeryError, match="cannot be replaced"):
+        p.model.lm_head.weight = nn.Parameter(torch.zeros(64, 32))
+    assert p.model.generate(p.inputs["input_ids"], max_new_tokens=3, do_sample=False).shape[1] == 10
+
+
+def test_meta_and_names_that_a_module_has_already() -> None:
+    assert operated().to("meta").to_empty(device="cpu")(inputs()).shape == (6, 5, 16)
+    model = model_of()
+    model[0].W_res, model[2].form = 3, "mine"
+    options: dict[str, Any] = {"target_modules": "all-linear", "example_inputs": inputs(), "progress": False}
+    apply_surgery(model, "antipasto", r=8, form="residual", **options)
+    assert {site.form for site in sites(model).values()} == {"delta"}
+    undo_surgery(model)
+    assert (model[0].W_res, model[2].form) == (3, "mine")

@@ -36,9 +36,12 @@ class Residual:
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """The remainder's product and the whole term, summed in the remainder's dtype."""
         W_res = site.get_buffer("W_res")
-        wide = x.to(W_res.dtype)
+        wide, factors = x.to(W_res.dtype), site.factors
         bias = None if site.bias is None else site.bias.to(W_res.dtype)
-        return (F.linear(wide, W_res, bias) + site.adapter_term(wide, whole=True)).to(x.dtype)
+        h = F.linear(wide, factors.Vh.to(wide.dtype))
+        d = h * factors.S.to(h.dtype) + site.core_delta(h, factors.S)
+        y = F.linear(wide, W_res, bias) + F.linear(d, factors.U.to(wide.dtype))
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """What ``lowrank`` takes beside the product, which is that of another weight."""
