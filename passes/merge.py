@@ -12,6 +12,7 @@ from torch import fx
 
 from passes.marks import META, Occurrence, erase_unread, mark_of, occurrences, put_back
 from passes.modules import attribute, set_parameter
+from passes.parts import is_part
 from passes.residual import VIEWS, operation
 
 VIEWS_OF_A_WEIGHT = VIEWS | {"t", "transpose", "permute", "numpy_t", "mt", "getattr", "detach", "expand"}
@@ -69,6 +70,10 @@ class Merge:
         for key, places in found.items():
             adapter: Any = graph_module.get_submodule(places[0].mark.path)
             weight, name = adapter.weight, adapter.weight_name
+            merged, rows = self.weights[key], getattr(adapter, "rows", None)
+            if rows is not None:
+                whole = attribute(graph_module, name).detach()
+                merged = torch.cat([whole[: rows[0]], merged, whole[rows[1] :]])
             tied = bool(_others(places, readers[identity(graph_module, adapter)]))
             nodes = [take_out(place, names) for place in places]
             # a module that is called gets a copy of its own, in which the weight has its old name
@@ -76,7 +81,7 @@ class Merge:
                 name = _free_name(graph_module, key)
                 for node in nodes:
                     _read_instead(graph_module, node, adapter.weight_name, name)
-            set_parameter(graph_module, name, self.weights[key], requires_grad=weight.requires_grad, shared=shared)
+            set_parameter(graph_module, name, merged, requires_grad=weight.requires_grad, shared=shared)
         return bool(self.weights)
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
@@ -153,7 +158,8 @@ def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 def _others(places: list[Occurrence], readers: list[fx.Node]) -> list[fx.Node]:
     own = {place.base for place in places}
-    return [node for node in readers if node not in own]
+    split = all(is_part(base) for base in own)  # then the other parts are no other readers
+    return [node for node in readers if node not in own and not (split and is_part(node))]
 
 
 def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[Occurrence]]:

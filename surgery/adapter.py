@@ -68,6 +68,11 @@ class SSpaceLinear(nn.Module):
         """The parameter that holds the weight; of a part of a packed weight, the whole."""
         return self.weight
 
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the weight."""
+        return self.weight.shape
+
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The base's product and the adapter's term in one of the lowerings, (..., d_out) for x (..., d_in)."""
         x = args[0] if args else next(iter(kwargs.values()))
@@ -181,7 +186,7 @@ class SSpaceLinear(nn.Module):
         The arguments and errors are those of :meth:`delta_factor`.
         """
         left = self.delta_factor(dtype)
-        return of_weight(left @ self.factors.Vh.to(left.dtype), self.layout, self.weight.shape)
+        return of_weight(left @ self.factors.Vh.to(left.dtype), self.layout, self.weight_shape)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)

@@ -24,8 +24,10 @@ from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.forward import Call, copied, inference_mode_of, state_kept
 from passes.inspection import graph_products
 from passes.modules import attribute, copy_graph
+from passes.parts import split_reads
 from passes.tolerance import RELATIVE, disagreement
 from passes.verify import Validation
+from surgery.adapter import SSpaceLinear
 from surgery.core import Core, Factors
 from surgery.graphs import drop_sites, graph_sites, original_graph
 from surgery.hosts import detach, host_of, operated_sites, require_bases, shared_tensors
@@ -124,6 +126,7 @@ def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
 
 def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
     """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
+    _split_packed(graph, model, only)
     products, _ = graph_products(graph, graph.graph)
     reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     found, missing = [], []
@@ -131,10 +134,6 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         if only is not None and key not in only:
             continue
         weight, bias = parameter_names(model, site)
-        if getattr(site, "rows", None):
-            raise CaptureError(
-                f"site {key!r} is a part of a packed weight, which graphs cannot hold; merge, or adapt {weight!r} whole"
-            )
         if key in products:  # of tied names, a capture may keep another, and so may a product read another
             weight = products[key][0].weight
         if key not in products and weight not in reads:
@@ -148,6 +147,7 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         node = SSpaceNode(
             graph, key, (weight, bias), site.variant, factors, core, site.layout,
             kind="product" if key in products else "weight", in_place_host=host_of(site),
+            rows=getattr(site, "rows", None),
         )  # fmt: skip
         found.append(node.train(graph.training))
     if missing:
@@ -156,6 +156,18 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
             stacklevel=4,
         )
     return found
+
+
+def _split_packed(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> None:
+    """Split the reads of packed weights into the parts that are sites."""
+    found: dict[str, list[SSpaceLinear]] = {}
+    for key, site in operated_sites(model).items():
+        if getattr(site, "rows", None) and (only is None or key in only):
+            found.setdefault(parameter_names(model, site)[0], []).append(site)
+    for weight, parts in found.items():
+        split_reads(graph.graph, weight, len(parts[0].parameter), [part.rows for part in parts])  # type: ignore[misc]
+    if found:
+        graph.recompile()
 
 
 def check_capture(

@@ -21,6 +21,7 @@ from passes.fuse import Rows, forget_rows
 from passes.insert import Place
 from passes.inspection import graph_products
 from passes.modules import copy_graph
+from passes.parts import reads_of_part
 from passes.pipeline import Stages, run_pipeline
 from passes.products import Product
 from passes.verify import Validation
@@ -112,7 +113,10 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SS
         holder.add_module(name, site)
         path = f"{prefix}.{name}"
         if site.kind == "weight":
-            reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
+            if site.rows is not None:
+                reads = reads_of_part(original, site.weight_name, site.rows)
+            else:
+                reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
             places += [Place(site.key, path, node.name, node.name) for node in reads]
             site.in_place_host = site.in_place_host or "weight"
             continue

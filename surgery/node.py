@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from passes.modules import attribute, private_module
+from passes.sites import part_of
 from passes.trace import INPUT
 from surgery.adapter import SSpaceLinear, changed_weight, rebuilt, remainder
 from surgery.core import Core, Factors
@@ -25,6 +26,7 @@ class SSpaceNode(SSpaceLinear):
         kind: "product" (its term is added to the product) or "weight" (it changes the weight that the graph reads).
         form: "delta" or "residual".
         in_place_host: how a model that is operated on in place would host the site.
+        rows: of a part of a packed weight, whose reads in the graph are split.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class SSpaceNode(SSpaceLinear):
         *,
         kind: str = "product",
         in_place_host: str | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.rows = rows
         self.owner = (owner,)
         self.key, self.kind, self.form, self.in_place_host = key, kind, "delta", in_place_host
         self.weight_name, self.bias_name = names
@@ -56,12 +60,22 @@ class SSpaceNode(SSpaceLinear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The frozen base weight; where it was not kept, what the factors and the remainder give."""
         found = attribute(self.owner[0], self.weight_name)
-        return self.rebuilt_weight() if found is None else found
+        return self.rebuilt_weight() if found is None else part_of(found, self.rows)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The parameter that holds the weight; of a part of a packed weight, the whole."""
+        return self.weight if self.rows is None else attribute(self.owner[0], self.weight_name)  # type: ignore[no-any-return]
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the weight; of a part without slicing it, which a trace would see."""
+        return self.weight.shape if self.rows is None else torch.Size(self.factors.shape)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """The frozen bias that is added to the product, or None."""
-        return self.owner[0].get_parameter(self.bias_name) if self.bias_name else None
+        return part_of(self.owner[0].get_parameter(self.bias_name), self.rows) if self.bias_name else None
 
     @property
     def base(self) -> str | None:

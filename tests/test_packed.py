@@ -102,8 +102,35 @@ def test_parts_and_wholes_do_not_meet() -> None:
     assert sorted(sites(whole)) == ["in_proj_weight", "out_proj"]
     with pytest.raises(surgery.TargetError, match="already carries an adapter"):
         apply_surgery(whole, "antipasto", r=6, target_modules=["q"], example_inputs=CALLS["self"], progress=False)
-    with pytest.raises(surgery.CaptureError, match="part of a packed weight"):
-        surgery.to_graph(model, CALLS["self"])
+
+
+@pytest.mark.parametrize("form", ["delta", "residual"])
+@pytest.mark.parametrize("call", CALLS)
+def test_graphs_split_the_weight(call: str, form: str, tmp_path: Path) -> None:
+    model = operated(call)
+    graph = surgery.to_graph(model, CALLS[call], form=form, verify=True, debug=True)
+    assert list(sites(graph)) == QV
+    for coeff in (1.0, -0.5, 0.0):
+        set_coeff(model, coeff)
+        set_coeff(graph, coeff)
+        assert_close(run(graph, call), run(model, call))
+    set_coeff(model, 1.0)
+    set_coeff(graph, 1.0)
+    for key, site in sites(graph).items():
+        assert torch.equal(site.weight, sites(model)[key].weight)
+        assert_close(site.delta_weight(), sites(model)[key].delta_weight())
+    save_adapter(graph, tmp_path / "adapter")
+    assert torch.equal(run(load_adapter(attention(), tmp_path / "adapter"), call), run(model, call))
+    assert_close(run(surgery.fold(copy.deepcopy(graph), verify=CALLS[call]), call), run(model, call))
+    merged = merge(copy.deepcopy(graph), verify=CALLS[call])
+    assert not sites(merged)
+    assert_close(run(merged, call), run(model, call))
+    assert_close(run(undo_surgery(graph), call), run(attention(), call))
+    only = surgery.pipeline(model, CALLS[call], only=QV[:1]).graph
+    assert not sites(only)
+    whole = merge(copy.deepcopy(model)).in_proj_weight
+    assert torch.equal(only.in_proj_weight[:E], whole[:E])
+    assert torch.equal(only.in_proj_weight[E:], attention().in_proj_weight[E:])
 
 
 def test_a_failure_takes_off_the_new_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
