@@ -211,7 +211,7 @@ def test_files_keep_a_graph_exactly(name, tmp_path):
 
 @each_dialect
 def test_only_cores_train_and_all_of_them_as_in_place(name):
-    found, eager = operated(name), in_place(name)
+    found, eager = operated(name, torch.float64), in_place(name, torch.float64)
     gradients = []
     others = sites(eager.model).values()  # by their weights, since Dynamo gives names of its own
     pairs = [(s, next(o for o in others if torch.equal(o.weight, s.weight))) for s in sites(found.model).values()]
@@ -222,7 +222,7 @@ def test_only_cores_train_and_all_of_them_as_in_place(name):
     cores = {id(p) for site in sites(found.model).values() for p in site.core.parameters()}
     assert {id(p) for p in found.model.parameters() if p.requires_grad} == cores
     for one, other in pairs:
-        assert_close(one.core.g.grad, other.core.g.grad, torch.float32)
+        assert_close(one.core.g.grad, other.core.g.grad, torch.float64)
         gradients.append(one.core.g.grad.abs().max())
     assert min(gradients) > 0
 
