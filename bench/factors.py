@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from bench.record import environment
 from surgery import apply_surgery, calibrate, sites
+from surgery.fingerprint import fingerprint
 from surgery.oriented import oriented
-from surgery.reading import fingerprint
 from surgery.statistics import Statistic
 from surgery.statistics_file import Statistics
 from surgery.svd import factorise
