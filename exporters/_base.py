@@ -18,7 +18,7 @@ from torch import nn
 from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
 from passes.forward import set_mode
-from surgery.files import move_files
+from surgery.directory import move_files
 from surgery.hosts import shared_tensors
 from surgery.verbs import sites
 
