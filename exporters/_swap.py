@@ -26,8 +26,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from passes.errors import AdapterError, ExportError, InputError
-from surgery.entries import SITE_FIELDS, dtype_name, variant_of
-from surgery.fingerprint import fingerprint
+from surgery.entries import SITE_FIELDS, variant_of
+from surgery.fingerprint import dtype_name, fingerprint
 from surgery.reading import opened_adapter
 from surgery.variants import Variant
 from surgery.verbs import sites
@@ -111,6 +111,11 @@ def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[dic
         return {key: (_entry(site), _tensors(site)) for key, site in sites(adapter).items()}
     found = {}
     with opened_adapter(Path(adapter)) as (config, tensors):
+        if config["factors"] != "exact":
+            raise AdapterError(
+                f"{str(adapter)!r} holds no factors, and a program has no weights to make them of: load it on the "
+                "model, and give that, or save it with factors='exact'"
+            )
         names = sorted(tensors.keys())
         for key, entry in config["sites"].items():
             if not isinstance(entry, dict) or any(not isinstance(entry.get(n), k) for n, k in SITE_FIELDS.items()):
