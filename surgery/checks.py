@@ -11,6 +11,7 @@ from passes.errors import InputError, VariantError, WeightError
 from passes.sites import Site
 from surgery.core import Factors
 from surgery.lowerings import REGISTRY
+from surgery.sharded import is_sharded
 from surgery.variants import Variant
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,22 +21,40 @@ def check_weight(model: nn.Module, site: Site) -> None:
     """Refuse a weight that cannot be factorised.
 
     Raises:
-        WeightError: it is on the meta device, quantised, a tensor subclass, or not finite.
+        WeightError: it is on the meta device, quantised, sharded, a tensor subclass, or not finite.
     """
     weight = site.parameter_of(model)
     if weight.numel() == 0:
         raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
-    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
-    if weight.is_meta:
-        raise WeightError(f"site {site.key!r}: its weight is on the meta device; load the weights first ({supported})")
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
-        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
-        raise WeightError(
-            f"site {site.key!r}: its weight is a {kind} of {weight.dtype}, quantised or sharded; {supported}"
-        )
+    check_plain(site.key, weight)
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
+
+
+def check_plain(key: str, weight: torch.Tensor) -> None:
+    """Refuse a weight whose entries are not there as plain numbers.
+
+    Raises:
+        WeightError: it is on the meta device, quantised, sharded or a tensor subclass.
+    """
+    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
+    if weight.is_meta:
+        raise WeightError(f"site {key!r}: its weight is on the meta device; load the weights first ({supported})")
+    check_whole(key, weight)
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
+        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
+        raise WeightError(f"site {key!r}: its weight is a {kind} of {weight.dtype}, quantised; {supported}")
+
+
+def check_whole(key: str, weight: torch.Tensor) -> None:
+    """Refuse a weight of which this process holds a shard.
+
+    Raises:
+        WeightError: it is sharded.
+    """
+    if is_sharded(weight):
+        raise WeightError(f"site {key!r}: its weight is sharded; operate, load or merge before fully_shard")
 
 
 def check_factors(site: Site, factors: Factors) -> None:

@@ -41,12 +41,15 @@ from surgery.reading import CONFIG, FORMAT, STORED, TENSORS, parameter_names, re
 from surgery.recompute import check_follows, recompute
 from surgery.replace import replace_adapters
 from surgery.residual import SSpaceResidual, base_of
+from surgery.sharded import by_first_process, whole
 
 
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool = False
 ) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
+
+    Of a model in shards (``fully_shard``) every process has to call this; the first one writes.
 
     Args:
         path: a new directory, or an existing one, whose adapter is replaced and whose other files are kept.
@@ -74,6 +77,7 @@ def save_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for key, site in track(list(found.items()), "saving", enabled=progress):
         weight, bias = names[key]
+        base = whole(site.weight)
         fixed = getattr(site, "base_fingerprint", None)
         if isinstance(site, SSpaceResidual) and base_of(site).cast:
             raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
@@ -85,18 +89,18 @@ def save_adapter(
             "shape": list(site.factors.shape),
             "r": site.factors.rank,
             "seed": notes.get(key, {}).get("seed", 0),
-            "dtype": dtype_name(site.weight),
-            "fingerprint": fixed or fingerprint(site.weight),
-            "casts": {} if fixed else cast_fingerprints(site.weight),
+            "dtype": dtype_name(base),
+            "fingerprint": fixed or fingerprint(base),
+            "casts": {} if fixed else cast_fingerprints(base),
         }
         if rows := getattr(site, "rows", None):
             entries[key]["rows"] = list(rows)
         if site.variant != first:
             entries[key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
         for name, tensor in site.core.tensors().items():
-            tensors[f"{key}.core.{name}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{key}.core.{name}"] = whole(tensor).detach().cpu().contiguous()
         if factors == "recompute":
-            tensors[f"{key}.digest"] = _digest(key, site, entries[key]["seed"])
+            tensors[f"{key}.digest"] = _digest(key, site, base, entries[key]["seed"])
             continue
         for name in FACTORS:
             tensors[f"{key}.factors.{name}"] = getattr(site.factors, name).detach().cpu().contiguous()
@@ -114,17 +118,23 @@ def save_adapter(
         "sites": entries,
     }
     text = json.dumps(config, indent=1).encode() + b"\n"
-    try:
-        write_directory(path, {TENSORS: data, CONFIG: text})
-    except OSError as error:
-        raise AdapterError(f"cannot write an adapter to {str(path)!r}: {error}; what was there is unchanged") from error
+
+    def write() -> None:
+        try:
+            write_directory(path, {TENSORS: data, CONFIG: text})
+        except OSError as error:
+            raise AdapterError(
+                f"cannot write an adapter to {str(path)!r}: {error}; what was there is unchanged"
+            ) from error
+
+    by_first_process(model.parameters(), write)
     return path
 
 
-def _digest(key: str, site: SSpaceLinear, seed: int) -> torch.Tensor:
+def _digest(key: str, site: SSpaceLinear, weight: torch.Tensor, seed: int) -> torch.Tensor:
     """The digest of a site's factors, which have to follow from its weight."""
     where, factors = f"site {key!r}", site.factors
-    found, made = recompute(where, site.variant, site.weight, site.layout, factors.shape, factors.rank, seed)
+    found, made = recompute(where, site.variant, weight, site.layout, factors.shape, factors.rank, seed)
     check_follows(where, found, factors)
     return made
 

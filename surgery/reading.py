@@ -18,6 +18,7 @@ from passes.inspection import graph_products
 from passes.names import original_names
 from passes.sites import Site, part_of
 from surgery.adapter import SSpaceLinear
+from surgery.checks import check_plain
 from surgery.entries import check_entry, overlap, read_parts, rows_of, variant_of
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
@@ -196,6 +197,7 @@ def _read_site(
     base = getattr(owner, "base_class", type(owner))
     if host == "module" and not is_module_host(base, entry["layout"]):
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
+    check_plain(key, parameters[entry["weight"]])
     rows = rows_of(where, entry, parameters[entry["weight"]])
     weight = part_of(parameters[entry["weight"]], rows)
     variant, factors, core, names = read_parts(where, key, entry, default, weight, tensors, host=host, stored=stored)

@@ -14,6 +14,7 @@ from passes.errors import InputError, SurgeryError
 from passes.forward import outside_inference_mode
 from surgery.adapter import SSpaceLinear
 from surgery.calibrate import collect, first_batch
+from surgery.checks import check_whole
 from surgery.graft import Wanted, initial_core, make_grafts
 from surgery.hosts import Graft, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, restore_flags, unwrap
@@ -95,6 +96,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         raise InputError("recalibrate needs calibration data: an iterable of batches, a Contrast or Statistics")
     found = operated_sites(inner)
     for key, site in found.items():
+        check_whole(key, site.parameter)
         if not reset and is_trained(key, site, record.factorisation.get(key, {}).get("seed", 0)):
             raise SurgeryError(
                 f"site {key!r}: its core is not at its initial value, and would mean nothing in another basis; save or "

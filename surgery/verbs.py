@@ -15,6 +15,7 @@ from passes.forward import outside_inference_mode
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear
+from surgery.checks import check_whole
 from surgery.graphs import copy_as_ever, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight, weights_of
 from surgery.merged import merged_weight
@@ -115,6 +116,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
     for key, site in found.items():
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
+        check_whole(key, site.parameter)
         if key in shared and not untie:
             raise WeightError(
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "

@@ -26,6 +26,7 @@ from surgery import (
     VariantError,
     WeightError,
     apply_surgery,
+    load_adapter,
     merge,
     save_adapter,
     set_coeff,
@@ -300,15 +301,24 @@ def test_another_base_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     refused(tmp_path, AdapterError, r"'model\.layers\.1\.mlp\.down_proj'.*fingerprints differ", base, adapter)
 
 
-def test_another_architecture_shape_or_dtype_is_refused(tmp_path: Path) -> None:
+def test_another_architecture_or_shape_is_refused(tmp_path: Path) -> None:
     _, adapter, _ = prepare(tmp_path, "llama")
     build("gpt2").save_pretrained(tmp_path / "gpt2")
     refused(tmp_path, AdapterError, "another base model", tmp_path / "gpt2", adapter)
-    build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    refused(tmp_path, AdapterError, "float32, the model's is .* bfloat16", tmp_path / "half", adapter)
     config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 48}, intermediate_size=48, attention_bias=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
     refused(tmp_path, AdapterError, "for a weight of shape", tmp_path / "wide", adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_checkpoint_in_another_dtype_is_merged(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, adapter, _ = prepare(tmp_path, "llama")
+    model = build("llama").to(dtype)
+    model.save_pretrained(tmp_path / "cast")
+    merge_checkpoint(tmp_path / "cast", adapter, tmp_path / "out", progress=False)
+    expected = merge(load_adapter(model, adapter)).state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
