@@ -20,6 +20,7 @@ from surgery.adapter import SSpaceLinear
 from surgery.calibrate import Contrast
 from surgery.compiler import Compiled, fold, fuse, pipeline, to_graph
 from surgery.files import load_adapter, save_adapter
+from surgery.hub import pull_adapter, push_adapter
 from surgery.operate import apply_surgery, inspect_sites, undo_surgery
 from surgery.recalibrate import calibrate, recalibrate
 from surgery.report import Report, report
@@ -56,6 +57,8 @@ __all__ = [
     "merge",
     "pipeline",
     "print_trainable_parameters",
+    "pull_adapter",
+    "push_adapter",
     "recalibrate",
     "refresh",
     "report",

@@ -93,6 +93,32 @@ def inspect(
                 typer.echo(f"wrote {path}", err=True)
 
 
+@app.command()
+def push(
+    adapter: Path = typer.Argument(help="Directory that save_adapter wrote."),
+    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it is not there."),
+    private: bool | None = typer.Option(None, "--private/--public", help="Of a new repository."),
+    revision: str | None = typer.Option(None, help="Branch; main by default."),
+    message: str = typer.Option("Upload S-space adapter", help="Message of the commit."),
+) -> None:
+    """Send an adapter to the Hugging Face Hub: its two files and its README.md, in one commit."""
+    from surgery.hub import push_adapter
+
+    typer.echo(push_adapter(adapter, repo, private=private, revision=revision, message=message))
+
+
+@app.command()
+def pull(
+    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub."),
+    path: Path = typer.Argument(help="A directory that is new or empty."),
+    revision: str | None = typer.Option(None, help="Branch, tag or commit."),
+) -> None:
+    """Fetch an adapter from the Hugging Face Hub into a directory, and check it."""
+    from surgery.hub import pull_adapter
+
+    typer.echo(pull_adapter(repo, path, revision=revision))
+
+
 def _patterns(text: str | None) -> str | list[str] | None:
     return text.split(",") if text and "," in text else text
 
