@@ -23,6 +23,7 @@ from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
 from surgery.reading import parameter_names
+from surgery.steering import check_steering, steering
 
 Coefficient = float | torch.Tensor
 
@@ -40,9 +41,10 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
 
     Raises:
         InputError: coeff is not finite, has more than one dimension, or is per row where a site is hosted as a weight.
-        SurgeryError: the model carries no surgery.
+        SurgeryError: the model carries no surgery, or another thread steers it.
     """
     found = _operated(model)
+    check_steering(found)
     value = _coefficient(coeff)
     if fixed := [key for key, site in found.items() if getattr(site, "coeff_is_folded", False)]:
         raise InputError(f"site {fixed[0]!r}: coeff was folded into a constant, so it cannot be set any more")
@@ -82,14 +84,20 @@ def _write(site: SSpaceLinear, value: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
-    """Set the coefficient within a ``with`` block, and put back what each site had."""
-    before = {key: site.core.coeff.clone() for key, site in _operated(model).items()}
-    try:
-        yield set_coeff(model, coeff)
-    finally:
-        for key, site in sites(model).items():
-            if key in before:
-                _write(site, before[key])
+    """Set the coefficient within a ``with`` block, and put back what each site had.
+
+    Raises:
+        SurgeryError: another thread or task is within such a block; blocks of one may be nested.
+    """
+    found = _operated(model)
+    with steering(found):
+        before = {key: site.core.coeff.clone() for key, site in found.items()}
+        try:
+            yield set_coeff(model, coeff)
+        finally:
+            for key, site in sites(model).items():
+                if key in before:
+                    _write(site, before[key])
 
 
 @outside_inference_mode
