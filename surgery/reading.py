@@ -195,6 +195,8 @@ def _read_site(
     host = "graph" if key in products else entry["host"]
     owner = model.get_submodule(entry["weight"].rpartition(".")[0])
     base = getattr(owner, "base_class", type(owner))
+    if host == "module" and "forward" in vars(owner):  # accelerate's hooks call the forward that was there
+        host = "weight"
     if host == "module" and not is_module_host(base, entry["layout"]):
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
     check_plain(key, parameters[entry["weight"]])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from surgery import report, sites, undo_surgery
+from surgery import WeightError, load_adapter, report, save_adapter, sites, undo_surgery
 from surgery.hosts import host_of
-from tests.test_operate import operate, state_of
+from tests.test_operate import operate, randomise, state_of
 from tests.tolerance import assert_close
 from tests.zoo import Patient, patient
 
@@ -115,3 +117,38 @@ def test_attention_over_another_sequence():
     found = operate(Patient("cross", nn.MultiheadAttention(16, 4, batch_first=True).eval(), (q, k, k)))
     named = [*sites(found.model), *(f"{s.where} {s.reason}" for s in report(found.model).skipped)]
     assert "in_proj_weight" in " ".join(named)
+
+
+def hooked() -> Patient:
+    """A model whose linear modules have hooks of accelerate, which put a forward of their own into each of them."""
+    found = patient("qwen3")
+    for module in found.model.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    return found
+
+
+@pytest.mark.parametrize("saved_on", ["plain", "hooked"])
+@pytest.mark.parametrize("loaded_on", ["plain", "hooked"])
+def test_an_adapter_on_a_model_that_accelerate_has_dispatched(saved_on, loaded_on, tmp_path):
+    makers = {"plain": lambda: patient("qwen3"), "hooked": hooked}
+    found, fresh = makers[saved_on](), makers[loaded_on]()
+    before, base = state_of(fresh.model), fresh.run()
+    randomise(operate(found).model)
+    assert (found.run() - base).abs().max() > 0.01
+    load_adapter(fresh.model, save_adapter(found.model, tmp_path))
+    assert_close(fresh.run(), found.run(), torch.float32)
+    assert {host_of(site) for site in sites(fresh.model).values()} <= {"module", "weight"}
+    undo_surgery(fresh.model)
+    assert state_of(fresh.model) == before
+    assert torch.equal(fresh.run(), base)
+
+
+def test_a_model_whose_weights_are_offloaded_is_refused(tmp_path):
+    save_adapter(operate(patient("qwen3")).model, tmp_path)
+    found = patient("qwen3")
+    cpu_offload(found.model, execution_device=torch.device("cpu"))
+    for attempt in (lambda: operate(found), lambda: load_adapter(found.model, tmp_path)):
+        with pytest.raises(WeightError, match="on the meta device; load the weights"):
+            attempt()
+    assert sites(found.model) == {}
