@@ -18,7 +18,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch.export import ExportedProgram
 from passes.errors import AdapterError, ExportError, InputError
 from surgery.entries import SITE_FIELDS, dtype_name, variant_of
 from surgery.fingerprint import fingerprint
+from surgery.foreign import parse_json, path_of
 from surgery.reading import opened_adapter
 from surgery.variants import Variant
 from surgery.verbs import sites
@@ -91,7 +91,7 @@ def swap(loaded: Any, adapter: nn.Module | str | os.PathLike[str] | None = None,
 
 def _contents_of(loaded: Any) -> dict[str, Any]:
     if hasattr(loaded, "get_metadata"):
-        held = json.loads(loaded.get_metadata().get(FORMAT, "null"))
+        held = parse_json(loaded.get_metadata().get(FORMAT, "null"))
     else:
         graph = loaded.graph_module if isinstance(loaded, ExportedProgram) else loaded
         held = getattr(graph, "meta", {}).get("custom", {}).get(FORMAT)
@@ -110,7 +110,7 @@ def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[dic
     if isinstance(adapter, nn.Module):
         return {key: (_entry(site), _tensors(site)) for key, site in sites(adapter).items()}
     found = {}
-    with opened_adapter(Path(adapter)) as (config, tensors):
+    with opened_adapter(path_of(adapter, AdapterError)) as (config, tensors):
         names = sorted(tensors.keys())
         for key, entry in config["sites"].items():
             if not isinstance(entry, dict) or any(not isinstance(entry.get(n), k) for n, k in SITE_FIELDS.items()):

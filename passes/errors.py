@@ -1,8 +1,20 @@
 """Typed errors. Each message names what was operated on, what was expected, what was found and what to do."""
 
+LONGEST = 4000
+
 
 class SurgeryError(Exception):
     """Base of every error that this library raises on purpose; the model and the disk are as they were."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may show it: names come from files, and may hold escape sequences or be very long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class InputError(SurgeryError):

@@ -94,7 +94,9 @@ def read_parts(
         f"factors.{n}": (s, kept)
         for n, s in zip(FACTORS, [(*lead, d_out, r), (*lead, r), (*lead, r, d_in)], strict=True)
     }
-    for name, tensor in variant.init_core(r, torch.Generator()).items():
+    with torch.device("meta"):  # a hyperparameter may ask for more than there is memory
+        initial = variant.init_core(r, torch.Generator())
+    for name, tensor in initial.items():
         shapes[f"core.{name}"] = ((*lead, *tensor.shape), (core_dtype, torch.float64))
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
@@ -149,9 +151,10 @@ def _tensor(
     found = tuple(tensors.get_slice(name).get_shape())
     if found != shape:
         raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
-    tensor: torch.Tensor = tensors.get_tensor(name).clone()
+    tensor: torch.Tensor = tensors.get_tensor(name)
     if tensor.dtype not in dtypes:
         raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")
+    tensor = tensor.clone()
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{where}: tensor {name!r} is not finite")
     return tensor

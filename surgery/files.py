@@ -30,6 +30,7 @@ from passes.names import original_names
 from surgery.directory import write_directory
 from surgery.entries import FACTORS, dtype_name
 from surgery.fingerprint import fingerprint
+from surgery.foreign import path_of
 from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.reading import CONFIG, FORMAT, TENSORS, VERSION, parameter_names, read_adapter
@@ -51,10 +52,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
         AdapterError: the path is a file, or cannot be written; what was there is still there.
         SurgeryError: the model carries no surgery.
     """
-    model, path = unwrap(model), Path(path)
+    model, path = unwrap(model), path_of(path, AdapterError)
     record_of(model)
-    if factors != "exact":
-        raise AdapterError(f"factors must be 'exact' ('recompute' is not supported yet), found {factors!r}")
+    if not isinstance(factors, str) or factors != "exact":
+        raise AdapterError(f"factors must be 'exact' ('recompute' is not supported yet), found {factors!r:.80}")
     found = operated_sites(model)
     first = next(iter(found.values())).variant
     names = {key: parameter_names(model, site) for key, site in found.items()}
@@ -116,7 +117,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, example_inputs: 
         AdapterError: the directory is missing, damaged, or of another base model; the model is untouched.
     """
     given: Model
-    (given, model), path = patient_of(model, example_inputs), Path(path)
+    (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
     grafts = read_adapter(model, path)
     replace_adapters(model, lambda: (grafts, {}))
