@@ -134,7 +134,7 @@ def _read_site(plan: Plan, adapter: Path, key: str, weight: torch.Tensor) -> SSp
     entry, where = plan.sites[key], f"{str(adapter)!r}: site {key!r}"
     weight = part_of(weight, rows_of(where, entry, weight))
     with opened(adapter) as tensors:  # anew for each site: what is read of a mapped file counts as memory
-        parts = read_parts(where, key, entry, plan.variant, weight, tensors, host=entry["host"])
+        parts = read_parts(where, key, entry, plan.variant, weight, tensors, host=entry["host"], stored=plan.stored)
     variant, factors, core, _ = parts
     core.coeff.fill_(plan.coeff)
     return bare_site(weight, entry["layout"], variant, factors, core)

@@ -35,6 +35,7 @@ class Plan:
         rewritten: their keys.
         sites: of the adapter, by key.
         variant: of the adapter's first site.
+        stored: what the adapter holds of factors.
         digest: of everything that the result depends on.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     rewritten: set[str]
     sites: dict[str, dict[str, Any]]
     variant: Variant
+    stored: str
     coeff: float
     digest: str
 
@@ -87,7 +89,9 @@ def make_plan(folder: Path, adapter: Path, coeff: float, untie: bool) -> Plan:
         result = replace(result, config={**(base.config or {}), "tie_word_embeddings": False})
     rewritten = {key for group in ordered for key in group.sources}
     digest = _digest(base, adapter, coeff, untie)
-    return Plan(base, result, names, copies, ordered, rewritten, config["sites"], variant, coeff, digest)
+    return Plan(
+        base, result, names, copies, ordered, rewritten, config["sites"], variant, config["factors"], coeff, digest
+    )
 
 
 def _hollow_model(base: Checkpoint) -> Any:

@@ -25,8 +25,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from passes.errors import AdapterError, ExportError, InputError
-from surgery.entries import SITE_FIELDS, dtype_name, variant_of
-from surgery.fingerprint import fingerprint
+from surgery.entries import SITE_FIELDS, variant_of
+from surgery.fingerprint import dtype_name, fingerprint
 from surgery.foreign import parse_json, path_of
 from surgery.reading import opened_adapter
 from surgery.variants import Variant
@@ -114,8 +114,8 @@ def _contents_of(loaded: Any) -> dict[str, Any]:
 def _whole(held: dict[str, Any]) -> bool:
     """Whether what a program says of its adapter is what :func:`contents` makes."""
     kinds = {"variant": str, "hyperparameters": dict, "r": int, "fingerprint": str, "core": dict, "factors": dict}
-    sites = held.get("sites")
-    if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}) or not _has(sites, {}):
+    sites: dict[str, Any] = held.get("sites") or {}
+    if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}):
         return False
     if not all(_has(entry, kinds) for entry in sites.values()) or held["dtype"] not in ("float32", "float64"):
         return False
@@ -138,6 +138,11 @@ def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[dic
         return {key: (_entry(site), _tensors(site)) for key, site in sites(adapter).items()}
     found = {}
     with opened_adapter(path_of(adapter, AdapterError)) as (config, tensors):
+        if config["factors"] != "exact":
+            raise AdapterError(
+                f"{str(adapter)!r} holds no factors, and a program has no weights to make them of: load it on the "
+                "model, and give that, or save it with factors='exact'"
+            )
         names = sorted(tensors.keys())
         for key, entry in config["sites"].items():
             if not isinstance(entry, dict) or any(not isinstance(entry.get(n), k) for n, k in SITE_FIELDS.items()):

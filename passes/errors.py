@@ -12,9 +12,13 @@ class SurgeryError(Exception):
 
 def printable(text: str) -> str:
     """A text as a terminal may show it: names come from files, and may hold escape sequences or be very long."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text))
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A text, or the beginning and the end of a very long one."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class InputError(SurgeryError):

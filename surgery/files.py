@@ -1,13 +1,15 @@
 """Adapter directories: ``adapter_config.json`` and ``adapter_model.safetensors``, atomic, fingerprinted, no pickle.
 
-``adapter_config.json`` (format 1)::
+``adapter_config.json`` (format 2, see ``surgery.migrate``)::
 
-    {"format": "sspace-adapter", "format_version": 1, "variant": "antipasto", "hyperparameters": {...},
+    {"format": "sspace-adapter", "format_version": 2, "variant": "antipasto", "hyperparameters": {...},
      "factors": "exact", "tensors_sha256": "...", "targets": ["...", ...],
      "sites": {"model.layers.0.mlp.up_proj": {"weight": "...weight", "bias": null, "layout": "out_in", "host": "module",
-               "shape": [d_out, d_in], "r": 64, "dtype": "float32", "fingerprint": "sha256:..."}, ...}}
+               "shape": [d_out, d_in], "r": 64, "seed": 0, "dtype": "float32", "fingerprint": "sha256:...",
+               "casts": {"bfloat16": "sha256:...", ...}}, ...}}
 
-``adapter_model.safetensors`` holds ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``. A site of another variant
+``adapter_model.safetensors`` holds ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``, or where ``factors`` is
+"recompute" ``<site>.digest`` in their place (see ``surgery.recompute``). A site of another variant
 than the first has ``variant`` and ``hyperparameters`` of its own. The shape of a site on a stack of matrices is
 ``[stack, d_out, d_in]``, and its tensors have one more dimension in front. A site that is a part of a packed weight
 has ``rows``, ``[first, one after the last]``. Everything is checked before the model is touched.
@@ -27,43 +29,53 @@ from torch import nn
 
 from passes.errors import AdapterError
 from passes.names import original_names
+from surgery.adapter import SSpaceLinear
 from surgery.directory import write_directory
-from surgery.entries import FACTORS, dtype_name
-from surgery.fingerprint import fingerprint
+from surgery.entries import FACTORS
+from surgery.fingerprint import cast_fingerprints, dtype_name, fingerprint
 from surgery.foreign import path_of
 from surgery.hosts import host_of, operated_sites, require_bases
+from surgery.migrate import VERSION
 from surgery.operate import Model, patient_of, record_of, unwrap
-from surgery.reading import CONFIG, FORMAT, TENSORS, VERSION, parameter_names, read_adapter
+from surgery.progress import track
+from surgery.reading import CONFIG, FORMAT, STORED, TENSORS, parameter_names, read_adapter
+from surgery.recompute import check_follows, recompute
 from surgery.replace import replace_adapters
 from surgery.residual import SSpaceResidual, base_of
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact") -> Path:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool = False
+) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
 
     Args:
         path: a new directory, or an existing one, whose adapter is replaced and whose other files are kept.
-        factors: "exact" stores the factors that were used.
+        factors: "exact" stores the factors that were used. "recompute" stores a digest of them, in some hundred bytes
+            per site: whoever loads the adapter makes them anew from the weight, which takes the time of surgery.
+        progress: show a progress bar.
 
     Returns:
         The directory.
 
     Raises:
-        AdapterError: the path is a file, or cannot be written; what was there is still there.
+        AdapterError: the path is a file, or cannot be written; factors that are to be recomputed were chosen by
+            calibration. What was there is still there.
         SurgeryError: the model carries no surgery.
     """
     model, path = unwrap(model), path_of(path, AdapterError)
-    record_of(model)
-    if not isinstance(factors, str) or factors != "exact":
-        raise AdapterError(f"factors must be 'exact' ('recompute' is not supported yet), found {factors!r:.80}")
+    notes = record_of(model).factorisation
+    if not isinstance(factors, str) or factors not in STORED:
+        raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     found = operated_sites(model)
     first = next(iter(found.values())).variant
     names = {key: parameter_names(model, site) for key, site in found.items()}
     originals = original_names(model)
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for key, site in found.items():
+    for key, site in track(list(found.items()), "saving", enabled=progress):
         weight, bias = names[key]
+        fixed = getattr(site, "base_fingerprint", None)
         if isinstance(site, SSpaceResidual) and base_of(site).cast:
             raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
         entries[key] = {
@@ -73,8 +85,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             "host": getattr(site, "in_place_host", host_of(site)),
             "shape": list(site.factors.shape),
             "r": site.factors.rank,
+            "seed": notes.get(key, {}).get("seed", 0),
             "dtype": dtype_name(site.weight),
-            "fingerprint": getattr(site, "base_fingerprint", None) or fingerprint(site.weight),
+            "fingerprint": fixed or fingerprint(site.weight),
+            "casts": {} if fixed else cast_fingerprints(site.weight),
         }
         if rows := getattr(site, "rows", None):
             entries[key]["rows"] = list(rows)
@@ -82,6 +96,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
             entries[key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
         for name, tensor in site.core.tensors().items():
             tensors[f"{key}.core.{name}"] = tensor.detach().cpu().contiguous()
+        if factors == "recompute":
+            tensors[f"{key}.digest"] = _digest(key, site, entries[key]["seed"])
+            continue
         for name in FACTORS:
             tensors[f"{key}.factors.{name}"] = getattr(site.factors, name).detach().cpu().contiguous()
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
@@ -105,20 +122,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str
     return path
 
 
-def load_adapter(model: Model, path: str | os.PathLike[str], *, example_inputs: Any = None) -> Model:
+def _digest(key: str, site: SSpaceLinear, seed: int) -> torch.Tensor:
+    """The digest of a site's factors, which have to follow from its weight."""
+    where, factors = f"site {key!r}", site.factors
+    found, made = recompute(where, site.variant, site.weight, site.layout, factors.shape, factors.rank, seed)
+    check_follows(where, found, factors)
+    return made
+
+
+def load_adapter(
+    model: Model, path: str | os.PathLike[str], *, example_inputs: Any = None, progress: bool = True
+) -> Model:
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
+
+    The model may be on any device, and in another dtype than the one that the adapter was made in: the adapter is then
+    what a cast of the operated model would have made of it.
 
     Args:
         example_inputs: to convert a TorchScript module with, which gives a new graph module.
+        progress: show a progress bar where factors are made anew.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
 
     Raises:
-        AdapterError: the directory is missing, damaged, or of another base model; the model is untouched.
+        AdapterError: the directory is missing, damaged, or of another base model, or factors that are made anew come
+            out differently here; the model is untouched.
     """
     given: Model
     (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
-    grafts = read_adapter(model, path)
-    replace_adapters(model, lambda: (grafts, {}))
+    made = read_adapter(model, path, progress=progress)
+    replace_adapters(model, lambda: made)
     return given

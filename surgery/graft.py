@@ -65,13 +65,12 @@ def _graft(
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         weight = site.weight_of(model).detach()
         try:
-            found = _factorised(config, site, weight, r, statistic, seed)
+            shape = (site.d_out, site.d_in) if site.stack is None else (site.stack, site.d_out, site.d_in)
+            found = factorised(config, weight, site.layout, shape, r, statistic, seed)
         except InputError as error:
             raise InputError(f"site {site.key!r}: {error}") from error
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-        # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
-        kept = (torch.empty(t.shape, dtype=dtype, device=weight.device).copy_(t) for t in (found.U, found.S, found.Vh))
-        factors = Factors(*kept)
+        factors = as_factors(found, dtype, weight.device)
         check_factors(site, factors)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
@@ -81,13 +80,25 @@ def _graft(
     return Graft(site, host, config, factors, core), note
 
 
-def _factorised(
-    config: Variant, site: Site, weight: torch.Tensor, r: int, statistic: Statistic | None, seed: int
+def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch.device) -> Factors:
+    """The factors of a site as they are kept."""
+    # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
+    return Factors(*(torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for t in (found.U, found.S, found.Vh)))
+
+
+def factorised(
+    config: Variant,
+    weight: torch.Tensor,
+    layout: str,
+    shape: tuple[int, ...],
+    r: int,
+    statistic: Statistic | None,
+    seed: int,
 ) -> Factorisation:
     """Factorise a weight; of a stack every matrix by itself, and of what is noted the worst, of the energy the mean."""
-    if site.stack is None:
-        return config.factorise(matrices_of(weight, site.layout, (site.d_out, site.d_in)), r, statistic, seed)
-    matrices = matrices_of(weight, site.layout, (site.stack, site.d_out, site.d_in))
+    matrices = matrices_of(weight, layout, shape)
+    if len(shape) == 2:
+        return config.factorise(matrices, r, statistic, seed)
     found = [config.factorise(matrix, r, None, seed) for matrix in matrices]
     U, S, Vh = (torch.stack([getattr(f, name).to(torch.float64) for f in found]) for name in ("U", "S", "Vh"))
     method = Counter(factors.method for factors in found).most_common(1)[0][0]

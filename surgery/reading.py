@@ -17,19 +17,28 @@ from passes.inspection import graph_products
 from passes.names import original_names
 from passes.sites import Site, part_of
 from surgery.adapter import SSpaceLinear
-from surgery.entries import check_entry, overlap, read_parts, rows_of, variant_of
+from surgery.entries import check_entry, check_key, overlap, read_parts, rows_of, variant_of
 from surgery.foreign import open_regular, read_json, require_regular
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
+from surgery.migrate import migrate
 from surgery.node import SSpaceNode
+from surgery.progress import track
 from surgery.variants import Variant, resolve_variant
 
-FORMAT, VERSION = "sspace-adapter", 1
+FORMAT = "sspace-adapter"
+STORED = ("exact", "recompute")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
+def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[Graft], dict[str, Any]]:
     """Read an adapter into grafts that fit the model.
+
+    Args:
+        progress: show a progress bar where factors are made anew.
+
+    Returns:
+        The grafts, and what is noted of each site's factorisation.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
@@ -49,17 +58,19 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     with opened(path) as tensors:
         expected: set[str] = set()
         grafts: list[Graft] = []
-        for key, entry in config["sites"].items():
+        progress &= config["factors"] == "recompute"
+        for key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
             if isinstance(entry, dict):  # a Dynamo graph has flat names
                 entry = entry | {name: flat.get(str(entry.get(name)), entry.get(name)) for name in ("weight", "bias")}
-            graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors)
+            stored = config["factors"]
+            graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors, stored)
             if any(overlap(graft.site, other.site) for other in grafts):
                 raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
             expected |= names
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
-    return grafts
+    return grafts, {key: {"seed": entry["seed"]} for key, entry in config["sites"].items()}
 
 
 @contextlib.contextmanager
@@ -106,19 +117,20 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise AdapterError(f"{str(file)!r} is no {FORMAT} configuration")
-    version = config.get("format_version")
-    if version != VERSION:
-        hint = "upgrade this package" if isinstance(version, int) and version > VERSION else "save the adapter again"
-        raise AdapterError(f"{str(file)!r} has format version {version!r}, expected {VERSION}: {hint}")
+    config = migrate(repr(str(file)), config)
     kinds = {"variant": str, "hyperparameters": dict, "sites": dict, "tensors_sha256": str}
     for name, kind in kinds.items():
         if not isinstance(config.get(name), kind):
             raise AdapterError(f"{str(file)!r}: {name!r} must be a {kind.__name__}, found {config.get(name)!r:.80}")
     if not config["sites"]:
         raise AdapterError(f"{str(file)!r} names no site")
-    if config.get("factors") != "exact":
-        raise AdapterError(f"{str(file)!r}: factors must be 'exact', found {config.get('factors')!r:.80}")
+    if config.get("factors") not in STORED:
+        raise AdapterError(
+            f"{str(file)!r}: factors must be 'exact' or 'recompute', found {config.get('factors')!r:.80}"
+        )
     resolve_known(config["variant"])
+    for key, entry in config["sites"].items():
+        check_key(f"{str(file)!r}: site {key!r}", key, entry)
     return config
 
 
@@ -175,6 +187,7 @@ def _read_site(
     products: Collection[str],
     parameters: dict[str, torch.Tensor],
     tensors: Any,
+    stored: str,
 ) -> tuple[Graft, set[str]]:
     where = f"{str(path)!r}: site {key!r}"
     check_entry(where, entry, parameters)
@@ -185,7 +198,7 @@ def _read_site(
         raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
     rows = rows_of(where, entry, parameters[entry["weight"]])
     weight = part_of(parameters[entry["weight"]], rows)
-    variant, factors, core, names = read_parts(where, key, entry, default, weight, tensors, host=host)
+    variant, factors, core, names = read_parts(where, key, entry, default, weight, tensors, host=host, stored=stored)
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=rows)
