@@ -74,6 +74,8 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{str(target)!r} must be a new or empty directory")
     staging = target.parent / f".{target.name}.merging"
+    if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+        raise ExportError(f"{str(staging)!r}, where the run would keep its steps, is no directory: remove it")
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
