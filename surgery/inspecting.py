@@ -211,7 +211,7 @@ def _from_callable(module: str, name: str) -> tuple[nn.Module, Any]:
             found = found()
     except (Exception, SystemExit) as error:  # it is somebody else's code
         raise InputError(f"cannot call {module}:{name}: {type(error).__name__}: {first_line(error)}") from error
-    model, inputs = found if isinstance(found, tuple) else (found, None)
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
         raise InputError(f"{module}:{name} gave a {type(model).__name__}, expected an nn.Module (and example inputs)")
     return model.eval(), inputs
