@@ -58,8 +58,10 @@ def export(
     Raises:
         ExportError: unknown format or option, a missing package, or a result that does not agree with the model.
     """
-    if format not in formats():
-        raise ExportError(f"unknown format {format!r} (known: {', '.join(formats())})")
+    if not isinstance(unwrap(model), nn.Module):
+        raise ExportError(f"an nn.Module is exported, found {type(model).__name__}")
+    if not isinstance(format, str) or format not in formats():
+        raise ExportError(f"unknown format {format!r:.80} (known: {', '.join(formats())})")
     exporter = importlib.import_module(f"exporters.{format}")
     known = list(inspect.signature(exporter.write).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):

@@ -19,6 +19,7 @@ from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
 from passes.forward import set_mode
 from surgery.directory import move_files
+from surgery.foreign import path_of
 from surgery.hosts import shared_tensors
 from surgery.verbs import sites
 
@@ -60,7 +61,7 @@ def staged(path: str | os.PathLike[str], default_name: str | None) -> Iterator[t
     Raises:
         ExportError: the directory is not empty, or cannot be written.
     """
-    path = Path(path)
+    path = path_of(path, ExportError)
     if default_name is not None and path.suffix == Path(default_name).suffix and not path.is_dir():
         target = path
     else:

@@ -25,7 +25,9 @@ from exporters._safetensors import read_header, sync
 from passes.errors import ExportError
 from passes.sites import part_of
 from surgery.adapter import SSpaceLinear
+from surgery.checks import check_flags
 from surgery.entries import read_parts, rows_of
+from surgery.foreign import path_of
 from surgery.merged import bare_site, merged_weight
 from surgery.progress import track
 from surgery.reading import opened
@@ -62,7 +64,8 @@ def merge_checkpoint(
         VariantError: a variant is not linear, so that no weight has the same effect.
         WeightError: a weight is tied and ``untie`` is false.
     """
-    base, adapter, out = Path(base_dir), Path(adapter_dir), Path(out_dir)
+    check_flags(untie=untie, progress=progress)
+    base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
     plan = make_plan(base, adapter, coeff, untie)
     with resumable(out, plan.digest) as (files, journal):
         touched = [

@@ -103,12 +103,11 @@ def _load(source: str) -> Any:
 
     from passes.errors import InputError
     from passes.forward import quiet
+    from surgery.configurations import first_line, hub_config, model_class
 
+    cls = model_class(hub_config(source), transformers.AutoModel)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
         with quiet("transformers"):
-            return cls.from_pretrained(source).eval()
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"cannot load a model from {source!r} (a folder, or a hub id): {reason}") from error
+            return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False).eval()
+    except Exception as error:  # damaged weights fail in many ways
+        raise InputError(f"cannot load a model from {source!r} (a folder, or a hub id): {first_line(error)}") from error

@@ -12,6 +12,7 @@ import torch
 
 from exporters._safetensors import CHUNK, Entry, TensorFile, read_header
 from passes.errors import ExportError
+from surgery.foreign import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights of this and of other libraries, and pickles; none of them would be the merged model's
@@ -127,8 +128,8 @@ def other_files(folder: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, finite=False)  # some configurations say Infinity
+    except (OSError, ValueError) as error:
         raise ExportError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise ExportError(f"{str(path)!r} must hold a JSON object")

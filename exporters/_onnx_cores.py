@@ -29,6 +29,7 @@ from surgery.adapter import SSpaceLinear
 from surgery.core import Core
 from surgery.entries import FACTORS
 from surgery.fingerprint import fingerprint
+from surgery.foreign import path_of, require_regular
 from surgery.operate import unwrap
 from surgery.variants import Variant
 from surgery.verbs import sites
@@ -135,6 +136,7 @@ def read_core(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
     """
     runtime = need("onnxruntime", "onnx")
     try:
+        require_regular(Path(path))
         adapter = runtime.AdapterFormat.read_adapter(str(path))
         return {name: np.array(value.numpy()) for name, value in adapter.get_parameters().items()}
     except Exception as error:  # ONNX Runtime raises types of its own
@@ -148,8 +150,8 @@ def check_core(onnx_path: str | os.PathLike[str], path: str | os.PathLike[str]) 
         ExportError: it does not: it was trained on another base, on other sites, factors or settings, or the file is
             damaged or incomplete.
     """
-    expected = _declared(Path(onnx_path))
-    found = read_core(path)
+    expected = _declared(path_of(onnx_path, ExportError))
+    found = read_core(path_of(path, ExportError))
     where = f"{str(path)!r} does not fit {str(onnx_path)!r}"
     if not expected:
         raise ExportError(f"{str(onnx_path)!r} takes no core: export it with mode='swappable'")
@@ -182,6 +184,7 @@ def _declared(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """
     onnx = need("onnx", "onnx")
     try:
+        require_regular(path)
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf raises types of its own
         raise ExportError(f"{str(path)!r} is no ONNX model: {str(error).strip()[:200]}") from error
@@ -196,5 +199,8 @@ def _declared(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         if value.name in given and NAME.fullmatch(value.name):
             kind = value.type.tensor_type
             shape = tuple(size.dim_value for size in kind.shape.dim)
-            declared[value.name] = (shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+            try:
+                declared[value.name] = (shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+            except (KeyError, TypeError) as error:
+                raise ExportError(f"{str(path)!r}: {value.name!r} has no known type ({kind.elem_type})") from error
     return declared

@@ -58,7 +58,7 @@ def make_plan(folder: Path, adapter: Path, coeff: float, untie: bool) -> Plan:
     Raises:
         SurgeryError: it cannot be done; see ``merge_checkpoint``.
     """
-    if not math.isfinite(coeff):
+    if isinstance(coeff, bool) or not isinstance(coeff, int | float) or not abs(coeff) < math.inf:
         raise InputError(f"coeff must be a finite number, found {coeff!r}")
     config = read_config(adapter)
     check_digest(adapter, config)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from exporters._safetensors import sync
 from passes.errors import ExportError
+from surgery.foreign import parse_json, read_limited
 
 JOURNAL = "journal"
 
@@ -23,9 +24,14 @@ class Journal:
         self.done: dict[str, float] = {}
         if run_of(path) != digest:
             self._append({"run": digest})
-        with contextlib.suppress(ValueError):  # a line cut short is of a step that does not count
-            for line in path.read_text().splitlines()[1:]:
-                self.done |= json.loads(line)
+        for line in _lines(path)[1:]:
+            try:
+                found = parse_json(line)
+            except ValueError:  # a line cut short is of a step that does not count
+                break
+            if not isinstance(found, dict) or not all(type(n) is float and n >= 0 for n in found.values()):
+                break
+            self.done |= found
 
     def finish(self, step: str, measured: float = 0.0) -> None:
         """Note that a step is done."""
@@ -41,9 +47,18 @@ class Journal:
 def run_of(path: Path) -> str | None:
     """The digest of the run that a journal is of, or None."""
     try:
-        return str(json.loads(path.read_text().splitlines()[0])["run"])
+        return str(parse_json(_lines(path)[0])["run"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _lines(path: Path) -> list[bytes]:
+    return read_limited(path).splitlines()
+
+
+def _ours(staging: Path) -> bool:
+    """Whether a folder is as a run leaves it: files and folders, and no link that leads elsewhere."""
+    return not any(path.is_symlink() for path in (staging, *staging.rglob("*")))
 
 
 @contextlib.contextmanager
@@ -59,11 +74,13 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{str(target)!r} must be a new or empty directory")
     staging = target.parent / f".{target.name}.merging"
+    if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+        raise ExportError(f"{str(staging)!r}, where the run would keep its steps, is no directory: remove it")
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         files = staging / "files"
-        if staging.exists() and not (files.is_dir() and run_of(staging / JOURNAL) == digest):
+        if staging.exists() and not (files.is_dir() and _ours(staging) and run_of(staging / JOURNAL) == digest):
             shutil.rmtree(staging)
         files.mkdir(parents=True, exist_ok=True)
         journal = Journal(staging / JOURNAL, digest)

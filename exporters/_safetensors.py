@@ -18,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from passes.errors import ExportError
+from surgery.foreign import parse_json, require_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**22
+MOST = 2**48  # of a size: an empty tensor may state any
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,19 @@ def read_header(path: Path) -> TensorFile:
         ExportError: it is not a valid safetensors file, or cannot be read.
     """
     try:
+        require_regular(path)
         with safe_open(path, framework="pt"):  # checks that the places fit the file and each other
             pass
         with open(path, "rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-    except (OSError, SafetensorError) as error:
+        content = parse_json(header)
+        if any(size > MOST for entry in content.values() for size in entry.get("shape", ())):
+            raise ValueError("a tensor has a size that no tensor can have")
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"cannot read {str(path)!r}: {error}") from error
     entries = {
         name: Entry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in json.loads(header).items()
+        for name, entry in content.items()
         if name != "__metadata__"
     }
     return TensorFile(path, header, entries)

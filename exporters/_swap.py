@@ -18,7 +18,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch.export import ExportedProgram
 from passes.errors import AdapterError, ExportError, InputError
 from surgery.entries import SITE_FIELDS, variant_of
 from surgery.fingerprint import dtype_name, fingerprint
+from surgery.foreign import parse_json, path_of
 from surgery.reading import opened_adapter
 from surgery.variants import Variant
 from surgery.verbs import sites
@@ -91,7 +91,10 @@ def swap(loaded: Any, adapter: nn.Module | str | os.PathLike[str] | None = None,
 
 def _contents_of(loaded: Any) -> dict[str, Any]:
     if hasattr(loaded, "get_metadata"):
-        held = json.loads(loaded.get_metadata().get(FORMAT, "null"))
+        try:
+            held = parse_json(loaded.get_metadata().get(FORMAT, "null"))
+        except ValueError as error:
+            raise ExportError(f"the program's description of its adapter is damaged: {error}") from error
     else:
         graph = loaded.graph_module if isinstance(loaded, ExportedProgram) else loaded
         held = getattr(graph, "meta", {}).get("custom", {}).get(FORMAT)
@@ -100,9 +103,33 @@ def _contents_of(loaded: Any) -> dict[str, Any]:
             f"this {type(loaded).__name__} holds no adapter that can be replaced: export with mode='live', and give "
             "what aoti_load_package or torch.export.load returned"
         )
-    if held["version"] != VERSION:
-        raise ExportError(f"the program has format version {held['version']!r}, expected {VERSION}: export it again")
+    version = held.get("version") if isinstance(held, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise ExportError(f"the program has format version {version!r:.80}, expected {VERSION}: export it again")
+    if not _whole(held):
+        raise ExportError("the program's description of its adapter is damaged: export it again")
     return held  # type: ignore[no-any-return]
+
+
+def _whole(held: dict[str, Any]) -> bool:
+    """Whether what a program says of its adapter is what :func:`contents` makes."""
+    kinds = {"variant": str, "hyperparameters": dict, "r": int, "fingerprint": str, "core": dict, "factors": dict}
+    sites: dict[str, Any] = held.get("sites") or {}
+    if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}):
+        return False
+    if not all(_has(entry, kinds) for entry in sites.values()) or held["dtype"] not in ("float32", "float64"):
+        return False
+    try:
+        torch.device(held["device"])
+    except RuntimeError:
+        return False
+    tensors = [tensor for entry in sites.values() for part in PARTS for tensor in entry[part].values()]
+    shaped = all(_has(tensor, {"names": list, "shape": list, "dtype": str}) for tensor in tensors)
+    return shaped and all(isinstance(name, str) for tensor in tensors for name in tensor["names"])
+
+
+def _has(value: Any, kinds: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[dict[str, Any], Tensors]]:
@@ -110,7 +137,7 @@ def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[dic
     if isinstance(adapter, nn.Module):
         return {key: (_entry(site), _tensors(site)) for key, site in sites(adapter).items()}
     found = {}
-    with opened_adapter(Path(adapter)) as (config, tensors):
+    with opened_adapter(path_of(adapter, AdapterError)) as (config, tensors):
         if config["factors"] != "exact":
             raise AdapterError(
                 f"{str(adapter)!r} holds no factors, and a program has no weights to make them of: load it on the "
@@ -175,6 +202,9 @@ def _put(loaded: Any, values: dict[str, torch.Tensor]) -> None:
         loaded.load_constants(values, check_full_update=False)
         return
     tensors = loaded.state_dict if isinstance(loaded, ExportedProgram) else loaded.state_dict(keep_vars=True)
+    for name, value in values.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise ExportError(f"the program has no tensor {name!r} of shape {list(value.shape)}: export it again")
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from passes.errors import ExportError, InputError
 from passes.forward import quiet, set_mode
 from passes.sites import part_of
 from passes.tolerance import relative_error
+from surgery.foreign import read_json
 from surgery.reading import parameter_names
 from surgery.verbs import merge, sites
 
@@ -124,10 +124,10 @@ def _load_pretrained(model: Any, path: Path) -> nn.Module:
     """The model that ``transformers`` makes of the folder, by the class that the configuration names."""
     import transformers
 
-    (name,) = json.loads((path / "config.json").read_bytes())["architectures"]
+    (name,) = read_json(path / "config.json", finite=False)["architectures"]
     options = {"attn_implementation": model.config._attn_implementation, "local_files_only": True}
     with _no_bars(), quiet("transformers"):
-        loaded = getattr(transformers, name, type(model)).from_pretrained(path, **options)
+        loaded = getattr(transformers, name, type(model)).from_pretrained(path, use_safetensors=True, **options)
     tied = [getattr(one.config, "tie_word_embeddings", False) for one in (model, loaded)]
     if tied == [False, True]:
         raise ExportError(f"{name} does not take tie_word_embeddings=false, so it cannot be untied")

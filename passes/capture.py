@@ -53,12 +53,12 @@ def forward_call(example_inputs: Any) -> Call:
     """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     raise InputError(
-        "example inputs must be a dict (keyword arguments), a tuple (positional arguments) or a tensor "
+        "example inputs must be a dict (keyword arguments by name), a tuple (positional arguments) or a tensor "
         f"(the only argument), not {type(example_inputs).__name__}"
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from passes.capture import forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
@@ -47,8 +47,8 @@ class Contrast:
     pool: str = "last"
 
     def __post_init__(self) -> None:
-        if self.pool not in ("last", "mean", "all"):
-            raise InputError(f"pool must be 'last', 'mean' or 'all', found {self.pool!r}")
+        if not isinstance(self.pool, str) or self.pool not in ("last", "mean", "all"):
+            raise InputError(f"pool must be 'last', 'mean' or 'all', found {self.pool!r:.80}")
 
 
 def batches_of(data: Any, name: str = "calibration") -> Iterable[Any]:
@@ -224,6 +224,8 @@ class _Run:
 
     def _call(self, batch: Any) -> Call:
         inputs = copied(forward_call(batch))
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_iter(inputs)):
+            raise InputError(f"{self.name} has a tensor on the meta device, which holds no values")
         call: Call = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), inputs)
         if is_pretrained(self.model) and getattr(self.model.config, "use_cache", False):
             call[1].setdefault("use_cache", False)

@@ -84,24 +84,54 @@ def check_options(
         InputError: says which, and what there is.
         VariantError: the variant needs data.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed must be an integer, found {seed!r}")
+    check_seed(seed)
+    check_flags(keep_base=keep_base)
     if calibration is None and config.needs_calibration:
         wanted = "Contrast(positive, negative)" if config.statistic == "contrast" else "an iterable of batches"
         raise VariantError(f"{config.name} needs data to choose its factors by: pass calibration={wanted}")
-    if form not in ("delta", "residual"):
-        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+    check_form(form)
     known = ("auto", "lowrank", "residual") if is_graph else ("auto", "measure", *REGISTRY)
-    if lowering not in known:
+    if not isinstance(lowering, str) or lowering not in known:
         where = "in a graph " if is_graph else ""
-        raise InputError(f"lowering {where}must be one of {', '.join(known)}; found {lowering!r}")
+        raise InputError(f"lowering {where}must be one of {', '.join(known)}; found {lowering!r:.80}")
     if form == "residual" and lowering not in ("auto", "residual"):
-        raise InputError(f"form='residual' has one lowering: leave lowering out; found {lowering!r}")
+        raise InputError(f"form='residual' has one lowering: leave lowering out; found {lowering!r:.80}")
     form = "residual" if lowering == "residual" else form
     if not keep_base and (form != "residual" or is_graph):
         where = "the graph: use to_graph(model, inputs, form='residual', keep_base=False)" if is_graph else "the model"
         raise InputError(f"keep_base=False needs form='residual'; in delta form the base weight is part of {where}")
     return form, "residual" if form == "residual" and not is_graph else lowering
+
+
+def check_form(form: Any) -> None:
+    """Refuse what is no form of a site.
+
+    Raises:
+        InputError: says which there are.
+    """
+    if not isinstance(form, str) or form not in ("delta", "residual"):
+        raise InputError(f"form must be 'delta' or 'residual', found {form!r:.80}")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        InputError: it is no integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"seed must be an integer, found {seed!r:.80}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse values that are neither True nor False, by the names of the arguments.
+
+    Raises:
+        InputError: names the first one.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, found {value!r:.80}")
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from passes.errors import SurgeryError
 from surgery.variants import DEFAULT, REGISTRY
@@ -130,5 +131,6 @@ def main() -> None:
     try:
         app()
     except SurgeryError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        text = Text.assemble((type(error).__name__, "bold red"), ": ", " ".join(str(error).split()))
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -31,6 +31,7 @@ from passes.pipeline import run_pipeline
 from passes.trace import adapter_tensors
 from passes.verify import Validation
 from surgery.base_graph import capture_base, check_capture, sites_for
+from surgery.checks import check_flags, check_form
 from surgery.fingerprint import fingerprint
 from surgery.graphs import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosts import operated_sites
@@ -121,8 +122,8 @@ def pipeline(
         SurgeryError: as :func:`to_graph`; VariantError or WeightError where a site cannot be merged.
     """
     model = unwrap(model)
-    if form not in ("delta", "residual"):
-        raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+    check_form(form)
+    check_flags(keep_base=keep_base, fuse=fuse, untie=untie, verify=verify)
     if not keep_base and form != "residual":
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
     if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):

@@ -39,7 +39,7 @@ def _variant(name: Any, values: Any) -> Variant:
     except AdapterError:
         raise
     except (SurgeryError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter of variant {name!r}: {error}") from error
+        raise AdapterError(f"adapter of variant {name!r:.80}: {error}") from error
 
 
 def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
@@ -49,7 +49,8 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
         AdapterError: a field is missing or unknown, or the model has no such parameter.
     """
     for name, kind in SITE_FIELDS.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
     if entry["weight"] not in parameters:
         raise AdapterError(f"{where}: the model has no parameter {entry['weight']!r}; is it another base model?")
@@ -60,6 +61,20 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
     if entry["dtype"] not in DTYPES or not -(2**63) <= entry["seed"] < 2**64:
         raise AdapterError(f"{where}: unknown dtype {entry['dtype']!r:.40}, or seed {entry['seed']!r:.40}")
+
+
+def check_key(where: str, key: str, entry: Any) -> None:
+    """Check that a site is named after its weight, as every site is.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    weight = entry.get("weight") if isinstance(entry, dict) else None
+    if isinstance(weight, str):
+        owner = weight.removesuffix(".weight")
+        named = (f"{owner}.{part}" for part in "qkv") if entry.get("rows") is not None else (owner,)
+        if key not in named:
+            raise AdapterError(f"{where} has the weight {weight!r}, which is of site {owner!r}")
 
 
 def read_parts(
@@ -104,9 +119,10 @@ def read_parts(
         raise AdapterError(f"{where}: rank {r} does not fit a weight of shape {list(shape)}")
     saved = DTYPES[entry["dtype"]]
     core_dtype = torch.float64 if saved == torch.float64 else torch.float32
+    with torch.device("meta"):  # a hyperparameter may ask for more than there is memory
+        initial = variant.init_core(r, torch.Generator())
     shapes: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        f"core.{name}": ((*lead, *tensor.shape), (core_dtype, torch.float64))
-        for name, tensor in variant.init_core(r, torch.Generator()).items()
+        f"core.{name}": ((*lead, *tensor.shape), (core_dtype, torch.float64)) for name, tensor in initial.items()
     }
     wanted = DTYPES[variant.factors_dtype] if variant.factors_dtype else saved
     if stored == "exact":
@@ -197,9 +213,10 @@ def _tensor(
     found = tuple(tensors.get_slice(name).get_shape())
     if found != shape:
         raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
-    tensor: torch.Tensor = tensors.get_tensor(name).clone()
+    tensor: torch.Tensor = tensors.get_tensor(name)
     if tensor.dtype not in dtypes:
         raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")
+    tensor = tensor.clone()
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{where}: tensor {name!r} is not finite")
     return tensor

@@ -33,6 +33,7 @@ from surgery.adapter import SSpaceLinear
 from surgery.directory import write_directory
 from surgery.entries import FACTORS
 from surgery.fingerprint import cast_fingerprints, dtype_name, fingerprint
+from surgery.foreign import path_of
 from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.migrate import VERSION
 from surgery.operate import Model, patient_of, record_of, unwrap
@@ -65,10 +66,10 @@ def save_adapter(
             calibration. What was there is still there.
         SurgeryError: the model carries no surgery.
     """
-    model, path = unwrap(model), Path(path)
+    model, path = unwrap(model), path_of(path, AdapterError)
     notes = record_of(model).factorisation
-    if factors not in STORED:
-        raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r}")
+    if not isinstance(factors, str) or factors not in STORED:
+        raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     found = operated_sites(model)
     first = next(iter(found.values())).variant
     names = {key: parameter_names(model, site) for key, site in found.items()}
@@ -158,7 +159,7 @@ def load_adapter(
             out differently here; the model is untouched.
     """
     given: Model
-    (given, model), path = patient_of(model, example_inputs), Path(path)
+    (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
     made = read_adapter(model, path, progress=progress)
     replace_adapters(model, lambda: made)

@@ -18,6 +18,8 @@ from passes.inspection import Inspection, graph_products
 from passes.modules import copy_graph
 from passes.pipeline import run_pipeline
 from surgery.base_graph import capture_base
+from surgery.checks import check_form
+from surgery.configurations import first_line, hub_config, model_class
 from surgery.core import Core, Factors
 from surgery.graft import initial_core
 from surgery.graphs import register_sites
@@ -98,8 +100,7 @@ class Choice:
             InputError: the form is neither "delta" nor "residual".
             TargetError: there is no such site in the graph.
         """
-        if form not in ("delta", "residual"):
-            raise InputError(f"form must be 'delta' or 'residual', found {form!r}")
+        check_form(form)
         sites = {site.key: site for site in self.inspection.sites}
         if key not in sites:
             raise TargetError(f"no site is named {key!r}; sites are {', '.join(list(sites)[:8])}, ...")
@@ -191,14 +192,13 @@ def load_model(source: str) -> tuple[nn.Module, Any]:
         return _from_callable(*source.split(":"))
     import transformers
 
+    config = hub_config(source)
+    cls = model_class(config, None)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        hint = "a hub id, a directory with a config.json, or package.module:callable"
-        raise InputError(f"cannot find a model named {source!r} ({hint}): {str(error).splitlines()[0]}") from error
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        model = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+        with torch.device("meta"):
+            model = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+    except Exception as error:  # sizes that do not go together fail in many ways
+        raise InputError(f"cannot build the model that {source!r} configures: {first_line(error)}") from error
     return model.eval(), None
 
 
@@ -209,9 +209,9 @@ def _from_callable(module: str, name: str) -> tuple[nn.Module, Any]:
             found = getattr(found, part)
         with torch.device("meta"):
             found = found()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot call {module}:{name}: {type(error).__name__}: {error}") from error
-    model, inputs = found if isinstance(found, tuple) else (found, None)
+    except (Exception, SystemExit) as error:  # it is somebody else's code
+        raise InputError(f"cannot call {module}:{name}: {type(error).__name__}: {first_line(error)}") from error
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
         raise InputError(f"{module}:{name} gave a {type(model).__name__}, expected an nn.Module (and example inputs)")
     return model.eval(), inputs

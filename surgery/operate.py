@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from passes.capture import is_pretrained
-from passes.errors import SurgeryError
+from passes.errors import InputError, SurgeryError
 from passes.inspection import Inspection, inspect_model
 from surgery.calibrate import collect, first_batch
-from surgery.checks import check_options
+from surgery.checks import check_flags, check_options
 from surgery.fingerprint import fingerprint
 from surgery.graft import make_grafts
 from surgery.graphs import GraphState, graph_state, restore_state
@@ -63,6 +63,8 @@ def record_of(model: nn.Module) -> Record:
     Raises:
         SurgeryError: the model carries no surgery.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
     record = vars(model).get("_surgery")
     if record is None:
         raise SurgeryError(f"{type(model).__name__} carries no surgery: call apply_surgery or load_adapter first")
@@ -118,6 +120,7 @@ def apply_surgery(
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
     given: Model
+    check_flags(progress=progress)
     config = resolve_variant(variant, r)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from passes.names import original_names
 from passes.sites import Site, part_of
 from surgery.adapter import SSpaceLinear
 from surgery.checks import check_plain
-from surgery.entries import check_entry, overlap, read_parts, rows_of, variant_of
+from surgery.entries import check_entry, check_key, overlap, read_parts, rows_of, variant_of
+from surgery.foreign import open_regular, read_json, require_regular
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.migrate import migrate
@@ -30,7 +30,6 @@ from surgery.variants import Variant, resolve_variant
 FORMAT = "sspace-adapter"
 STORED = ("exact", "recompute")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-CONFIG_LIMIT = 64 * 2**20
 
 
 def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[Graft], dict[str, Any]]:
@@ -110,10 +109,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{str(path)!r} is not a directory; expected an adapter with {CONFIG} and {TENSORS}")
     file = path / CONFIG
     try:
-        if file.stat().st_size > CONFIG_LIMIT:
-            raise AdapterError(f"{str(file)!r} is larger than {CONFIG_LIMIT >> 20} MiB")
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
     if isinstance(config, dict) and "peft_type" in config:
         raise AdapterError(
@@ -133,6 +130,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{str(file)!r}: factors must be 'exact' or 'recompute', found {config.get('factors')!r:.80}"
         )
     resolve_known(config["variant"])
+    for key, entry in config["sites"].items():
+        check_key(f"{str(file)!r}: site {key!r}", key, entry)
     return config
 
 
@@ -156,7 +155,7 @@ def check_digest(path: Path, config: dict[str, Any]) -> None:
     """
     file = path / TENSORS
     try:
-        with open(file, "rb") as data:
+        with open_regular(file) as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
     except OSError as error:
         raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
@@ -173,6 +172,7 @@ def opened(path: Path) -> Iterator[Any]:
     """
     file = path / TENSORS
     try:
+        require_regular(file)
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from passes.errors import InputError, SurgeryError
 from passes.forward import outside_inference_mode
 from surgery.adapter import SSpaceLinear
 from surgery.calibrate import collect, first_batch
-from surgery.checks import check_whole
+from surgery.checks import check_flags, check_seed, check_whole
 from surgery.graft import Wanted, initial_core, make_grafts
 from surgery.hosts import Graft, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, restore_flags, unwrap
@@ -52,6 +52,7 @@ def calibrate(
     Raises:
         SurgeryError: as ``apply_surgery``.
     """
+    check_flags(progress=progress)
     config = resolve_variant(variant, r)
     if example_inputs is None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
@@ -89,6 +90,8 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         InputError: as ``apply_surgery``.
     """
     given: Model = model
+    check_flags(reset=reset, progress=progress)
+    check_seed(seed)
     inner: Any = unwrap(model)
     record = record_of(inner)
     require_bases(inner)

@@ -26,6 +26,7 @@ from torch import nn
 from passes.errors import AdapterError, InputError
 from passes.sites import Site
 from surgery.fingerprint import fingerprint
+from surgery.foreign import parse_json, path_of, require_regular
 from surgery.statistics import KINDS, Statistic
 
 FORMAT, VERSION = "sspace-statistics", "1"
@@ -102,7 +103,7 @@ class Statistics:
         Raises:
             InputError: it cannot be written; what was there is still there.
         """
-        path, distinct = Path(path), self.distinct
+        path, distinct = path_of(path, InputError), self.distinct
         number = {id(statistic): i for i, statistic in enumerate(distinct)}
         content = {
             "pool": self.pool,
@@ -133,29 +134,35 @@ class Statistics:
         Raises:
             AdapterError: the file is missing, damaged, or of another format.
         """
+        path = path_of(path, AdapterError)
         where = f"statistics {str(path)!r}"
         try:
-            with safe_open(Path(path), framework="pt") as file:
+            require_regular(path)
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
                     raise AdapterError(
                         f"{where}: expected format {FORMAT} {VERSION}, found {metadata.get('format')!r:.40}"
                     )
-                content = json.loads(metadata["content"])
+                content = parse_json(metadata["content"])
                 distinct = [_read(file, i, entry, where) for i, entry in enumerate(content["statistics"])]
             if content["pool"] not in (None, "last", "mean", "all"):
                 raise AdapterError(f"{where}: unknown pool {content['pool']!r:.40}")
             entries = content["sites"]
             if any(not 0 <= entry["statistic"] < len(distinct) for entry in entries.values()):
                 raise AdapterError(f"{where}: a site has a statistic that is not there")
+            if not all(isinstance(entry["fingerprint"], str) for entry in entries.values()):
+                raise AdapterError(f"{where}: a site has no fingerprint")
             sites = {key: distinct[entry["statistic"]] for key, entry in entries.items()}
             return cls(sites, {key: entry["fingerprint"] for key, entry in entries.items()}, content["pool"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _read(file: Any, i: int, entry: Any, where: str) -> Statistic:
-    statistic = Statistic(entry["kind"], entry["side"], int(entry["d_in"]), None, dict(entry["counts"]))
+    if type(entry["d_in"]) is not int:
+        raise AdapterError(f"{where}: d_in of statistic {i} must be an integer, found {entry['d_in']!r:.40}")
+    statistic = Statistic(entry["kind"], entry["side"], entry["d_in"], None, dict(entry["counts"]))
     if statistic.kind not in KINDS or statistic.side not in ("input", "output"):
         raise AdapterError(f"{where}: unknown kind {statistic.kind!r:.40} or side {statistic.side!r:.40}")
     sets = {"positive", "negative"} if statistic.kind == "contrast" else {"all"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 
 from torch import fx, nn
@@ -30,8 +31,18 @@ def matches(pattern: Patterns, key: str) -> bool:
 
 def _check_patterns(name: str, patterns: Patterns) -> None:
     texts = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
-        raise TargetError(f"{name} must be a regular expression or a list of name suffixes, found {patterns!r}")
+    listed = isinstance(texts, Sequence | Set | Mapping) and not isinstance(texts, bytes | bytearray | memoryview)
+    if not listed or not all(isinstance(text, str) for text in texts):
+        raise TargetError(f"{name} must be a regular expression or a list of name suffixes, found {patterns!r:.200}")
+
+
+def _layers(layers: int | Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return []
+    try:
+        return [operator.index(layer) for layer in (layers if isinstance(layers, Sequence | Set) else [layers])]
+    except TypeError as error:
+        raise TargetError(f"layers_to_transform must be an index or a list of them, found {layers!r:.200}") from error
 
 
 def layer_index(key: str) -> int | None:
@@ -80,7 +91,8 @@ def select_sites(
     """
     target = default if target_modules is None else target_modules
     _check_patterns("target_modules", target)
-    _check_patterns("exclude_modules", exclude_modules or "")
+    _check_patterns("exclude_modules", "" if exclude_modules is None else exclude_modules)
+    layers = _layers(layers_to_transform)
     known = {site.key: site for site in inspection.sites}
     if not known:
         if quantised := _quantised(model):
@@ -110,7 +122,6 @@ def select_sites(
             here = [site] if matches(target, site.key) else [p for p in parts(site, model) if matches(target, p.key)]
             chosen += here
         _report_unmatched(target, inspection, [site.key for site in chosen])
-    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
     if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
         named = () if isinstance(target, str) else target
         chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]
@@ -176,9 +187,10 @@ def site_ranks(sites: Iterable[Site], variant: Variant, rank_pattern: Mapping[st
         RankError: a pattern's rank is below 1 or above what its site allows.
         TargetError: a rank pattern matches no chosen site.
     """
-    patterns, ranks, used = rank_pattern or {}, {}, set()
+    patterns: Mapping[str, int] = {} if rank_pattern is None else rank_pattern
+    ranks, used = {}, set()
     if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise RankError(f"rank_pattern must map patterns to ranks, found {rank_pattern!r}")
+        raise RankError(f"rank_pattern must map patterns to ranks, found {rank_pattern!r:.200}")
     for site in sites:
         limit = min(site.d_out, site.d_in)
         pattern = next((p for p in patterns if _rank_pattern_matches(p, site.key)), None)

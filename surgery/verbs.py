@@ -15,7 +15,7 @@ from passes.forward import outside_inference_mode
 from passes.merge import Merge, other_readers
 from passes.verify import Validation
 from surgery.adapter import SSpaceLinear
-from surgery.checks import check_whole
+from surgery.checks import check_flags, check_whole
 from surgery.graphs import copy_as_ever, drop_sites, rewrite
 from surgery.hosts import host_of, operated_sites, replace_weight, weights_of
 from surgery.merged import merged_weight
@@ -63,10 +63,10 @@ def _coefficient(coeff: Coefficient) -> torch.Tensor:
     try:
         # a Python number must not be rounded to float32 on its way to a float64 core
         value = coeff.detach() if isinstance(coeff, torch.Tensor) else torch.as_tensor(coeff, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"coeff must be a number or a tensor (batch,), found {coeff!r}") from error
-    if value.dim() > 1 or value.numel() == 0 or value.is_complex():
-        raise InputError(f"coeff must be a real number or a tensor (batch,), found {coeff!r}")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"coeff must be a number or a tensor (batch,), found {coeff!r:.80}") from error
+    if value.dim() > 1 or value.numel() == 0 or value.is_complex() or value.is_meta:
+        raise InputError(f"coeff must be a real number or a tensor (batch,), found {coeff!r:.80}")
     if not torch.isfinite(value.float()).all():
         raise InputError(f"coeff must be finite in float32, found {value.tolist()}")
     return value.to(torch.float64)
@@ -117,6 +117,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
         WeightError: a weight is tied and ``untie`` is false.
         InputError: coeff steers rows, or the merged weight is not finite in its dtype.
     """
+    check_flags(untie=untie, progress=progress)
     given, model = model, unwrap(model)
     record, found = record_of(model), _operated(model)
     nodes = {key: site for key, site in found.items() if isinstance(site, SSpaceNode)}
@@ -164,7 +165,10 @@ def refresh(model: Model) -> Model:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters, a shared one counted once."""
-    found = {id(p): p for module in unwrap(model).modules() for p in weights_of(module) if p is not None}
+    model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
+    found = {id(p): p for module in model.modules() for p in weights_of(module) if p is not None}
     sizes = [(p.numel(), p.requires_grad) for p in found.values()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 

@@ -116,6 +116,6 @@ def test_expected_errors_are_typed(folders, tmp_path: Path) -> None:
         run("export", base, tmp_path / "out", "--format", "dens")
     with pytest.raises(AdapterError, match="not a directory"):
         run("export", base, tmp_path / "out", "--format", "dense", "--adapter", tmp_path / "none")
-    with pytest.raises(InputError, match="cannot load a model"):
+    with pytest.raises(InputError, match="cannot find a model"):
         run("export", tmp_path / "none", tmp_path / "out", "--format", "dense")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]

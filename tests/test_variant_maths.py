@@ -227,8 +227,8 @@ def test_copies_and_pickles_of_a_model_that_has_run(mode):
     with mode():
         expected = model(x)
     twin = copy.deepcopy(model)
-    cores = {key: pickle.loads(pickle.dumps(site.core)) for key, site in sites(model).items()}  # noqa: S301
-    whole = pickle.loads(pickle.dumps(model))  # noqa: S301
+    cores = {key: pickle.loads(pickle.dumps(site.core)) for key, site in sites(model).items()}
+    whole = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         assert torch.equal(twin(x), expected)
         assert torch.equal(whole(x), expected)

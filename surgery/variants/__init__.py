@@ -5,6 +5,7 @@ A file in this package defines one frozen dataclass that derives from :class:`Va
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import operator
@@ -62,30 +63,32 @@ class Variant:
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
-        if hasattr(self.r, "__index__") and not isinstance(self.r, bool):
-            object.__setattr__(self, "r", operator.index(self.r))
+        if not isinstance(self.r, bool):
+            with contextlib.suppress(TypeError):  # what is no integer is refused below
+                object.__setattr__(self, "r", operator.index(self.r))
         if isinstance(self.factors_dtype, torch.dtype):
             object.__setattr__(self, "factors_dtype", str(self.factors_dtype).removeprefix("torch."))
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise RankError(f"r must be an integer of at least 1, found {self.r!r}")
-        if self.factors_dtype is not None and self.factors_dtype not in ("float16", "bfloat16", "float32", "float64"):
-            raise VariantError(f"factors_dtype must name a floating-point dtype, found {self.factors_dtype!r}")
+            raise RankError(f"r must be an integer of at least 1, found {self.r!r:.80}")
+        if self.factors_dtype is not None:
+            self.one_of("factors_dtype", ("float16", "bfloat16", "float32", "float64"))
         self.one_of("svd_method", METHODS)
         for field in fields(self):
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
-                raise VariantError(f"{field.name} must be True or False, found {getattr(self, field.name)!r}")
+                raise VariantError(f"{field.name} must be True or False, found {getattr(self, field.name)!r:.80}")
 
     def one_of(self, name: str, known: Sequence[str]) -> None:
         """Refuse a value of a field that is none of the known ones."""
-        if getattr(self, name) not in known:
-            raise VariantError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in known:
+            raise VariantError(f"{name} must be one of {', '.join(known)}, found {value!r:.80}")
 
     def number(self, name: str, *, least: float, most: float = math.inf, whole: bool = False) -> None:
         """Refuse a value of a field that is not a number from ``least`` to ``most``."""
         value, kinds = getattr(self, name), (int,) if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == math.inf:
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r}")
+            raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r:.80}")
 
     @property
     def identity_at_init(self) -> bool:

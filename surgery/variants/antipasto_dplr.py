@@ -37,7 +37,7 @@ class AntiPaSTODPLR(Reranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.number("k", least=1, whole=True)
+        self.number("k", least=1, most=2**16, whole=True)
 
     def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """``g`` (r,) and ``b`` (r, k): zeros; ``a`` (k, r): Kaiming-uniform with a = sqrt(5)."""
