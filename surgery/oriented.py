@@ -16,10 +16,12 @@ import torch
 
 from surgery.statistics import Statistic
 from surgery.svd import Factorisation, deviation, signs_of
+from surgery.threads import one_thread
 
 NEGLIGIBLE = 1e-6  # of S_i over S_1: such a direction gets a zero row in P, since nothing may be divided by its S
 
 
+@one_thread()
 def oriented(
     weight: torch.Tensor, r: int, statistic: Statistic, eps: float, *, relative: bool = False
 ) -> Factorisation:

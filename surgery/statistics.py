@@ -22,6 +22,7 @@ import torch
 
 from passes.errors import InputError, VariantError
 from surgery.svd import Factorisation, factorise, gram_matrix
+from surgery.threads import one_thread
 
 POOLS = {"rms": "moment", "mean_abs": "absolute"}
 KINDS = ("moment", "squares", "absolute", "contrast")
@@ -114,6 +115,7 @@ def required(statistic: Statistic | None) -> Statistic:
     return statistic
 
 
+@one_thread()
 def reranked(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisation:
     """The r singular triples of the largest ``S_i * pool_n |x_n . v_i|``, in descending order of S.
 
@@ -129,6 +131,7 @@ def reranked(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisatio
     return found.keep(top(scores, r))
 
 
+@one_thread()
 def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisation:
     """The r singular triples of the largest ``|dS|``, and ``direction = dS / |dS|`` among them.
 

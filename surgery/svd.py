@@ -9,7 +9,8 @@
                 off it is
 ==============  ====================================================================================================
 
-``"exact"`` asks for one of the first two, ``"auto"`` takes the third only for large weights and small ranks.
+``"exact"`` asks for one of the first two, ``"auto"`` takes the third only for large weights and small ranks. The same
+weight gives the same bits with any number of threads (see ``surgery.threads``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from passes.errors import VariantError
+from surgery.threads import one_thread
 
 GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as exact as a full SVD in float32
 METHODS = ("auto", "exact", "randomised")
@@ -64,6 +66,7 @@ class Factorisation(NamedTuple):
         return self._replace(U=U, S=S, Vh=Vh, energy=self.energy * share)
 
 
+@one_thread()
 def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0) -> Factorisation:
     """Compute the r largest singular triples of a weight.
 
