@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.errors import InputError
+from passes.errors import InputError, WeightError
 from passes.sites import Site
 from surgery.adapter import matrices_of
 from surgery.checks import check_factors
@@ -39,7 +39,7 @@ def make_grafts(
 
     Raises:
         InputError: the statistics do not cover a site, or saw fewer tokens than its rank.
-        WeightError: factors overflow their dtype.
+        WeightError: singular values or factors overflow their dtype.
     """
     known = {site.key: _statistic(model, site, config, r, statistics) for site, config, r, _ in wanted}
     jobs = (
@@ -50,8 +50,8 @@ def make_grafts(
         for site, config, r, host in track(wanted, "factorising", enabled=progress):
             try:
                 parts = [next(found) for _ in range(site.stack or 1)]
-            except InputError as error:
-                raise InputError(f"site {site.key!r}: {error}") from error
+            except (InputError, WeightError) as error:
+                raise type(error)(f"site {site.key!r}: {error}") from error
             factors, core, note = _made(site.weight_of(model), site, config, r, parts, seed)
             notes[site.key] = note | {"seed": seed, "tokens": tokens.tokens if (tokens := known[site.key]) else None}
             grafts.append(Graft(site, host, config, factors, core))

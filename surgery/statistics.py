@@ -140,13 +140,18 @@ def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisat
     """
     found = factorise(weight, min(weight.shape), FULL)
     positive, negative = statistic.mean("positive"), statistic.mean("negative")
-    dS = found.S.sqrt() * (found.Vh @ (positive - negative))
+    root = (found.S / torch.where(found.S[0] > 0, found.S[0], 1.0)).sqrt()  # a direction has no scale
+    dS = root * (found.Vh @ (positive - negative))
     chosen = top(dS.abs(), r)
     direction = dS[chosen]
     norm = torch.linalg.vector_norm(direction)
-    scale = found.S[0].sqrt() * torch.maximum(positive.abs().max(), negative.abs().max())
+    scale = torch.maximum(positive.abs().max(), negative.abs().max())
     if not norm > ROUNDING * scale:
-        raise InputError("the positive and the negative set have the same mean input, so there is no direction")
+        raise InputError(
+            "the positive and the negative set have the same mean input, so there is no direction"
+            if found.S[0] > 0
+            else "its weight is zero, so there is no direction"
+        )
     return found.keep(chosen)._replace(core={"direction": direction / norm})
 
 

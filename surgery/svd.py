@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from passes.errors import VariantError
+from passes.errors import VariantError, WeightError
 from surgery.threads import one_thread
 
 GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as exact as a full SVD in float32
@@ -78,6 +78,7 @@ def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0)
 
     Raises:
         VariantError: the method is unknown.
+        WeightError: singular values are beyond float64.
 
     Source: Eckart and Young 1936; the sign convention is that of ``sklearn.utils.extmath.svd_flip``.
     """
@@ -114,7 +115,10 @@ def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str)
         (S.square().sum() / torch.linalg.vector_norm(W).to(S.dtype).square().clamp(min=1e-300)).clamp(max=1.0)
     )
     error, residual = max(deviation(U.T), deviation(Vh)), _residual(W, U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype))
-    return Factorisation(U.contiguous(), S * scale, Vh.contiguous(), method, error, residual, energy)
+    S = S * scale
+    if not torch.isfinite(S).all():
+        raise WeightError("its singular values overflow float64; scale the weight down")
+    return Factorisation(U.contiguous(), S, Vh.contiguous(), method, error, residual, energy)
 
 
 def deviation(rows: torch.Tensor) -> float:
