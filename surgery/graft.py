@@ -102,15 +102,35 @@ def _made(
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         found = parts[0] if site.stack is None else _stacked(parts)
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-        # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
-        kept = (torch.empty(t.shape, dtype=dtype, device=weight.device).copy_(t) for t in (found.U, found.S, found.Vh))
-        factors = Factors(*kept)
+        factors = as_factors(found, dtype, weight.device)
         check_factors(site, factors)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
         core = Core(tensors, core_dtype, weight.device, config.frozen)
     note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
     return factors, core, note
+
+
+def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch.device) -> Factors:
+    """The factors of a site as they are kept."""
+    # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
+    return Factors(*(torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for t in (found.U, found.S, found.Vh)))
+
+
+def factorised(
+    config: Variant,
+    weight: torch.Tensor,
+    layout: str,
+    shape: tuple[int, ...],
+    r: int,
+    statistic: Statistic | None,
+    seed: int,
+) -> Factorisation:
+    """Factorise the weight of one site, with the bits that :func:`make_grafts` gives it."""
+    matrices = matrices_of(weight, layout, shape)
+    if len(shape) == 2:
+        return _factorised((config, matrices, r, statistic, seed))
+    return _stacked([_factorised((config, matrix, r, None, seed)) for matrix in matrices])
 
 
 def _stacked(found: list[Factorisation]) -> Factorisation:
