@@ -2,6 +2,10 @@
 
 The only statistics loop. Its memory does not depend on the number of tokens; padding is left out; sites that read the
 same input share one statistic; the model is left as it was.
+
+On the CPU, a small model runs in one thread, so that the same data gives the same bits with any number of threads. A
+large one keeps all threads, with which products of few tokens may round differently, unless
+``torch.use_deterministic_algorithms(True)`` asks for one.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ from surgery.progress import track
 from surgery.statistics import Statistic
 from surgery.statistics_file import Statistics
 from surgery.svd import factorise
+from surgery.threads import one_thread
 from surgery.tokens import Tokens
+
+SMALL = 2**26  # parameters of a model that always runs in one thread
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ def collect(
     leaders = {id(statistic): key for key, statistic in reversed(statistics.items())}
     watched = [site for site in sites if leaders[id(statistics[site.key])] == site.key]
     run = _Run(model, statistics, getattr(calibration, "pool", None))
-    with _at_identity(model), observed(model, watched, called, run.see):
+    exact = torch.are_deterministic_algorithms_enabled() or sum(p.numel() for p in model.parameters()) <= SMALL
+    with one_thread(exact), _at_identity(model), observed(model, watched, called, run.see):
         if isinstance(calibration, Contrast):
             for name in ("positive", "negative"):
                 run.all(getattr(calibration, name), name, progress=progress)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from passes.errors import InputError
+from passes.errors import InputError, WeightError
 from passes.sites import Site
 from surgery.adapter import matrices_of
 from surgery.checks import check_factors
@@ -19,8 +21,10 @@ from surgery.progress import track
 from surgery.statistics import Statistic
 from surgery.statistics_file import Statistics
 from surgery.svd import Factorisation
+from surgery.threads import side_by_side
 from surgery.variants import Variant
 
+MEMORY, BYTES = 2**32, 40  # for factorisations at a time; what one of them takes for each entry of its weight
 Wanted = tuple[Site, Variant, int, str]
 """A site, its variant, its rank, and how it is hosted."""
 
@@ -35,14 +39,31 @@ def make_grafts(
 
     Raises:
         InputError: the statistics do not cover a site, or saw fewer tokens than its rank.
-        WeightError: factors overflow their dtype.
+        WeightError: singular values or factors overflow their dtype.
     """
     known = {site.key: _statistic(model, site, config, r, statistics) for site, config, r, _ in wanted}
+    jobs = (
+        (config, matrix, r, known[site.key], seed) for site, config, r, _ in wanted for matrix in _matrices(model, site)
+    )
     grafts, notes = [], {}
-    for site, config, r, host in track(wanted, "factorising", enabled=progress):
-        graft, notes[site.key] = _graft(model, site, config, r, host, known[site.key], seed)
-        grafts.append(graft)
+    with contextlib.closing(side_by_side(_factorised, jobs, _workers(model, wanted))) as found:
+        for site, config, r, host in track(wanted, "factorising", enabled=progress):
+            try:
+                parts = [next(found) for _ in range(site.stack or 1)]
+            except (InputError, WeightError) as error:
+                raise type(error)(f"site {site.key!r}: {error}") from error
+            factors, core, note = _made(site.weight_of(model), site, config, r, parts, seed)
+            notes[site.key] = note | {"seed": seed, "tokens": tokens.tokens if (tokens := known[site.key]) else None}
+            grafts.append(Graft(site, host, config, factors, core))
     return grafts, notes
+
+
+def _workers(model: nn.Module, wanted: list[Wanted]) -> int:
+    """How many weights to factorise at a time: one on an accelerator, on the CPU as many as there is memory for."""
+    if any(site.parameter_of(model).device.type != "cpu" for site, *_ in wanted):
+        return 1
+    largest = max((site.d_out * site.d_in for site, *_ in wanted), default=1)
+    return max(1, MEMORY // (BYTES * largest))
 
 
 def _statistic(
@@ -59,16 +80,27 @@ def _statistic(
     return statistic
 
 
-def _graft(
-    model: nn.Module, site: Site, config: Variant, r: int, host: str, statistic: Statistic | None, seed: int
-) -> tuple[Graft, dict[str, Any]]:
+def _matrices(model: nn.Module, site: Site) -> Iterator[torch.Tensor]:
+    """The matrix (d_out, d_in) of a site, or every one of its stack."""
+    weight = site.weight_of(model).detach()
+    if site.stack is None:
+        yield matrices_of(weight, site.layout, (site.d_out, site.d_in))
+    else:
+        yield from matrices_of(weight, site.layout, (site.stack, site.d_out, site.d_in))
+
+
+def _factorised(job: tuple[Variant, torch.Tensor, int, Statistic | None, int]) -> Factorisation:
+    config, matrix, r, statistic, seed = job
+    with torch.inference_mode(False), torch.no_grad():  # which a thread does not have of the one that started it
+        return config.factorise(matrix, r, statistic, seed)
+
+
+def _made(
+    weight: torch.Tensor, site: Site, config: Variant, r: int, parts: list[Factorisation], seed: int
+) -> tuple[Factors, Core, dict[str, Any]]:
+    """Factors in the dtype that is kept, the initial core, and what is noted of the factorisation."""
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
-        weight = site.weight_of(model).detach()
-        try:
-            shape = (site.d_out, site.d_in) if site.stack is None else (site.stack, site.d_out, site.d_in)
-            found = factorised(config, weight, site.layout, shape, r, statistic, seed)
-        except InputError as error:
-            raise InputError(f"site {site.key!r}: {error}") from error
+        found = parts[0] if site.stack is None else _stacked(parts)
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
         factors = as_factors(found, dtype, weight.device)
         check_factors(site, factors)
@@ -76,8 +108,7 @@ def _graft(
         tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
         core = Core(tensors, core_dtype, weight.device, config.frozen)
     note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
-    note |= {"seed": seed, "tokens": statistic.tokens if statistic else None}
-    return Graft(site, host, config, factors, core), note
+    return factors, core, note
 
 
 def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch.device) -> Factors:
@@ -95,11 +126,15 @@ def factorised(
     statistic: Statistic | None,
     seed: int,
 ) -> Factorisation:
-    """Factorise a weight; of a stack every matrix by itself, and of what is noted the worst, of the energy the mean."""
+    """Factorise the weight of one site, with the bits that :func:`make_grafts` gives it."""
     matrices = matrices_of(weight, layout, shape)
     if len(shape) == 2:
-        return config.factorise(matrices, r, statistic, seed)
-    found = [config.factorise(matrix, r, None, seed) for matrix in matrices]
+        return _factorised((config, matrices, r, statistic, seed))
+    return _stacked([_factorised((config, matrix, r, None, seed)) for matrix in matrices])
+
+
+def _stacked(found: list[Factorisation]) -> Factorisation:
+    """The factors of a stack; of what is noted the worst, of the energy the mean."""
     U, S, Vh = (torch.stack([getattr(f, name).to(torch.float64) for f in found]) for name in ("U", "S", "Vh"))
     method = Counter(factors.method for factors in found).most_common(1)[0][0]
     error, residual = max(f.error for f in found), max(f.residual for f in found)

@@ -12,14 +12,19 @@ Source: CorDA (Yang et al. 2024, arXiv:2406.05223).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from passes.errors import InputError
 from surgery.statistics import Statistic
 from surgery.svd import Factorisation, deviation, signs_of
+from surgery.threads import one_thread
 
 NEGLIGIBLE = 1e-6  # of S_i over S_1: such a direction gets a zero row in P, since nothing may be divided by its S
 
 
+@one_thread()
 def oriented(
     weight: torch.Tensor, r: int, statistic: Statistic, eps: float, *, relative: bool = False
 ) -> Factorisation:
@@ -32,19 +37,22 @@ def oriented(
         eps: added to the diagonal of C.
         relative: take eps as a share of the mean of that diagonal.
 
+    Raises:
+        InputError: the second moment is not finite.
+
     Returns:
         Float64 factors. ``residual`` is how far P is from orthonormal in the inner product of ``C + eps I``, and
         ``energy`` the share of the output's second moment that the r directions hold.
     """
-    W = weight.detach().to(torch.float64)
+    W, unit = _scaled(weight.detach().to(torch.float64))
     eps = eps * statistic.mean_square() if relative else eps
     d_out, d_in = W.shape
     if d_in < d_out and statistic.side == "input":
         C = torch.diag(statistic.mean("squares")) if statistic.kind == "squares" else statistic.mean("moment")
-        U, values, total = _small_input(W, C, eps, r)
+        U, values, total = _small_input(W, _finite(C), eps, r)
     else:
-        moment = statistic.output_moment(W) + eps * (W @ W.T)
-        values, vectors = torch.linalg.eigh(moment)
+        moment = _output_moment(statistic, W, unit) + eps * (W @ W.T)
+        values, vectors = torch.linalg.eigh(_finite(moment))
         U, values, total = vectors[:, -r:].flip(1), values[-r:].flip(0), values.clamp(min=0).sum()
     S = values.clamp(min=0).sqrt()
     kept = NEGLIGIBLE * S[0] < S
@@ -52,8 +60,30 @@ def oriented(
     U = U * signs
     Vh = torch.where(kept[:, None], (U.T @ W) / torch.where(kept, S, 1.0)[:, None], 0.0)
     energy = float((values.clamp(min=0).sum() / total.clamp(min=1e-300)).clamp(max=1.0))
-    residual = _residual(statistic, W, U, S, kept, eps)
-    return Factorisation(U.contiguous(), S, Vh.contiguous(), "second moment", deviation(U.T), residual, energy)
+    residual = _residual(statistic, W, unit, U, S, kept, eps)
+    return Factorisation(U.contiguous(), S * unit, Vh.contiguous(), "second moment", deviation(U.T), residual, energy)
+
+
+def _scaled(W: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A huge or tiny weight in units of a power of two, which keeps its squares in range, and that unit, or 1."""
+    largest = float(W.abs().max())
+    if 1e-60 < largest < 1e60 or largest == 0:
+        return W, 1.0
+    unit = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
+    return W / unit, unit
+
+
+def _output_moment(statistic: Statistic, W: torch.Tensor, unit: float) -> torch.Tensor:
+    """``W C W^T`` of a weight in units."""
+    moment = statistic.output_moment(W)
+    return moment / unit / unit if statistic.side == "output" else moment
+
+
+def _finite(moment: torch.Tensor) -> torch.Tensor:
+    """Refuse a moment that is out of range, of which there are no eigenvectors."""
+    if not torch.isfinite(moment).all():
+        raise InputError("the second moment of its data overflows float64; scale the data down")
+    return moment
 
 
 def _small_input(
@@ -62,7 +92,7 @@ def _small_input(
     """Top r of ``W (C + eps I) W^T`` through a matrix of d_in, with an orthonormal completion of U."""
     root = _root(C, eps)
     A = W @ root
-    values, vectors = torch.linalg.eigh(A.T @ A)
+    values, vectors = torch.linalg.eigh(_finite(A.T @ A))
     total, values, vectors = values.clamp(min=0).sum(), values[-r:].flip(0), vectors[:, -r:].flip(1)
     S = values.clamp(min=0).sqrt()
     known = int((NEGLIGIBLE * S[0] < S).sum())
@@ -95,13 +125,19 @@ def _completed(Q: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def _residual(
-    statistic: Statistic, W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, kept: torch.Tensor, eps: float
+    statistic: Statistic,
+    W: torch.Tensor,
+    unit: float,
+    U: torch.Tensor,
+    S: torch.Tensor,
+    kept: torch.Tensor,
+    eps: float,
 ) -> float:
     """How far P is from orthonormal in the inner product of C + eps I, over the directions that P has."""
     if not kept.any():
         return 0.0
     directions = U[:, kept].T @ W
-    moment = statistic.output_moment(W) if statistic.side == "output" else None
+    moment = _output_moment(statistic, W, unit) if statistic.side == "output" else None
     inner = U[:, kept].T @ moment @ U[:, kept] if moment is not None else statistic.weigh(directions) @ directions.T
     inner = (inner + eps * (directions @ directions.T)) / (S[kept][:, None] * S[kept])
     return float((inner - torch.eye(len(inner), dtype=inner.dtype, device=inner.device)).abs().max())

@@ -22,6 +22,7 @@ import torch
 
 from passes.errors import InputError, VariantError
 from surgery.svd import Factorisation, factorise, gram_matrix
+from surgery.threads import one_thread
 
 POOLS = {"rms": "moment", "mean_abs": "absolute"}
 KINDS = ("moment", "squares", "absolute", "contrast")
@@ -114,6 +115,7 @@ def required(statistic: Statistic | None) -> Statistic:
     return statistic
 
 
+@one_thread()
 def reranked(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisation:
     """The r singular triples of the largest ``S_i * pool_n |x_n . v_i|``, in descending order of S.
 
@@ -129,6 +131,7 @@ def reranked(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisatio
     return found.keep(top(scores, r))
 
 
+@one_thread()
 def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisation:
     """The r singular triples of the largest ``|dS|``, and ``direction = dS / |dS|`` among them.
 
@@ -137,13 +140,18 @@ def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisat
     """
     found = factorise(weight, min(weight.shape), FULL)
     positive, negative = statistic.mean("positive"), statistic.mean("negative")
-    dS = found.S.sqrt() * (found.Vh @ (positive - negative))
+    root = (found.S / torch.where(found.S[0] > 0, found.S[0], 1.0)).sqrt()  # a direction has no scale
+    dS = root * (found.Vh @ (positive - negative))
     chosen = top(dS.abs(), r)
     direction = dS[chosen]
     norm = torch.linalg.vector_norm(direction)
-    scale = found.S[0].sqrt() * torch.maximum(positive.abs().max(), negative.abs().max())
+    scale = torch.maximum(positive.abs().max(), negative.abs().max())
     if not norm > ROUNDING * scale:
-        raise InputError("the positive and the negative set have the same mean input, so there is no direction")
+        raise InputError(
+            "the positive and the negative set have the same mean input, so there is no direction"
+            if found.S[0] > 0
+            else "its weight is zero, so there is no direction"
+        )
     return found.keep(chosen)._replace(core={"direction": direction / norm})
 
 

@@ -9,7 +9,8 @@
                 off it is
 ==============  ====================================================================================================
 
-``"exact"`` asks for one of the first two, ``"auto"`` takes the third only for large weights and small ranks.
+``"exact"`` asks for one of the first two, ``"auto"`` takes the third only for large weights and small ranks. The same
+weight gives the same bits with any number of threads (see ``surgery.threads``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from passes.errors import VariantError
+from passes.errors import VariantError, WeightError
+from surgery.threads import one_thread
 
 GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as exact as a full SVD in float32
 METHODS = ("auto", "exact", "randomised")
@@ -64,6 +66,7 @@ class Factorisation(NamedTuple):
         return self._replace(U=U, S=S, Vh=Vh, energy=self.energy * share)
 
 
+@one_thread()
 def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0) -> Factorisation:
     """Compute the r largest singular triples of a weight.
 
@@ -75,6 +78,7 @@ def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0)
 
     Raises:
         VariantError: the method is unknown.
+        WeightError: singular values are beyond float64.
 
     Source: Eckart and Young 1936; the sign convention is that of ``sklearn.utils.extmath.svd_flip``.
     """
@@ -111,7 +115,10 @@ def _finished(W: torch.Tensor, scale: torch.Tensor, found: Triples, method: str)
         (S.square().sum() / torch.linalg.vector_norm(W).to(S.dtype).square().clamp(min=1e-300)).clamp(max=1.0)
     )
     error, residual = max(deviation(U.T), deviation(Vh)), _residual(W, U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype))
-    return Factorisation(U.contiguous(), S * scale, Vh.contiguous(), method, error, residual, energy)
+    S = S * scale
+    if not torch.isfinite(S).all():
+        raise WeightError("its singular values overflow float64; scale the weight down")
+    return Factorisation(U.contiguous(), S, Vh.contiguous(), method, error, residual, energy)
 
 
 def deviation(rows: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -212,7 +213,7 @@ def test_dense_is_never_stale(change: str, compiled: bool) -> None:
 def test_dense_compiled_follows_all_values_without_recompiling() -> None:
     torch._dynamo.reset()
     model, x = operated("dense"), inputs()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     run = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         run(x)

@@ -86,7 +86,9 @@ def changed(site: SSpaceLinear) -> torch.Tensor:
         left, right = factors.U.to(wide), D.T
         if site.layout == "in_out":
             left, right = D, factors.U.to(wide).T
-        return torch.addmm(weight.to(wide), left, right).to(weight.dtype)
+        made = torch.addmm(weight.to(wide), left, right).to(weight.dtype)
+        # a weight of other strides may be multiplied by another kernel: an identity would then have other bits
+        return made if made.stride() == weight.stride() else torch.empty_like(weight).copy_(made)
 
 
 class Kept:

@@ -96,6 +96,8 @@ class AntiPaSTOAblate(Reranked):
 
 def orthonormal(c: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns that span those of ``c`` (r, k), in column order; zero for a dependent column."""
+    largest = c.detach().abs().amax(dim=0)  # whose square may be out of range; the result has no scale
+    c = c / torch.where(largest > 0, largest, 1.0)
     norms = torch.linalg.vector_norm(c, dim=0)
     return _gram_schmidt(c / torch.where(norms > 0, norms, 1.0))
 

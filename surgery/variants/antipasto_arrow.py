@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from surgery.gain import diagonal_gain
+from surgery.gain import diagonal_gain, steered
 from surgery.variants import CoreTensors, Reranked
 
 
@@ -47,7 +46,7 @@ class AntiPaSTOArrow(Reranked):
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """The block's product beside the gains."""
         b, r = core.m.shape[0], S.shape[0]
-        mixed = F.linear(h[..., :b] * coeff.to(h.dtype), (core.m * S[:b]).to(h.dtype))
+        mixed = steered(h[..., :b], core.m, S[:b], coeff)
         if r == b:
             return mixed
         gain = diagonal_gain(S[b:], core.g, coeff, suppress_only=self.suppress_only)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from surgery.gain import diagonal_gain
+from surgery.gain import diagonal_gain, saturated, steered
 from surgery.variants import CoreTensors, Reranked
 
 
@@ -47,4 +47,8 @@ class AntiPaSTODPLR(Reranked):
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
         """The gains' product plus the low-rank one."""
         diagonal = h * diagonal_gain(S, core.g, coeff, suppress_only=self.suppress_only).to(h.dtype)
-        return diagonal + F.linear(F.linear(h * coeff.to(h.dtype), core.a.to(h.dtype)), core.b.to(h.dtype))
+        inner = steered(h, core.a, torch.ones_like(S), coeff)
+        b = saturated(core.b, h.dtype)
+        if coeff.dim() == 0:  # where the knob is off, what overflows on the way back does not reach a either
+            b = torch.where(coeff == 0, torch.zeros_like(b), b)
+        return diagonal + F.linear(inner, b)

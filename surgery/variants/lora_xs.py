@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
+from surgery.gain import steered
 from surgery.variants import CoreTensors, Reranked
 
 
@@ -30,5 +30,5 @@ class LoRAXS(Reranked):
         return {"m": torch.zeros(r, r)}
 
     def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
-        """``(coeff * h) (m S)^T``: S scales the columns of m, which is cheaper than to scale h."""
-        return F.linear(h * coeff.to(h.dtype), (core.m * S).to(h.dtype))
+        """``h (m coeff S)^T``: coeff and S scale the columns of m, which is cheaper than to scale h."""
+        return steered(h, core.m, S, coeff)
