@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from exporters._base import Exported, ExportReport, publish, staged
+from exporters._base import Exported, ExportReport
 from exporters._checkpoint import merge_checkpoint
 from exporters._compiled import compiled
 from exporters._onnx_cores import check_core, export_core
+from exporters._place import publish, staged
 from exporters._swap import swap
 from passes.errors import ExportError
 from surgery.operate import unwrap

@@ -32,9 +32,10 @@ from surgery.entries import FACTORS, dtype_name
 from surgery.fingerprint import fingerprint
 from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, unwrap
-from surgery.reading import CONFIG, FORMAT, TENSORS, VERSION, parameter_names, read_adapter
+from surgery.reading import FORMAT, VERSION, parameter_names, read_adapter
 from surgery.replace import replace_adapters
 from surgery.residual import SSpaceResidual, base_of
+from surgery.tensor_file import CONFIG, TENSORS
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact") -> Path:

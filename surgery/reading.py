@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import fx, nn
 
 from passes.errors import AdapterError, SurgeryError
@@ -22,10 +20,10 @@ from surgery.entries import check_entry, overlap, read_parts, rows_of, variant_o
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.node import SSpaceNode
+from surgery.tensor_file import CONFIG, TENSORS, settled
 from surgery.variants import Variant, resolve_variant
 
 FORMAT, VERSION = "sspace-adapter", 1
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 64 * 2**20
 
 
@@ -35,8 +33,6 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    config = read_config(path)
-    default = variant_of(config)
     present = operated_sites(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for site in present.values():  # a hosted weight is named as it was before surgery
@@ -46,8 +42,8 @@ def read_adapter(model: nn.Module, path: Path) -> list[Graft]:
     flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
-    check_digest(path, config)
-    with opened(path) as tensors:
+    with opened_adapter(path) as (config, tensors):
+        default = variant_of(config)
         expected: set[str] = set()
         grafts: list[Graft] = []
         for key, entry in config["sites"].items():
@@ -70,9 +66,7 @@ def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     Raises:
         AdapterError: the directory is missing or damaged.
     """
-    config = read_config(path)
-    check_digest(path, config)
-    with opened(path) as tensors:
+    with settled(path, read_config) as (config, file), file.opened() as tensors:
         yield config, tensors
 
 
@@ -135,37 +129,6 @@ def resolve_known(name: str) -> None:
         resolve_variant(name)
     except SurgeryError as error:
         raise AdapterError(f"cannot load the adapter: {error}") from error
-
-
-def check_digest(path: Path, config: dict[str, Any]) -> None:
-    """Check that the tensor file is the one that the configuration was written with.
-
-    Raises:
-        AdapterError: it is missing or another.
-    """
-    file = path / TENSORS
-    try:
-        with open(file, "rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-    except OSError as error:
-        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
-    if digest != config["tensors_sha256"]:
-        raise AdapterError(f"{str(file)!r} is damaged or not the one that {CONFIG} was written with")
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Open the tensor file of an adapter.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
-    file = path / TENSORS
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
 
 
 def _read_site(
