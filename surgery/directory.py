@@ -79,10 +79,11 @@ def _replace(path: Path, files: dict[str, bytes]) -> None:
         for file, data in files.items():
             _write(staging / file, data)
         old = kept = None
+        had_config, had_tensors = config.exists(), tensors.exists()
         try:
-            if config.exists():
+            if had_config:
                 old = _link(config, staging / "old")
-            if tensors.exists():
+            if had_tensors:
                 kept = path / kept_name(name, _digest_in(config) or _digest_of(tensors))
                 if not kept.exists():  # left by a kill, it may be the only one
                     os.replace(_link(tensors, staging / "kept"), kept)
@@ -92,12 +93,12 @@ def _replace(path: Path, files: dict[str, bytes]) -> None:
         except BaseException:  # back in reverse order: the old configuration counts while the kept tensors are there
             if old is not None and old.exists():
                 os.replace(old, config)
-            elif old is None:
+            elif not had_config:
                 config.unlink(missing_ok=True)
             if kept is not None and kept.exists():
                 os.replace(kept, tensors)
                 kept.unlink(missing_ok=True)  # of two links to one file, a rename keeps both
-            elif kept is None:
+            elif not had_tensors:
                 tensors.unlink(missing_ok=True)
             raise
         with contextlib.suppress(OSError):  # what stays here is not read, and the next writer removes it
@@ -191,7 +192,8 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
                     return
             finally:
                 if held:  # also for processes that were forked meanwhile, and have the descriptor too
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                    with contextlib.suppress(OSError):  # closing it does as well
+                        fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
     yield False

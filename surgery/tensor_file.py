@@ -32,15 +32,15 @@ class TensorFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
-        """Open it by safetensors, under a name that it has now.
+        """Open it by safetensors, by its descriptor where that has a name, or under a name that it has now.
 
         Raises:
-            AdapterError: it cannot be read, or was replaced, and the system has no other name for it.
+            AdapterError: it cannot be read, or was replaced where a descriptor has no name.
         """
         names = _names(self.folder, self.digest)
         try:
             with contextlib.ExitStack() as stack:
-                yield self._open(stack, [*names, Path(f"/dev/fd/{self._held.fileno()}")])
+                yield self._open(stack, [Path(f"/dev/fd/{self._held.fileno()}"), *names])
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot read {str(names[0])!r}: {type(error).__name__}: {error}") from error
 
@@ -48,7 +48,11 @@ class TensorFile:
         for file in names:
             with contextlib.suppress(FileNotFoundError):
                 if self._is_at(file):
-                    tensors = stack.enter_context(safe_open(file, framework="pt"))
+                    try:
+                        tensors = stack.enter_context(safe_open(file, framework="pt"))
+                    except RuntimeError:  # what torch says of a file that is gone
+                        if self._is_at(file):
+                            raise
                     if self._is_at(file):  # still: what was opened is what was checked
                         return tensors
         raise AdapterError(f"the adapter in {str(self.folder)!r} was replaced while it was read; begin again")
