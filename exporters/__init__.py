@@ -22,6 +22,7 @@ from exporters._place import publish, staged
 from exporters._swap import swap
 from passes.errors import ExportError
 from surgery.operate import unwrap
+from surgery.transaction import transaction
 
 __all__ = [
     "ExportError",
@@ -65,6 +66,8 @@ def export(
     known = list(inspect.signature(exporter.write).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):
         raise ExportError(f"format {format!r} has no option {', '.join(unknown)} (known: {', '.join(known)})")
+    model = unwrap(model)
     with staged(path, exporter.DEFAULT_NAME) as (written, target):
-        exported = exporter.write(unwrap(model), written, example_inputs, **options)
+        with transaction(model):  # an exporter works on a copy that shares the model's tensors
+            exported = exporter.write(model, written, example_inputs, **options)
         return publish(written, target, format, exported)
