@@ -101,10 +101,11 @@ def _replace(path: Path, files: dict[str, bytes]) -> None:
             elif not had_tensors:
                 tensors.unlink(missing_ok=True)
             raise
-        with contextlib.suppress(OSError):  # what stays here is not read, and the next writer removes it
-            for left in path.iterdir():
-                if re.fullmatch(_kept_pattern(name), left.name):
-                    left.unlink(missing_ok=True)
+        try:
+            _drop_kept(path, name)
+        except BaseException:  # an interrupt: it is done all the same
+            _drop_kept(path, name)
+            raise
 
 
 def kept_name(name: str, digest: str) -> str:
@@ -112,8 +113,12 @@ def kept_name(name: str, digest: str) -> str:
     return f".{Path(name).stem}.{digest[:16]}{Path(name).suffix}"
 
 
-def _kept_pattern(name: str) -> str:
-    return rf"\.{re.escape(Path(name).stem)}\.{HEX}{{16}}{re.escape(Path(name).suffix)}"
+def _drop_kept(folder: Path, name: str) -> None:
+    pattern = rf"\.{re.escape(Path(name).stem)}\.{HEX}{{16}}{re.escape(Path(name).suffix)}"
+    with contextlib.suppress(OSError):  # what stays here is not read, and the next writer removes it
+        for left in folder.iterdir():
+            if re.fullmatch(pattern, left.name):
+                left.unlink(missing_ok=True)
 
 
 def _digest_in(config: Path) -> str | None:

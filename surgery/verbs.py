@@ -99,8 +99,17 @@ def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
     try:
         yield set_coeff(model, coeff)
     finally:
-        found = sites(model)
-        _write_all({key: (found[key], value) for key, value in before.items() if key in found})
+        try:
+            _put_back(model, before)
+        except BaseException:  # an interrupt; what was begun is to be ended all the same
+            _put_back(model, before)
+            raise
+
+
+def _put_back(model: nn.Module, coeffs: dict[str, torch.Tensor]) -> None:
+    """Write the coeffs that sites had; some may have gone."""
+    found = sites(model)
+    _write_all({key: (found[key], coeff) for key, coeff in coeffs.items() if key in found})
 
 
 @outside_inference_mode
