@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from exporters._base import Exported, ExportReport, publish, staged
+from exporters._base import Exported, ExportReport
 from exporters._checkpoint import merge_checkpoint
 from exporters._compiled import compiled
 from exporters._onnx_cores import check_core, export_core
+from exporters._place import publish, staged
 from exporters._swap import swap
 from passes.errors import ExportError
 from surgery.operate import unwrap
+from surgery.transaction import transaction
 
 __all__ = [
     "ExportError",
@@ -66,6 +68,8 @@ def export(
     known = list(inspect.signature(exporter.write).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):
         raise ExportError(f"format {format!r} has no option {', '.join(unknown)} (known: {', '.join(known)})")
+    model = unwrap(model)
     with staged(path, exporter.DEFAULT_NAME) as (written, target):
-        exported = exporter.write(unwrap(model), written, example_inputs, **options)
+        with transaction(model):  # an exporter works on a copy that shares the model's tensors
+            exported = exporter.write(model, written, example_inputs, **options)
         return publish(written, target, format, exported)

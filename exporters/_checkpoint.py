@@ -20,7 +20,7 @@ from exporters._folder import INDEX, other_files
 from exporters._merged import merge_error
 from exporters._names import Group
 from exporters._plan import Plan, make_plan
-from exporters._resume import resumable
+from exporters._resume import Journal, resumable
 from exporters._safetensors import read_header, sync
 from passes.errors import ExportError
 from passes.sites import part_of
@@ -30,7 +30,8 @@ from surgery.entries import read_parts, rows_of
 from surgery.foreign import path_of
 from surgery.merged import bare_site, merged_weight
 from surgery.progress import track
-from surgery.reading import opened
+from surgery.reading import read_config
+from surgery.tensor_file import TensorFile, settled
 
 
 def merge_checkpoint(
@@ -66,29 +67,36 @@ def merge_checkpoint(
     """
     check_flags(untie=untie, progress=progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
-    plan = make_plan(base, adapter, coeff, untie)
-    with resumable(out, plan.digest) as (files, journal):
-        touched = [
-            name
-            for name, file in plan.result.files.items()
-            if plan.rewritten & file.entries.keys() or file is not plan.base.files[name]
-        ]
-        steps: list[str | Group] = [*plan.result.files, *plan.groups]
-        for step in track(steps, "merging", enabled=progress):
-            label = f"file {step}" if isinstance(step, str) else f"group {step.name}"
-            if label in journal.done:
-                continue
-            if isinstance(step, Group):
-                journal.finish(label, _merge_group(plan, step, adapter, files))
-            else:
-                _start_file(plan, step, files, linked=step not in touched)
-                journal.finish(label)
-        _carry_along(plan, files)
-        _check_headers(plan, files)
-        worst = max(journal.done.values(), default=0.0)
+    with settled(adapter, read_config) as (config, tensors):
+        plan = make_plan(base, adapter, config, coeff, untie)
+        with resumable(out, plan.digest) as (files, journal):
+            touched = _write(plan, tensors, files, journal, progress=progress)
     names = sorted(file.name for file in out.iterdir())
     details = {"sites": len(plan.sites), "rewritten": touched}
+    worst = max(journal.done.values(), default=0.0)
     return ExportReport("dense", out, tuple(out / name for name in names), worst, details)
+
+
+def _write(plan: Plan, tensors: TensorFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
+    """Take the steps that are not done yet; gives the names of the files that differ from the base's."""
+    touched = [
+        name
+        for name, file in plan.result.files.items()
+        if plan.rewritten & file.entries.keys() or file is not plan.base.files[name]
+    ]
+    steps: list[str | Group] = [*plan.result.files, *plan.groups]
+    for step in track(steps, "merging", enabled=progress):
+        label = f"file {step}" if isinstance(step, str) else f"group {step.name}"
+        if label in journal.done:
+            continue
+        if isinstance(step, Group):
+            journal.finish(label, _merge_group(plan, step, tensors, folder))
+        else:
+            _start_file(plan, step, folder, linked=step not in touched)
+            journal.finish(label)
+    _carry_along(plan, folder)
+    _check_headers(plan, folder)
+    return touched
 
 
 def _start_file(plan: Plan, name: str, folder: Path, *, linked: bool) -> None:
@@ -105,14 +113,14 @@ def _start_file(plan: Plan, name: str, folder: Path, *, linked: bool) -> None:
     file.begin(path, base, copies)
 
 
-def _merge_group(plan: Plan, group: Group, adapter: Path, folder: Path) -> float:
+def _merge_group(plan: Plan, group: Group, tensors: TensorFile, folder: Path) -> float:
     """Merge the sites of a group of tensors, write the tensors, and compare what was written."""
     originals = plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key)))
     merged, sites = dict(originals), {}
     for key, entry in plan.sites.items():
         if entry["weight"] in group.names:
             name = entry["weight"]
-            sites[key] = site = _read_site(plan, adapter, key, originals[name])
+            sites[key] = site = _read_site(plan, tensors, key, originals[name])
             if "rows" not in entry:
                 merged[name] = merged_weight(site, key)
                 continue
@@ -130,10 +138,10 @@ def _merge_group(plan: Plan, group: Group, adapter: Path, folder: Path) -> float
     return _compare(plan, group, sites, originals, folder)
 
 
-def _read_site(plan: Plan, adapter: Path, key: str, weight: torch.Tensor) -> SSpaceLinear:
-    entry, where = plan.sites[key], f"{str(adapter)!r}: site {key!r}"
+def _read_site(plan: Plan, file: TensorFile, key: str, weight: torch.Tensor) -> SSpaceLinear:
+    entry, where = plan.sites[key], f"{str(file.folder)!r}: site {key!r}"
     weight = part_of(weight, rows_of(where, entry, weight))
-    with opened(adapter) as tensors:  # anew for each site: what is read of a mapped file counts as memory
+    with file.opened() as tensors:  # anew for each site: what is read of a mapped file counts as memory
         parts = read_parts(where, key, entry, plan.variant, weight, tensors, host=entry["host"], stored=plan.stored)
     variant, factors, core, _ = parts
     core.coeff.fill_(plan.coeff)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporters._base import Exported, ExportReport, need, publish, staged
+from exporters._base import Exported, ExportReport, need
+from exporters._place import publish, staged
 from passes.errors import ExportError
 from surgery.adapter import SSpaceLinear
 from surgery.core import Core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections import defaultdict
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from exporters._onnx_capture import KNOB, Knob, flat_inputs
+from exporters._place import part_name
 
 PROTOBUF_LIMIT = 2 * 10**9
 SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -164,10 +166,17 @@ def save(graph: Any, path: Path) -> int:
     """Write a graph, with its tensors in a file beside it where one file cannot hold them; returns all bytes."""
     import onnx_ir
 
-    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    data = path.with_name(f"{path.name}.data")
-    onnx_ir.save(graph, path, external_data=data.name if size > PROTOBUF_LIMIT else None)
-    return sum(file.stat().st_size for file in (path, data) if file.exists())
+    tensors = [v.const_value for v in graph.graph.initializers.values() if v.const_value is not None]
+    if sum(tensor.nbytes for tensor in tensors) <= PROTOBUF_LIMIT:
+        onnx_ir.save(graph, path)
+        return path.stat().st_size
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    data = path.with_name(part_name(path.name, digest.hexdigest()))
+    onnx_ir.save(graph, path, external_data=data.name)
+    return path.stat().st_size + data.stat().st_size
 
 
 def written_size(graph: Any, beside: Path) -> int:

@@ -19,7 +19,6 @@ from passes.errors import AdapterError, ExportError, InputError, VariantError, W
 from passes.sites import part_of
 from surgery.entries import check_entry, matrix_shape, rows_of, variant_of
 from surgery.inspecting import load_model
-from surgery.reading import CONFIG, check_digest, read_config
 from surgery.variants import Variant
 
 
@@ -52,16 +51,17 @@ class Plan:
     digest: str
 
 
-def make_plan(folder: Path, adapter: Path, coeff: float, untie: bool) -> Plan:
+def make_plan(folder: Path, adapter: Path, config: dict[str, Any], coeff: float, untie: bool) -> Plan:
     """Plan the merge of an adapter into a checkpoint.
+
+    Args:
+        config: the adapter's.
 
     Raises:
         SurgeryError: it cannot be done; see ``merge_checkpoint``.
     """
     if isinstance(coeff, bool) or not isinstance(coeff, int | float) or not abs(coeff) < math.inf:
         raise InputError(f"coeff must be a finite number, found {coeff!r}")
-    config = read_config(adapter)
-    check_digest(adapter, config)
     variant = variant_of(config)
     base = read_checkpoint(folder)
     model = _hollow_model(base)
@@ -88,7 +88,7 @@ def make_plan(folder: Path, adapter: Path, coeff: float, untie: bool) -> Plan:
     if new is not None and model is not None:
         result = replace(result, config={**(base.config or {}), "tie_word_embeddings": False})
     rewritten = {key for group in ordered for key in group.sources}
-    digest = _digest(base, adapter, coeff, untie)
+    digest = _digest(base, config, coeff, untie)
     return Plan(
         base, result, names, copies, ordered, rewritten, config["sites"], variant, config["factors"], coeff, digest
     )
@@ -207,9 +207,9 @@ def _place(base: Checkpoint, key: str) -> tuple[str, int]:
     return base.where[key], base.files[base.where[key]].entries[key].start
 
 
-def _digest(base: Checkpoint, adapter: Path, coeff: float, untie: bool) -> str:
+def _digest(base: Checkpoint, config: dict[str, Any], coeff: float, untie: bool) -> str:
     """Of all that decides what is written; of the base's tensors, header, size and time stand for the content."""
-    digest = hashlib.sha256((adapter / CONFIG).read_bytes())  # it has the digest of the adapter's tensors
+    digest = hashlib.sha256(json.dumps(config).encode())  # it has the digest of the adapter's tensors
     state = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in base.files.items()}
     for file in base.files.values():
         digest.update(file.header)

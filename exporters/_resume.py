@@ -11,6 +11,7 @@ from pathlib import Path
 
 from exporters._safetensors import sync
 from passes.errors import ExportError
+from surgery.directory import locked, parents_of
 from surgery.foreign import parse_json, read_limited
 
 JOURNAL = "journal"
@@ -69,29 +70,46 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
     another digest starts afresh.
 
     Raises:
-        ExportError: the target is not a new or empty directory, or cannot be written.
+        ExportError: the target is not a new or empty directory, another process is about to fill it, or it cannot be
+            written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{str(target)!r} must be a new or empty directory")
+    _check_free(target)
     staging = target.parent / f".{target.name}.merging"
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         raise ExportError(f"{str(staging)!r}, where the run would keep its steps, is no directory: remove it")
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    files = staging / "files"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files = staging / "files"
-        if staging.exists() and not (files.is_dir() and _ours(staging) and run_of(staging / JOURNAL) == digest):
-            shutil.rmtree(staging)
-        files.mkdir(parents=True, exist_ok=True)
-        journal = Journal(staging / JOURNAL, digest)
-        yield files, journal
-        os.rename(files, target)
-        shutil.rmtree(staging)
-    except Exception as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
-        raise
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(parents_of(target))
+            with locked(target.parent):  # between making it and holding it
+                staging.mkdir(exist_ok=True)
+                stack.enter_context(locked(staging, wait=False))
+            try:
+                _check_free(target)  # another process may just have finished
+                if not (files.is_dir() and _ours(staging) and run_of(staging / JOURNAL) == digest):
+                    _clear(staging)
+                files.mkdir(exist_ok=True)
+                journal = Journal(staging / JOURNAL, digest)
+                yield files, journal
+                os.rename(files, target)
+                shutil.rmtree(staging)
+            except Exception:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+    except BlockingIOError as error:
+        raise ExportError(f"another process is merging into {str(target)!r}; wait for it, or choose another") from error
+    except OSError as error:
+        raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{str(target)!r} must be a new or empty directory")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

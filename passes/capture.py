@@ -197,6 +197,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> C
         return Capture(_normalised(program.module()), how)
     except InputError:
         raise
+    except (MemoryError, torch.OutOfMemoryError):  # no fault of the model's
+        raise
     except Exception as error:  # a model may resist in any way; the walk takes over and the report says why
         reason = str(error).strip().splitlines() or [""]
         return Capture(None, "module walk", f"{type(error).__name__}: {reason[0][:200]}")

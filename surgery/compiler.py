@@ -36,6 +36,7 @@ from surgery.fingerprint import fingerprint
 from surgery.graphs import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosts import operated_sites
 from surgery.operate import Record, record_of, restore_flags, unwrap
+from surgery.transaction import transaction
 
 
 @dataclass(frozen=True)
@@ -128,31 +129,35 @@ def pipeline(
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
     if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
-    record, (graph, call) = record_of(model), capture_base(model, example_inputs)
-    vars(graph)["_surgery"] = Record(
-        dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
-    )
-    sites = sites_for(graph, model, only)
-    for site in sites if form == "residual" else ():
-        if site.kind == "product":
-            site.split()
-    for site in () if keep_base else sites:
-        site.base_fingerprint = fingerprint(site.weight)
-    places = register_sites(graph, graph.graph, sites)
-    graph.graph = copy_graph(graph.graph)
-    merging = "merge" not in disable and stop_after in (None, "merge")
-    stages: list[Pass] = [
-        Insert(places, keep_base=keep_base),
-        Fold(_tensors(graph, "factors.")),
-        *([Fuse()] if fuse else []),
-        Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
-    ]
-    validation = Validation(call) if verify else None
-    if validation is not None and only is None:
-        check_capture(model, graph, stages[0], _tensors(graph, "", knob=True), validation)
-    results = run_pipeline(graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug)
-    results.append(run_pass(Annotate(), graph))
-    _settle(graph)
+    record = record_of(model)
+    with transaction(model):  # whose cores the graph shares
+        graph, call = capture_base(model, example_inputs)
+        vars(graph)["_surgery"] = Record(
+            dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
+        )
+        sites = sites_for(graph, model, only)
+        for site in sites if form == "residual" else ():
+            if site.kind == "product":
+                site.split()
+        for site in () if keep_base else sites:
+            site.base_fingerprint = fingerprint(site.weight)
+        places = register_sites(graph, graph.graph, sites)
+        graph.graph = copy_graph(graph.graph)
+        merging = "merge" not in disable and stop_after in (None, "merge")
+        stages: list[Pass] = [
+            Insert(places, keep_base=keep_base),
+            Fold(_tensors(graph, "factors.")),
+            *([Fuse()] if fuse else []),
+            Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
+        ]
+        validation = Validation(call) if verify else None
+        if validation is not None and only is None:
+            check_capture(model, graph, stages[0], _tensors(graph, "", knob=True), validation)
+        results = run_pipeline(
+            graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug
+        )
+        results.append(run_pass(Annotate(), graph))
+        _settle(graph)
     return Compiled(graph, tuple(results))
 
 
@@ -190,10 +195,9 @@ def fold(
         for key, site in nodes.items():
             if site.core.coeff.numel() > 1:
                 raise InputError(f"site {key!r}: coeff steers the rows of a batch: set a scalar coeff first")
-    live = {key: dict(site.core._parameters) for key, site in nodes.items()}
     bases = [(site.weight_name, site.weight) for site in nodes.values() if site.keeps_base]
     frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), knob=freeze_coeff)
-    try:
+    with transaction(model):
         for site in nodes.values() if freeze_core else ():  # copies, since the model in place may train the cores on
             for name, parameter in site.core.named_parameters():
                 site.core._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -203,13 +207,9 @@ def fold(
             validation=None if verify is None else Validation(forward_call(verify)),
             debug=debug,
         )
-    except BaseException:
-        for key, site in nodes.items():
-            site.core._parameters.update(live[key])
-        raise
-    for site in nodes.values():
-        site.coeff_is_folded |= freeze_coeff
-    _settle(model, bases)
+        for site in nodes.values():
+            site.coeff_is_folded |= freeze_coeff
+        _settle(model, bases)
     return model
 
 

@@ -38,11 +38,12 @@ from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.migrate import VERSION
 from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.progress import track
-from surgery.reading import CONFIG, FORMAT, STORED, TENSORS, parameter_names, read_adapter
+from surgery.reading import FORMAT, STORED, parameter_names, read_adapter
 from surgery.recompute import check_follows, recompute
 from surgery.replace import replace_adapters
 from surgery.residual import SSpaceResidual, base_of
 from surgery.sharded import by_first_process, whole
+from surgery.tensor_file import CONFIG, TENSORS
 
 
 def save_adapter(

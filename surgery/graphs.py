@@ -154,15 +154,12 @@ def rewrite(
     Raises:
         PassError: a pass failed; the graph module is what it was.
     """
-    state = graph_state(model)
-    assert state is not None
-    try:
+    from surgery.transaction import transaction  # which knows the hosts, and they graphs
+
+    with transaction(model):
         model._graph = copy_graph(model.graph)
         model._graph.owning_module = model
         return run_pipeline(model, stages, validation=validation, debug=debug)
-    except BaseException:
-        restore_state(model, state)
-        raise
 
 
 def drop_sites(model: Any, keys: Iterable[str]) -> None:

@@ -110,35 +110,26 @@ def is_module_host(cls: type[nn.Module], layout: str) -> bool:
 
 
 def attach(model: nn.Module, graft: Graft) -> None:
-    """Put an adapter on its site."""
+    """Put an adapter on its site; within a transaction, which undoes what is done if it fails."""
     owner_path, _, local = graft.site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
     bias = graft.site.bias.rpartition(".")[2] if graft.site.bias else None
     site = graft.site
     adapter = SSpaceWeight(owner, local, bias, site.key, site.rows) if graft.host == "weight" else owner
-    cls = type(owner)
-    try:
-        for name, value in zip(
-            ATTRIBUTES, (graft.variant, graft.factors, graft.core, graft.site.layout, cls), strict=True
-        ):
-            setattr(adapter, name, value)
-        for part in (graft.factors, graft.core):
-            part.train(owner.training)
-        if isinstance(adapter, SSpaceWeight):
-            parametrize.register_parametrization(owner, local, adapter, unsafe=True)
-        else:
-            owner.__class__ = SSpaceLinear
-            if graft.form == "residual":
-                weight = owner._parameters["weight"]
-                owners = [m for m in model.modules() if any(p is weight for p in weights_of(m))]
-                split(owner, shared=len(owners) > 1)
-            _schedule(owner, graft)
-    except BaseException:
-        if not isinstance(adapter, SSpaceWeight):
-            _strip(owner, cls)
-        elif any(module is adapter for module in owner.modules()):
-            detach(adapter)
-        raise
+    values = (graft.variant, graft.factors, graft.core, graft.site.layout, type(owner))
+    for name, value in zip(ATTRIBUTES, values, strict=True):
+        setattr(adapter, name, value)
+    for part in (graft.factors, graft.core):
+        part.train(owner.training)
+    if isinstance(adapter, SSpaceWeight):
+        parametrize.register_parametrization(owner, local, adapter, unsafe=True)
+        return
+    owner.__class__ = SSpaceLinear
+    if graft.form == "residual":
+        weight = owner._parameters["weight"]
+        owners = [m for m in model.modules() if any(p is weight for p in weights_of(m))]
+        split(owner, shared=len(owners) > 1)
+    _schedule(owner, graft)
 
 
 def _schedule(site: nn.Module, graft: Graft) -> None:

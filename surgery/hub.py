@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from passes.errors import AdapterError
-from surgery.reading import CONFIG, TENSORS, check_digest, read_config
+from surgery.foreign import open_regular, path_of
+from surgery.reading import opened_adapter
+from surgery.tensor_file import CONFIG, TENSORS
 
 FILES = [CONFIG, TENSORS]
 
@@ -42,7 +45,7 @@ def push_adapter(
     """
     from huggingface_hub import HfApi
 
-    path = Path(path)
+    path = path_of(path, AdapterError)
     check_adapter(path)
     try:
         api = HfApi(token=token)
@@ -76,7 +79,7 @@ def pull_adapter(
     """
     from huggingface_hub import snapshot_download
 
-    target = None if path is None else Path(path)
+    target = None if path is None else path_of(path, AdapterError)
     if target is not None and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
         raise AdapterError(f"{str(target)!r} must be a new or empty directory")
     place = None if target is None else target.parent
@@ -104,7 +107,9 @@ def check_adapter(path: Path) -> None:
     Raises:
         AdapterError: it is missing or damaged.
     """
-    check_digest(path, read_config(path))
+    with opened_adapter(path) as (config, _), open_regular(path / TENSORS) as data:
+        if hashlib.file_digest(data, "sha256").hexdigest() != config["tensors_sha256"]:
+            raise AdapterError(f"{str(path)!r}: replacing this adapter was interrupted; save it again")
 
 
 def _failures() -> tuple[type[Exception], ...]:

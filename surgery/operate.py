@@ -24,6 +24,7 @@ from surgery.patients import as_patient
 from surgery.plan import known_inspection, make_plan
 from surgery.residual import SSpaceResidual
 from surgery.targets import Patterns
+from surgery.transaction import transaction
 from surgery.variants import Variant, resolve_variant
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -127,30 +128,31 @@ def apply_surgery(
     given, model = patient_of(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
     form, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
-    plan = make_plan(
-        model,
-        config,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform,
-        rank_pattern=rank_pattern,
-        example_inputs=example_inputs,
-    )
-    kinds = {site.key: config.statistic for site in plan.sites}
-    statistics = None
-    if calibration is not None:
-        statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
-    wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
-    grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-    grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
+    with transaction(model):  # also of what capture and calibration leave where they are interrupted
+        plan = make_plan(
+            model,
+            config,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            rank_pattern=rank_pattern,
+            example_inputs=example_inputs,
+        )
+        kinds = {site.key: config.statistic for site in plan.sites}
+        statistics = None
+        if calibration is not None:
+            statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
+        wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
+        grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
+        grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
 
-    def finish() -> None:
-        if lowering == "measure":
-            measure(model, example_inputs, progress=progress)
-        if progress:
-            _show_report(model)
+        def finish() -> None:
+            if lowering == "measure":
+                measure(model, example_inputs, progress=progress)
+            if progress:
+                _show_report(model)
 
-    operate(model, grafts, plan.inspection, notes, finish)
+        operate(model, grafts, plan.inspection, notes, finish)
     return given
 
 
@@ -168,37 +170,20 @@ def operate(
     finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
-    record = vars(model).get("_surgery")
-    present = set(operated_sites(model))
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    state = graph_state(model)
-    try:
-        if record is None:
+    with transaction(model):
+        if "_surgery" not in vars(model):
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            vars(model)["_surgery"] = Record(flags, inspection, {}, graph_state(model))
             model.requires_grad_(False)
-            vars(model)["_surgery"] = Record(flags, inspection, {}, state)
-        original = record_of(model).original
+        record = record_of(model)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-            attach_all(model, grafts, original)
-        vars(model)["_surgery"].factorisation.update(notes)
+            attach_all(model, grafts, record.original)
+        record.factorisation.update(notes)
         finish()
         dropped = {graft.site.key for graft in grafts if not graft.keep_base}
         gone = [s for k, s in operated_sites(model).items() if k in dropped and isinstance(s, SSpaceResidual)]
-        prints = [fingerprint(site.weight) for site in gone]  # may fail; nothing below can
-        for residual, found in zip(gone, prints, strict=True):
-            residual.drop_base(found)
-    except BaseException:
-        for key, site in reversed(operated_sites(model).items()):
-            if key not in present and not isinstance(site, SSpaceNode):
-                detach(site)
-        if state is not None:
-            restore_state(model, state)
-        restore_flags(model, flags)
-        if record is None:
-            vars(model).pop("_surgery", None)
-        else:
-            for key in set(notes) - present:
-                record.factorisation.pop(key, None)
-        raise
+        for residual in gone:
+            residual.drop_base(fingerprint(residual.weight))
 
 
 def undo_surgery(model: Model) -> Model:
@@ -210,9 +195,10 @@ def undo_surgery(model: Model) -> Model:
     given, model = model, unwrap(model)
     record = record_of(model)
     require_bases(model)
-    detach_all(model)
-    restore_flags(model, record.requires_grad)
-    del vars(model)["_surgery"]
+    with transaction(model):
+        detach_all(model)
+        restore_flags(model, record.requires_grad)
+        del vars(model)["_surgery"]
     return given
 
 

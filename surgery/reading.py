@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import fx, nn
 
 from passes.errors import AdapterError, SurgeryError
@@ -19,17 +17,17 @@ from passes.sites import Site, part_of
 from surgery.adapter import SSpaceLinear
 from surgery.checks import check_plain
 from surgery.entries import check_entry, check_key, overlap, read_parts, rows_of, variant_of
-from surgery.foreign import open_regular, read_json, require_regular
+from surgery.foreign import read_json
 from surgery.graphs import original_graph
 from surgery.hosts import Graft, is_module_host, operated_sites
 from surgery.migrate import migrate
 from surgery.node import SSpaceNode
 from surgery.progress import track
+from surgery.tensor_file import CONFIG, TENSORS, settled
 from surgery.variants import Variant, resolve_variant
 
 FORMAT = "sspace-adapter"
 STORED = ("exact", "recompute")
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[Graft], dict[str, Any]]:
@@ -44,8 +42,6 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    config = read_config(path)
-    default = variant_of(config)
     present = operated_sites(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for site in present.values():  # a hosted weight is named as it was before surgery
@@ -55,8 +51,8 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
     flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
-    check_digest(path, config)
-    with opened(path) as tensors:
+    with opened_adapter(path) as (config, tensors):
+        default = variant_of(config)
         expected: set[str] = set()
         grafts: list[Graft] = []
         progress &= config["factors"] == "recompute"
@@ -81,9 +77,7 @@ def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     Raises:
         AdapterError: the directory is missing or damaged.
     """
-    config = read_config(path)
-    check_digest(path, config)
-    with opened(path) as tensors:
+    with settled(path, read_config) as (config, file), file.opened() as tensors:
         yield config, tensors
 
 
@@ -145,38 +139,6 @@ def resolve_known(name: str) -> None:
         resolve_variant(name)
     except SurgeryError as error:
         raise AdapterError(f"cannot load the adapter: {error}") from error
-
-
-def check_digest(path: Path, config: dict[str, Any]) -> None:
-    """Check that the tensor file is the one that the configuration was written with.
-
-    Raises:
-        AdapterError: it is missing or another.
-    """
-    file = path / TENSORS
-    try:
-        with open_regular(file) as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-    except OSError as error:
-        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
-    if digest != config["tensors_sha256"]:
-        raise AdapterError(f"{str(file)!r} is damaged or not the one that {CONFIG} was written with")
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Open the tensor file of an adapter.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
-    file = path / TENSORS
-    try:
-        require_regular(file)
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
 
 
 def _read_site(

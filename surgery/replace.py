@@ -11,12 +11,11 @@ from torch import nn
 from passes.sites import Site
 from surgery.adapter import SSpaceLinear
 from surgery.checks import check_weight
-from surgery.graphs import graph_state, restore_state
-from surgery.hosts import Graft, attach, host_of, operated_sites
-from surgery.node import SSpaceNode
+from surgery.hosts import Graft, host_of, operated_sites
 from surgery.operate import detach_all, operate, restore_flags
 from surgery.plan import known_inspection
 from surgery.reading import parameter_names
+from surgery.transaction import transaction
 
 
 def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[Graft], dict[str, dict[str, Any]]]]) -> None:
@@ -26,33 +25,19 @@ def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[Graft], dic
         make: gives the new adapters, and what is noted of their factorisation; form and lowering stay what they are.
     """
     record = vars(model).get("_surgery")
-    present = {key: s for key, s in operated_sites(model).items() if not isinstance(s, SSpaceNode)}
-    old = [graft_of(model, key, site) for key, site in present.items()]
     kept: dict[str, dict[str, Any]] = {
         key: {"lowering": site.lowering, "form": site.form} for key, site in operated_sites(model).items()
     }
     inspection = known_inspection(model)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    state = graph_state(model)
-    if record:
-        detach_all(model)
-    try:
+    with transaction(model):
         if record:
-            del vars(model)["_surgery"]
+            detach_all(model)
             restore_flags(model, record.requires_grad)
+            del vars(model)["_surgery"]
         grafts, notes = make()
         for graft in grafts:
             check_weight(model, graft.site)
         operate(model, [replace(graft, **kept.get(graft.site.key, {})) for graft in grafts], inspection, notes)
-    except BaseException:
-        if state is not None:
-            restore_state(model, state)
-        for graft in old:
-            attach(model, graft)
-        if record:
-            vars(model)["_surgery"] = record
-        restore_flags(model, flags)
-        raise
 
 
 def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:

@@ -24,6 +24,7 @@ from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
 from surgery.reading import parameter_names
 from surgery.steering import check_steering, steering
+from surgery.transaction import transaction
 
 Coefficient = float | torch.Tensor
 
@@ -54,8 +55,7 @@ def set_coeff(model: Model, coeff: Coefficient) -> Model:
             f"site {weights[0]!r} is read as a weight, which cannot differ between the rows of a batch; "
             "use a scalar coeff, or leave such sites out with exclude_modules"
         )
-    for site in found.values():
-        _write(site, value)
+    _write_all({key: (site, value) for key, site in found.items()})
     return model
 
 
@@ -82,6 +82,19 @@ def _write(site: SSpaceLinear, value: torch.Tensor) -> None:
             site.core.coeff = value.to(dtype=old.dtype, device=old.device, copy=True)
 
 
+def _write_all(values: dict[str, tuple[SSpaceLinear, torch.Tensor]]) -> None:
+    """Write the coeff of every site, or of none."""
+    before = [(site, site.core.coeff, site.core.coeff.clone()) for site, _ in values.values()]
+    try:
+        for site, value in values.values():
+            _write(site, value)
+    except BaseException:
+        for site, tensor, value in before:
+            site.core.coeff = tensor
+            _write(site, value)
+        raise
+
+
 @contextlib.contextmanager
 def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
     """Set the coefficient within a ``with`` block, and put back what each site had.
@@ -95,9 +108,17 @@ def steer(model: Model, coeff: Coefficient) -> Iterator[Model]:
         try:
             yield set_coeff(model, coeff)
         finally:
-            for key, site in sites(model).items():
-                if key in before:
-                    _write(site, before[key])
+            try:
+                _put_back(model, before)
+            except BaseException:  # an interrupt; what was begun is to be ended all the same
+                _put_back(model, before)
+                raise
+
+
+def _put_back(model: nn.Module, coeffs: dict[str, torch.Tensor]) -> None:
+    """Write the coeffs that sites had; some may have gone."""
+    found = sites(model)
+    _write_all({key: (found[key], coeff) for key, coeff in coeffs.items() if key in found})
 
 
 @outside_inference_mode
@@ -132,21 +153,22 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
                 "would change these too; untie=True gives the site a weight of its own"
             )
     bases = [(parameter_names(model, site)[0], site.parameter) for site in found.values()]
-    items = track(list(found.items()), "merging", enabled=progress)
-    merged = {key: merged_weight(site, key) for key, site in items}
-    if nodes:
-        validation = None if verify is None else Validation(forward_call(verify))
-        rewrite(model, [Merge({key: merged[key] for key in nodes}, untie=untie)], validation=validation)
-        drop_sites(model, nodes)
-    elif untie and shared:
-        _forget_ties(model)
-    for key, site in found.items():
-        if key not in nodes:
-            replace_weight(site, merged[key])
-    if isinstance(model, fx.GraphModule):
-        copy_as_ever(model)
-    restore_flags(model, record.requires_grad, bases)
-    del vars(model)["_surgery"]
+    with transaction(model):
+        items = track(list(found.items()), "merging", enabled=progress)
+        merged = {key: merged_weight(site, key) for key, site in items}
+        if nodes:
+            validation = None if verify is None else Validation(forward_call(verify))
+            rewrite(model, [Merge({key: merged[key] for key in nodes}, untie=untie)], validation=validation)
+            drop_sites(model, nodes)
+        for key, site in found.items():
+            if key not in nodes:
+                replace_weight(site, merged[key])
+        if isinstance(model, fx.GraphModule):
+            copy_as_ever(model)
+        if untie and shared and not nodes:
+            _forget_ties(model)
+        restore_flags(model, record.requires_grad, bases)
+        del vars(model)["_surgery"]
     return given
 
 

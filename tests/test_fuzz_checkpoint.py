@@ -23,6 +23,7 @@ from exporters._onnx_cores import core_slots, read_core
 from exporters._plan import make_plan
 from exporters._resume import JOURNAL
 from surgery import AdapterError, InputError, Statistics, apply_surgery, calibrate, save_adapter, sites
+from surgery.reading import read_config
 from tests.fuzz import MANY, SOME, damaged_bytes, damaged_json, outcome, safetensors_file
 from tests.test_operate import operated, state_of
 from tests.zoo import patient
@@ -160,7 +161,7 @@ def test_a_checkpoint_with_sizes_that_no_tensor_has(folders, tmp_path):
 
 def left_behind(folders: dict[str, Path], out: Path, lines: bytes) -> Path:
     """The folder of a run that was killed, with this journal behind its first line."""
-    digest = make_plan(folders["base"], folders["adapter"], 1.0, False).digest
+    digest = make_plan(folders["base"], folders["adapter"], read_config(folders["adapter"]), 1.0, False).digest
     staging = out.parent / f".{out.name}.merging"
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "files").mkdir(parents=True)

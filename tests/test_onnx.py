@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,13 @@ def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("exporters._onnx_graph.PROTOBUF_LIMIT", 100)
     p = operated("mlp")
     report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
-    assert sorted(f.name for f in report.files) == ["m.onnx", "m.onnx.data"]
+    main, data = report.files
+    assert main == report.path
+    assert re.fullmatch(r"m\.onnx\.[0-9a-f]{16}\.data", data.name)
+    assert_close(first_output(report.path, p), p.run())
+    again = export(set_coeff(p.model, 0.5), "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
+    assert sorted(tmp_path.iterdir()) == sorted(again.files)  # those of the first graph are gone
+    assert data not in again.files
     assert_close(first_output(report.path, p), p.run())
 
 
