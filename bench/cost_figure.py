@@ -56,13 +56,11 @@ def _times(axes: Any, records: Sequence[dict[str, Any]]) -> None:
         ratio, low, high = (np.array([r[f"{kind}_ratio{end}"] for _, r in found]) for end in ("", "_low", "_high"))
         axes.barh(y, ratio, height=0.34, color=color, alpha=0.75, label=names[kind])
         axes.hlines(y, low, high, color=INK, lw=1, label="half of the pairs (quartiles)" if kind == "step" else None)
-        for at, value, end in zip(y, ratio, np.maximum(ratio, high), strict=True):
+        limit = [r[f"{kind}_flop_ratio"] or np.nan for _, r in found]
+        for at, value, end in zip(y, ratio, np.fmax(np.fmax(ratio, high), limit), strict=True):
             axes.annotate(f"{value:.2f}", (end, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        limits = [(at, r[f"{kind}_flop_ratio"]) for at, r in found if r[f"{kind}_flop_ratio"] is not None]
-        if limits:
-            at, limit = np.array(limits).T
-            label = "limit: the ratio of FLOPs" if kind == "step" else None
-            axes.vlines(limit, at - 0.18, at + 0.18, color=INK, lw=2.6, zorder=4, label=label)
+        label = "limit: the ratio of FLOPs" if kind == "step" else None
+        axes.vlines(limit, y - 0.18, y + 0.18, color=INK, lw=2.6, zorder=4, label=label)
     axes.axvline(1, color=MUTED, lw=1, ls="--", zorder=1)
     axes.margins(x=0.08)
     base = records[0]

@@ -104,9 +104,10 @@ class Measurement:
         self.call = inputs_for(self.model, given, s.batch, s.length, s.seed)
         self.base = shadow(self.model.requires_grad_(False))
         self.base_forward, self.base_step = forward(self.base, self.call), step(self.base, self.call)
-        if self.name in REGISTRY:  # what is imported and set up once counts as no cost of a variant
+        config = REGISTRY[self.name](r=4) if self.name in REGISTRY else None
+        if config:  # what is imported and set up once counts as no cost of a variant
             inspect_sites(self.model, self._example())
-            rehearse(REGISTRY[self.name](r=4), self.device, next(self.model.parameters()).dtype)
+        rehearse(config, self.device, next(self.model.parameters()).dtype)
         for run in (self.base_forward, self.base_step):
             run()
         gc.collect()
@@ -200,17 +201,19 @@ def calibration_for(config: Variant, call: Call, seed: int) -> Any:
     return batches
 
 
-def rehearse(config: Variant, device: torch.device, dtype: torch.dtype) -> None:
-    """Go through everything that is measured, on a model of one small weight."""
+def rehearse(config: Variant | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Go through everything that is measured, on a model of one small weight, operated on or plain."""
     model = nn.Sequential(nn.Linear(8, 8, device=device, dtype=dtype))
     call: Call = ((torch.randn(4, 8, device=device, dtype=dtype),), {})
-    apply_surgery(
-        model, config, target_modules=["0"], example_inputs=written(call), calibration=calibration_for(config, call, 0),
-        progress=False,
-    )  # fmt: skip
-    forward(model, call)()
-    step(model, call)()
-    if config.linear:
+    if config:
+        apply_surgery(
+            model, config, target_modules=["0"], example_inputs=written(call), progress=False,
+            calibration=calibration_for(config, call, 0),
+        )  # fmt: skip
+    for run in (forward(model, call), step(model, call)):
+        run()
+        products(run, device)
+    if config and config.linear:
         merge(model)
 
 

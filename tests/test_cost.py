@@ -274,6 +274,8 @@ def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:
         assert cells[first] == [name.strip() for name in table(data["records"][0])]
         assert cells[first + 1 : first + 4] == [[cell.strip() for cell in line] for line in shown]
     assert (out / "cost.png").read_bytes().startswith(b"\x89PNG")
+    # so small a model needs next to nothing: what is imported or set up once must not count
+    assert all(row["peak_bytes"][kind] < 8e6 for row in data["rows"] for kind in ("forward", "step"))
 
     kept = (out / "cost.jsonl").read_text()
     assert [json.loads(line) for line in kept.splitlines()] == data["rows"]
