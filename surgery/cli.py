@@ -75,7 +75,7 @@ def inspect(
     from surgery.inspecting import choose, load_model, write_text
 
     found, inputs = load_model(model)
-    targets = {"target_modules": _patterns(target_modules), "exclude_modules": _patterns(exclude_modules)}
+    targets = {"target_modules": patterns(target_modules), "exclude_modules": patterns(exclude_modules)}
     choice = choose(found, variant, r, inputs, **targets)
     console = Console()
     if as_json:
@@ -120,7 +120,8 @@ def pull(
     typer.echo(pull_adapter(repo, path, revision=revision))
 
 
-def _patterns(text: str | None) -> str | list[str] | None:
+def patterns(text: str | None) -> str | list[str] | None:
+    """A pattern of the command line as ``apply_surgery`` takes it: with commas, a list of suffixes."""
     return text.split(",") if text and "," in text else text
 
 

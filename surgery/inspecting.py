@@ -178,36 +178,43 @@ def choose(
     return Choice(model, inspection, config, ranks, why_not_chosen(model, inspection, ranks))
 
 
-def load_model(source: str) -> tuple[nn.Module, Any]:
-    """A model without weights, on the meta device, and its example inputs (None for its defaults).
+def load_model(source: str, device: str | torch.device = "meta") -> tuple[nn.Module, Any]:
+    """A model without the weights of its checkpoint, and its example inputs (None for its defaults).
 
     Args:
         source: a hub id, a directory with a ``config.json``, or ``package.module:callable``, which gives a module, or a
             module and its example inputs.
+        device: where it is made; on the meta device it has no weights, on another the initial ones of its class.
 
     Raises:
         InputError: there is no such model.
     """
-    if re.fullmatch(r"[\w.]+:[\w.]+", source):
-        return _from_callable(*source.split(":"))
+    if is_callable(source):
+        module, _, name = source.partition(":")
+        return _from_callable(module, name, device)
     import transformers
 
     config = hub_config(source)
     cls = model_class(config, None)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
     except Exception as error:  # sizes that do not go together fail in many ways
         raise InputError(f"cannot build the model that {source!r} configures: {first_line(error)}") from error
     return model.eval(), None
 
 
-def _from_callable(module: str, name: str) -> tuple[nn.Module, Any]:
+def is_callable(source: str) -> bool:
+    """Whether a model is named as ``package.module:callable``."""
+    return re.fullmatch(r"[\w.]+:[\w.]+", source) is not None
+
+
+def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, Any]:
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-        with torch.device("meta"):
+        with torch.device(device):
             found = found()
     except (Exception, SystemExit) as error:  # it is somebody else's code
         raise InputError(f"cannot call {module}:{name}: {type(error).__name__}: {first_line(error)}") from error

@@ -1,0 +1,142 @@
+"""The cost report: ``surgery cost MODEL``, every variant beside the base and full fine-tuning.
+
+Each row comes from a process of its own (``bench.cost_worker``), where the variant and the base take turns, and is kept
+as a line of ``cost.jsonl`` as soon as it is there. The limit of a time is given by counted products: a forward can cost
+no less over the base's than its share of FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.cost_worker import BASE, FULL, Settings
+from bench.record import environment
+from passes.errors import InputError
+from surgery.variants import REGISTRY, resolve_variant
+
+SAME = ("commit", "python", "versions", "hardware", "threads")  # what a kept row must have been measured with
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """The rows of a report: the base, full fine-tuning, and the variants asked for, or all.
+
+    Raises:
+        VariantError: there is no such variant.
+    """
+    wanted = [resolve_variant(name).name for name in names] if names else sorted(REGISTRY)
+    return [BASE, FULL, *dict.fromkeys(wanted)]
+
+
+def run(
+    settings: Settings, variants: Sequence[str] | None = None, out: Path | None = None, *, resume: bool = False
+) -> list[dict[str, Any]]:
+    """Measure every row, print the tables, and write them with the data and the figure.
+
+    Args:
+        variants: names; all by default.
+        out: directory for ``cost.jsonl``, ``cost.json``, ``cost.csv``, ``cost.md`` and ``cost.png``; None writes none.
+        resume: take the rows from ``cost.jsonl`` that were measured with these settings, on this machine, by this code.
+
+    Raises:
+        InputError: the model cannot be loaded, or an option is wrong.
+    """
+    from bench.cost_table import show, write
+
+    if settings.r < 1 or min(settings.batch, settings.length, settings.repeats) < 1:
+        raise InputError("r, batch, length and repeats must be at least 1")
+    names, source = chosen(variants), environment()
+    kept = out / "cost.jsonl" if out else None
+    if kept:
+        _make(kept.parent)
+    known = _known(kept, settings, source) if kept and resume else {}
+    rows = [known[name] for name in names if name in known]
+    if kept:
+        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, tell in _progress([name for name in names if name not in known]):
+        row = {**measured(settings, name, tell), **source}
+        if name == BASE and row["stage"] in ("start", "loading"):  # no variant could do better
+            raise InputError(row["error"].partition(": ")[2].removeprefix("InputError: "))
+        rows.append(row)
+        if kept:
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    rows.sort(key=lambda row: names.index(row["variant"]))
+    show(rows)
+    if out:
+        write(rows, source, out)
+    return rows
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the directory {str(folder)!r}: {error}") from error
+
+
+def _known(path: Path, settings: Settings, source: dict[str, Any]) -> dict[str, Any]:
+    """Rows without an error that an earlier run left, by name; a line that was cut off is none."""
+    found: dict[str, Any] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        same = row["settings"] == asdict(settings) and all(row[name] == source[name] for name in SAME)
+        if same and "error" not in row:
+            found[row["variant"]] = row
+    return found
+
+
+def _progress(names: list[str]) -> Any:
+    """Each name, with a function that shows the stage it is in, under a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(names))
+        for name in names:
+            yield name, lambda stage, name=name: bar.update(task, description=f"{name}: {stage}")
+            bar.advance(task)
+
+
+def measured(settings: Settings, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The row of one variant, from a process of its own; where that was killed, the row says so."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        result = Path(folder) / "row.json"
+        result.write_text(json.dumps({"variant": name, "settings": asdict(settings), "stage": "start"}))
+        command = [sys.executable, "-m", "bench.cost_worker", json.dumps(asdict(settings)), name, str(result)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "PYTHONPATH": path}
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for stage in process.stdout:
+                    tell(stage.strip())
+            except BaseException:
+                process.kill()
+                raise
+        row: dict[str, Any] = json.loads(result.read_text())
+        if process.returncode:
+            log.seek(0)
+            row["error"] = f"{row['stage']}: {_ended(process.returncode, log.read())}"
+    return row
+
+
+def _ended(code: int, log: str) -> str:
+    """Why a process ended early."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"the process was ended by {name}" + ", most likely out of memory" * (name == "SIGKILL")
+    return (log.strip().splitlines() or [f"the process ended with {code}"])[-1]
