@@ -7,6 +7,9 @@
 * Peak memory of a calibration for 10,000 and 100,000 tokens, each in a process of its own.
 * Forward and backward of one site by variant.
 
+All run in one thread: surgery factorises sites side by side, each in a thread, so that bits do not depend on how many
+there are; the original's loop over sites could do so too.
+
 The limits: a full SVD takes about 20 d^3 FLOPs, the eigenvectors of a Gram matrix 9 d^3 at twice the width, a
 randomised one 2 d^2 (d/2 + 4 r), and a core costs little where it needs less than the 2 d r of the thin products.
 """
@@ -285,6 +288,7 @@ def main() -> None:
     if options.memory:
         print(json.dumps(memory_of(options.memory)))
         return
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     data = {
         "factorisation": factorisation(options.repeats),
