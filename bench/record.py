@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "sspace-surgery")
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "sspace-surgery")
 
 
 def environment() -> dict[str, Any]:
