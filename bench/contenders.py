@@ -37,6 +37,11 @@ class Layer(nn.Module):
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
 
+def layer() -> tuple[nn.Module, Tensor]:
+    """The layer and 512 tokens, for ``surgery cost bench.contenders:layer``."""
+    return Layer(), torch.randn(1, 512, HIDDEN)
+
+
 class Naive(nn.Module):
     """The residual form as it is usually written: ``x W_res^T + ((x Vh^T) (S + S elu(g))) U^T``."""
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,39 +23,9 @@ from torch import Tensor, nn
 
 from bench.contenders import HEAD, HEADS, HIDDEN, KV_HEADS, MLP, SEED, Layer, lora, naive, operated
 from bench.record import environment
+from bench.timing import Run, paired, quartiles
 from surgery import merge, set_coeff, sites
 from surgery.costs import schedule_of
-
-Run = Callable[[], Any]
-
-
-def paired(contenders: dict[str, Run], repeats: int) -> dict[str, list[list[float]]]:
-    """Milliseconds of each contender and of the base next to it, after two runs of each.
-
-    Every contender has runs of the base of its own, before it and after it in turn, and the order of the contenders is
-    turned round each time, so that load, clock and caches treat both alike. What a contender returns, if it can be
-    called, is called after the clock has stopped.
-    """
-    base = contenders["base"]
-    times: dict[str, list[list[float]]] = {name: [] for name in contenders if name != "base"}
-    names = list(times)
-    for i in range(repeats + 2):
-        for name in names if i % 2 else reversed(names):
-            pair = [contenders[name], base]
-            found = [_milliseconds(run) for run in (pair if i % 2 else reversed(pair))]
-            if i > 1:
-                times[name].append(found if i % 2 else found[::-1])
-    return times
-
-
-def _milliseconds(run: Run) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    after = run()
-    found = 1000 * (time.perf_counter() - started)
-    if callable(after):
-        after()
-    return found
 
 
 def forward(model: nn.Module, x: Tensor) -> Run:
@@ -143,13 +110,13 @@ def training(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callab
 
 def over(row: dict[str, Any], name: str) -> str:
     """Median of a contender's paired ratios to the base, with the quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in row["milliseconds"][name]], n=4)
+    low, middle, high = quartiles(row["milliseconds"][name])
     return f"{middle:.3f} ({low:.2f} to {high:.2f})"
 
 
 def ratio(row: dict[str, Any], name: str) -> float:
     """Median of a contender's paired ratios to the base."""
-    return statistics.median(a / b for a, b in row["milliseconds"][name])
+    return quartiles(row["milliseconds"][name])[1]
 
 
 def bound(r: int) -> float:

@@ -92,10 +92,10 @@ def _fastest(site: SSpaceLinear, x: torch.Tensor, names: tuple[str, ...], *, tra
     with torch.inference_mode(False), torch.set_grad_enabled(training):
         for i in range(REPEATS + 1):
             for name, run in runs.items():
-                started = _now(x.device)
+                started = now(x.device)
                 run()
                 if i:
-                    times[name].append(_now(x.device) - started)
+                    times[name].append(now(x.device) - started)
     return min(names, key=lambda name: statistics.median(times[name]))
 
 
@@ -111,7 +111,8 @@ def _run(site: SSpaceLinear, x: torch.Tensor, name: str, *, training: bool) -> C
     return run
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,0 +1,52 @@
+"""Time contenders against each other: they take turns in one process, and ratios are of pairs of neighbours."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from surgery.measure import now
+
+Run = Callable[[], Any]
+CPU = torch.device("cpu")
+
+
+def paired(contenders: dict[str, Run], repeats: int, device: torch.device = CPU) -> dict[str, list[list[float]]]:
+    """Milliseconds of each contender and of the base next to it, after two runs of each.
+
+    Every contender has runs of the base of its own, before it and after it in turn, and the order of the contenders is
+    turned round each time, so that load, clock and caches treat both alike. What a contender returns, if it can be
+    called, is called after the clock has stopped.
+    """
+    base = contenders["base"]
+    times: dict[str, list[list[float]]] = {name: [] for name in contenders if name != "base"}
+    names = list(times)
+    for i in range(repeats + 2):
+        for name in names if i % 2 else reversed(names):
+            pair = [contenders[name], base]
+            found = [milliseconds(run, device) for run in (pair if i % 2 else reversed(pair))]
+            if i > 1:
+                times[name].append(found if i % 2 else found[::-1])
+    return times
+
+
+def milliseconds(run: Run, device: torch.device = CPU) -> float:
+    """Duration of one run, until the device has done all of it."""
+    gc.collect()
+    started = now(device)
+    after = run()
+    found = 1000 * (now(device) - started)
+    if callable(after):
+        after()
+    return found
+
+
+def quartiles(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of paired ratios."""
+    ratios = [a / b for a, b in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, middle, high
