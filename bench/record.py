@@ -30,6 +30,8 @@ def environment() -> dict[str, Any]:
 def _program() -> str:
     """The program as it is typed: a console command, or a module of this package."""
     path = Path(sys.argv[0])
+    if path.parent == Path(__file__).parent and path.stem == "__main__":
+        return "python -m bench"
     return f"python -m bench.{path.stem}" if path.parent == Path(__file__).parent else path.name
 
 

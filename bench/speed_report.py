@@ -1,0 +1,119 @@
+"""Tables and a figure of the speed matrix, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.rows import key
+from bench.speed_contenders import CONTENDERS
+from bench.speed_model import shapes
+from bench.speed_runtimes import RUNTIMES
+
+RUN = ("config", "layers", "dtype", "r", "tokens", "device", "threads")  # what one group of tables has in common
+SHAPES = tuple(shapes(512))
+NOTHING = "No rows yet: `python -m bench speed` measures them.\n"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
+    """Rows by the model and the machine that they were measured on."""
+    ordered = sorted(rows, key=lambda row: tuple(map(str, key(row, RUN))))
+    return [(of, list(found)) for of, found in groupby(ordered, key=lambda row: key(row, RUN))]
+
+
+def markdown(rows: Rows) -> str:
+    """A table for each model, machine and runtime: ratio to the base beside it, milliseconds, and their least."""
+    return "\n".join(_group(of, found) for of, found in groups(rows)) or NOTHING
+
+
+def _group(of: tuple[Any, ...], rows: Rows) -> str:
+    config, layers, dtype, r, tokens, device, threads = of
+    lines = [
+        f"**{config}, {layers} layer{'s' if layers > 1 else ''}, {dtype}, r = {r}; {device}, {threads} threads**",
+        "",
+    ]
+    machine = [row["ceilings"] for row in rows if "ceilings" in row]
+    if machine:
+        rate, bandwidth = (max(c[n] for c in machine) for n in ("flops_per_second", "bytes_per_second"))
+        lines += [f"Measured ceilings: {rate / 1e9:,.0f} GFLOP/s in products of the model's sizes, "
+                  f"{bandwidth / 1e9:,.1f} GB/s in a copy.", ""]  # fmt: skip
+    at = {(row["runtime"], row["contender"], row["shape"]): row for row in rows}
+    for runtime in RUNTIMES:
+        kinds = [s for s in SHAPES if any(a == runtime and c == s for a, _, c in at)]
+        if not kinds:
+            continue
+        lines += [f"| {runtime} | " + " | ".join(_title(s, tokens) for s in kinds) + " |"]
+        lines += ["|---" + "|---:" * len(kinds) + "|"]
+        for name in CONTENDERS:
+            found = [at.get((runtime, name, shape)) for shape in kinds]
+            if any(found):
+                lines.append(f"| {name} | " + " | ".join(map(_cell, found)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(shape: str, tokens: int) -> str:
+    if shape.startswith("decode"):
+        return f"decode, batch {shape.removeprefix('decode ')}"
+    return f"{'training step' if shape == 'training' else shape}, {tokens:,} tokens"
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] == "wrong":
+        return f"wrong: error {max(row['errors'].values()):.2g} of the effect"
+    if row["status"] != "ok":
+        return str(row["status"])
+    ratio, ms = row["ratio"], row["milliseconds"]["median"]
+    return (
+        f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}); "
+        f"{_digits(ms)} of ≥ {_digits(row['minimum_ms'])} ms"
+    )
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
+
+
+def figure(rows: Rows, path: Path) -> None:
+    """Draw ratios to the base with their quartiles, a panel for each runtime and shape, and the least possible ones.
+
+    Args:
+        rows: of one group, see :func:`groups`.
+        path: the PNG to write.
+    """
+    from bench.figures import BLUE, INK, MUTED, ORANGE, plt
+
+    kinds = [s for s in SHAPES if any(row["shape"] == s for row in rows)]
+    runtimes = [a for a in RUNTIMES if any(row["runtime"] == a for row in rows)]
+    names = [c for c in CONTENDERS if any(row["contender"] == c for row in rows)][::-1]
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED}
+    with plt.rc_context(style):
+        size = (2.2 + 2.3 * len(kinds), 0.9 + len(runtimes) * (0.5 + 0.19 * len(names)))
+        drawn, axes = plt.subplots(len(runtimes), len(kinds), figsize=size, sharex="col", sharey=True, squeeze=False,
+                                   constrained_layout=True)  # fmt: skip
+        for line, runtime in zip(axes, runtimes, strict=True):
+            for panel, shape in zip(line, kinds, strict=True):
+                panel.axvline(1, color=MUTED, lw=0.8)
+                panel.set_title(f"{runtime}: {shape}", fontsize=9)
+                for row in rows:
+                    if (row["runtime"], row["shape"]) == (runtime, shape) and row["status"] in ("ok", "wrong"):
+                        y = names.index(row["contender"])
+                        if row["status"] == "wrong":
+                            panel.text(1, y, " wrong", color=ORANGE, va="center", fontsize=8)
+                            continue
+                        ratio, base = row["ratio"], row["base_milliseconds"]["median"]
+                        panel.plot([ratio["q1"], ratio["q3"]], [y, y], color=BLUE, lw=2, alpha=0.5)
+                        panel.plot(ratio["median"], y, "o", color=BLUE, ms=4)
+                        panel.plot(row["minimum_ms"] / base, y, "|", color=INK, ms=7)
+                panel.set_yticks(range(len(names)), names)
+                panel.set_ylim(-0.6, len(names) - 0.4)
+        drawn.supxlabel(
+            "time over the plain base's, quartiles of pairs; the tick is what FLOPs and bytes allow", fontsize=9
+        )
+        drawn.savefig(path, dpi=110, metadata={"Software": None})
+        plt.close(drawn)

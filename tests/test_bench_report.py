@@ -1,0 +1,182 @@
+"""Tables, figures and comparisons of the speed matrix, from made-up data; and the committed pages against theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import image
+
+from bench import report, speed_report
+from bench.__main__ import main
+from bench.compare import compare, told
+from bench.rows import read
+from passes.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SAME = {"config": "tiny", "layers": 2, "dtype": "float32", "r": 16, "tokens": 64, "device": "a processor", "threads": 2}
+
+
+def spread(middle: float, width: float = 0.02) -> dict[str, float]:
+    return {"q1": middle * (1 - width), "median": middle, "q3": middle * (1 + width), "n": 15}
+
+
+def row(contender: str, ms: float, shape: str = "prefill", **changed: Any) -> dict[str, Any]:
+    cell = {"runtime": "eager", "contender": contender, "shape": shape, "seed": 0, "repeats": 15, "status": "ok"}
+    measured = {
+        "milliseconds": spread(ms),
+        "base_milliseconds": spread(10),
+        "ratio": spread(ms / 10),
+        "minimum_ms": 8.0,
+    }
+    return {**SAME, **cell, **measured, "ceilings": {"flops_per_second": 1e11, "bytes_per_second": 2e10}, **changed}
+
+
+WRONG = {"status": "wrong", "errors": {"output": 1.0}}
+ROWS = [
+    row("LoRA", 12.5), row("base", 10.0), row("base", 20.0, "training"), row("LoRA", 31.0, "training"),
+    row("base", 9.0, runtime="compile"), row("residual hooks compiled after the base", 0, runtime="compile", **WRONG),
+]  # fmt: skip
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in found))
+    return path
+
+
+def test_tables_show_ratio_milliseconds_and_limit() -> None:
+    text = speed_report.markdown(ROWS)
+    assert "100 GFLOP/s" in text
+    assert "20.0 GB/s" in text
+    lines = text.splitlines()
+    assert lines.index("| eager | prefill, 64 tokens | training step, 64 tokens |") < lines.index(
+        "| compile | prefill, 64 tokens |"
+    )
+    assert "| LoRA | 1.25 (1.23 to 1.27); 12.5 of ≥ 8 ms | 3.10 (3.04 to 3.16); 31 of ≥ 8 ms |" in lines
+    assert "| residual hooks compiled after the base | wrong: error 1 of the effect |" in lines
+    assert lines.index(next(line for line in lines if line.startswith("| base"))) < lines.index(
+        next(line for line in lines if line.startswith("| LoRA"))
+    )
+    assert len(speed_report.groups([*ROWS, row("base", 1.0, device="another")])) == 2
+
+
+def test_the_figure_is_an_image(tmp_path: Path) -> None:
+    speed_report.figure(ROWS, tmp_path / "speed.png")
+    pixels = image.imread(tmp_path / "speed.png")
+    assert min(pixels.shape[:2]) > 100
+    assert pixels[..., :3].std() > 0.01  # something is drawn
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name in report.PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
+    return tmp_path
+
+
+def test_the_committed_tables_are_in_step_with_the_data() -> None:
+    assert report.check(ROOT) == []
+
+
+def test_report_writes_what_a_check_then_accepts(project: Path, capsys: Any) -> None:
+    write(project / "bench/results/speed.jsonl", ROWS)
+    assert main(["report", "--root", str(project), "--check"]) == 1
+    assert "bench/results/speed.md" in capsys.readouterr().err
+    assert main(["report", "--root", str(project)]) == 0
+    assert main(["report", "--root", str(project), "--check"]) == 0
+    assert "12.5 of ≥ 8 ms" in (project / "bench/README.md").read_text()
+    assert image.imread(project / "bench/results/speed.png").ndim == 3
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_a_changed_number_on_a_page_is_noticed(page: str, project: Path) -> None:
+    assert report.check(project) == []
+    text = (project / page).read_text()
+    (project / page).write_text(text.replace("| merged | 1.0", "| merged | 0.5", 1))
+    assert report.check(project) == [page]
+
+
+def test_changed_data_is_noticed(project: Path) -> None:
+    path = project / "bench/results/lowerings.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept[0]["milliseconds"]["merged"] = [[3.0, 1.0]] * 5
+    write(path, kept)
+    assert "bench/results/lowerings.md" in report.check(project)
+
+
+def test_a_slower_cell_is_flagged_and_noise_is_not(tmp_path: Path, capsys: Any) -> None:
+    before = write(
+        tmp_path / "a.jsonl", [row("base", 10.0), row("LoRA", 12.0), row("merged", 10.0), row("PiSSA", 10.0)]
+    )
+    # 20% slower; 8% slower with ranges that overlap; 3% slower without an overlap; gone
+    changed = [row("base", 12.0), row("LoRA", 13.0, milliseconds=spread(13.0, 0.1)), row("folded", 1.0)]
+    changed.append(row("merged", 10.3, milliseconds=spread(10.3, 0.001)))
+    after = write(tmp_path / "b.jsonl", changed)
+    found = compare(before, after)
+    assert {change.cell[6]: change.verdict for change in found.changes} == {
+        "base": "slower", "LoRA": "same", "merged": "same"
+    }  # fmt: skip
+    assert (found.only_before, found.only_after) == (1, 1)
+    assert found.changes[0].ratio == pytest.approx(1.2)
+    assert found.changes[0].low < 1.2 < found.changes[0].high
+    assert main(["compare", str(before), str(after)]) == 0
+    assert "SLOWER" in capsys.readouterr().out
+    assert main(["compare", str(before), str(after), "--fail"]) == 1
+
+
+def test_the_other_way_round_it_is_faster(tmp_path: Path) -> None:
+    slow, fast = (write(tmp_path / f"{ms}.jsonl", [row("base", ms)]) for ms in (12.0, 10.0))
+    assert compare(slow, fast).changes[0].verdict == "faster"
+    assert compare(fast, fast).changes[0].verdict == "same"
+    assert main(["compare", str(slow), str(fast), "--fail"]) == 0
+    assert main(["compare", str(fast), str(slow), "--fail"]) == 1
+
+
+def test_ratios_to_the_base_leave_the_machine_out(tmp_path: Path) -> None:
+    here = write(tmp_path / "a.jsonl", [row("LoRA", 12.0)])
+    there = write(tmp_path / "b.jsonl", [row("LoRA", 24.0, ratio=spread(1.2), device="a slow processor")])
+    assert compare(here, there).regressed
+    assert not compare(here, there, "ratio").regressed
+    assert "not measured in one place" in told(compare(here, there))
+
+
+def test_a_cell_that_became_wrong_is_broken(tmp_path: Path) -> None:
+    before = write(tmp_path / "a.jsonl", [row("LoRA", 12.0)])
+    after = write(tmp_path / "b.jsonl", [{**row("LoRA", 12.0), **WRONG}])
+    assert "BROKEN" in told(compare(before, after))
+    assert main(["compare", str(before), str(after), "--fail"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "no file"),
+        ('{"config": "tiny"}\n', "lacks layers"),
+        ("[1, 2]\n", "lacks config"),
+        ('{"config": ', "cut short"),
+        (
+            json.dumps({k: v for k, v in row("base", 1.0).items() if k != "ratio"}) + "\n",
+            "without milliseconds and ratio",
+        ),
+        (json.dumps(row("base", 1.0, r=999)) + "\n", "no measured cell in common"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(content: str | None, word: str, tmp_path: Path, capsys: Any) -> None:
+    good, bad = write(tmp_path / "a.jsonl", [row("base", 1.0)]), tmp_path / "bad.jsonl"
+    if content is not None:
+        bad.write_text(content)
+    with pytest.raises(InputError, match=word):
+        compare(good, bad)
+    assert main(["compare", str(good), str(bad), "--fail"]) == 2
+    assert "bad.jsonl" in capsys.readouterr().err
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", ROWS)) == ROWS
+    assert read(tmp_path / "none.jsonl") == []
