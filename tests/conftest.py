@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+POINTS = "fault points"  # a property of a test: how many it put in, all of them survived
+
 torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("full", settings.get_profile("fast"), max_examples=500)
@@ -22,3 +24,11 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell how many faults were survived, also where several processes run the tests."""
+    passed = terminalreporter.stats.get("passed", [])
+    counts = [value for report in passed for name, value in report.user_properties if name == POINTS]
+    if counts:
+        terminalreporter.write_line(f"{sum(counts):,} fault points in {len(counts)} operations survived")

@@ -49,6 +49,7 @@ from surgery import (
 )
 from surgery.residual import SSpaceResidual
 from tests import test_packed, test_stacked
+from tests.conftest import POINTS
 from tests.system import at_call, calls_of, in_child
 from tests.test_operate import randomise, state_of
 from tests.zoo import Patient, patient
@@ -56,7 +57,7 @@ from tests.zoo import Patient, patient
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 SAMPLE, LIMIT = 5, 400
-SURVIVED: dict[str, int] = {}
+Record = Callable[[str, object], None]
 
 
 class Places:
@@ -342,7 +343,6 @@ def survive(name: str, folder: Path, limit: int) -> int:
     case.act(p, folder)
     assert result(p) == expected, f"{name}: another result after faults"
     assert same_files(files(folder), written), f"{name}: other files after faults"
-    SURVIVED[name] = len(points)
     return len(points)
 
 
@@ -370,15 +370,19 @@ def differences(p: Patient, old: list[str], expected: list[str]) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised while a generator is dropped
 @pytest.mark.parametrize("name", FAST)
-def test_faults_at_a_sample_of_places(name: str, tmp_path: Path) -> None:
-    assert survive(name, tmp_path / "place", SAMPLE) >= min(4, SAMPLE)
+def test_faults_at_a_sample_of_places(name: str, tmp_path: Path, record_property: Record) -> None:
+    count = survive(name, tmp_path / "place", SAMPLE)
+    record_property(POINTS, count)
+    assert count >= min(4, SAMPLE)
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_faults_at_all_places(name: str, tmp_path: Path) -> None:
-    assert survive(name, tmp_path / "place", LIMIT) >= 4
+def test_faults_at_all_places(name: str, tmp_path: Path, record_property: Record) -> None:
+    count = survive(name, tmp_path / "place", LIMIT)
+    record_property(POINTS, count)
+    assert count >= 4
 
 
 DISK = ["save mlp", "export dense mlp", "export_core mlp", "merge_checkpoint qwen3"]
@@ -435,15 +439,3 @@ def refused_disk(size: int, work: Callable[[], Any]) -> Callable[[], None]:
 def cores(found: dict[str, bytes | None]) -> set[float]:
     tensors = load(found["adapter/adapter_model.safetensors"] or b"")
     return {tensor.sum().item() for name, tensor in tensors.items() if name.endswith("core.g")}
-
-
-class Summary:
-    """Tells at the end of the run what was survived."""
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.write_line(f"{sum(SURVIVED.values())} fault points in {len(SURVIVED)} operations survived")
-
-
-def test_the_faults_that_were_survived_are_told(pytestconfig: pytest.Config) -> None:
-    assert all(count > 0 for count in SURVIVED.values())
-    pytestconfig.pluginmanager.register(Summary())
