@@ -4,7 +4,8 @@ A first run of an operation counts the calls and the returns of functions in ``p
 resumed generators (and so the exits of context managers) among them. Then the operation is run again and again, and
 each time another of them raises. What is rolled back is not disturbed: a fault is single.
 
-The fast lane takes an evenly spread sample of these places, the full one takes all of them, up to ``LIMIT`` per case.
+The fast lane takes an evenly spread sample of these places, the full one takes all of them, up to ``LIMIT`` per case and
+as many as fit ``SECONDS``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +58,7 @@ from tests.zoo import Patient, patient
 
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
-SAMPLE, LIMIT = 5, 400
+SAMPLE, LIMIT, SECONDS = 5, 400, 30
 Record = Callable[[str, object], None]
 
 
@@ -305,10 +307,12 @@ def survive(name: str, folder: Path, limit: int) -> int:
     case = CASES[name]
     p = begin(case, folder)
     case.act(p, folder)  # what is done once in a process, such as imports and traces, is done
+    started = time.perf_counter()
     p = begin(case, folder)
     places = Places()
     with places.watching():
         case.act(p, folder)
+    limit = min(limit, max(SAMPLE, int(SECONDS / (time.perf_counter() - started))))
     expected, written = result(p), files(folder)
     step = max(1, -(-places.count // limit))
     points = range(random.Random(name).randrange(step), places.count, step)
