@@ -4,8 +4,8 @@ A first run of an operation counts the calls and the returns of functions in ``p
 resumed generators (and so the exits of context managers) among them. Then the operation is run again and again, and
 each time another of them raises. What is rolled back is not disturbed: a fault is single.
 
-The fast lane takes an evenly spread sample of these places, the full one takes all of them, up to ``LIMIT`` per case and
-as many as fit ``SECONDS``.
+The fast lane takes an evenly spread sample of these places, the full one takes all of them, up to ``LIMIT`` per case,
+and as many as fit ``SECONDS``.
 """
 
 from __future__ import annotations
