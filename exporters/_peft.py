@@ -17,7 +17,7 @@ from passes.errors import ExportError
 from surgery.adapter import SSpaceLinear
 from surgery.hosts import host_of
 from surgery.node import SSpaceNode
-from surgery.reading import parameter_names
+from surgery.reading import module_paths, parameter_names
 
 ADAPTER = "default"
 ADVICE = "leave such sites out with exclude_modules when operating, or merge and export dense weights"
@@ -70,7 +70,7 @@ def _place(model: nn.Module, key: str, site: SSpaceLinear) -> Place | str:
         return Place(key)
     if getattr(site, "rows", None):
         return "is a part of a packed weight, which PEFT adapts whole"
-    path, _, local = parameter_names(model, site)[0].rpartition(".")
+    path, _, local = parameter_names(module_paths(model), site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
     if not path:
         return "its weight is a parameter of the model itself, and PEFT wraps modules inside a model"

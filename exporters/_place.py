@@ -37,7 +37,7 @@ def staged(path: str | os.PathLike[str], default_name: str | None) -> Iterator[t
             name = "" if default_name is None else f", or a file name with {default_name!r}'s suffix"
             raise ExportError(f"{str(path)!r} must be a new or empty directory{name}")
         target = path if default_name is None else path / default_name
-        place = path.parent if _is_movable(path) else path
+        place = path.parent if is_movable(path) else path
     try:
         with parents_of(path), aside(place, path.name) as staging:
             yield (staging if default_name is None else staging / target.name), target
@@ -45,7 +45,7 @@ def staged(path: str | os.PathLike[str], default_name: str | None) -> Iterator[t
         raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
 
 
-def _is_movable(folder: Path) -> bool:
+def is_movable(folder: Path) -> bool:
     """Whether another folder can take the place of one: not of where a process or a file system is."""
     if not folder.is_dir():
         return True

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from exporters._place import is_movable
 from exporters._safetensors import sync
 from passes.errors import ExportError
 from surgery.directory import locked, parents_of
@@ -73,7 +74,13 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
         ExportError: the target is not a new or empty directory, another process is about to fill it, or it cannot be
             written.
     """
+    target = target.resolve()  # a link to a folder cannot be replaced by a folder, what it leads to can
     _check_free(target)
+    if not is_movable(target):
+        raise ExportError(
+            f"{str(target)!r} is the working directory, a file system of its own, or in a folder that cannot be "
+            "written: no finished folder can take its place; name a new one in it"
+        )
     staging = target.parent / f".{target.name}.merging"
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         raise ExportError(f"{str(staging)!r}, where the run would keep its steps, is no directory: remove it")

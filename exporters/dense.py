@@ -32,7 +32,7 @@ from passes.forward import quiet, set_mode
 from passes.sites import part_of
 from passes.tolerance import relative_error
 from surgery.foreign import read_json
-from surgery.reading import parameter_names
+from surgery.reading import module_paths, parameter_names
 from surgery.verbs import merge, sites
 
 DEFAULT_NAME = None
@@ -88,9 +88,9 @@ def _merged_names(reference: nn.Module, merged: nn.Module) -> dict[str, str]:
     """The parameter that the merged weight of each site is: the base's, or where a graph unties it one of its own."""
     before = {parameter.data_ptr() for parameter in reference.parameters()}
     new = [n for n, p in merged.named_parameters(remove_duplicate=False) if p.data_ptr() not in before]
-    names = {}
+    names, paths = {}, module_paths(reference)
     for key, site in sites(reference).items():
-        own = (parameter_names(reference, site)[0], f"{key}.weight")
+        own = (parameter_names(paths, site)[0], f"{key}.weight")
         named = f"{key.replace('.', '_')}_merged_"
         names[key] = next(name for name in (*own, *new) if name in new and (name in own or name.startswith(named)))
     return names

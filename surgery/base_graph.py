@@ -33,7 +33,7 @@ from surgery.graphs import drop_sites, graph_sites, original_graph
 from surgery.hosts import detach, host_of, operated_sites, require_bases, shared_tensors
 from surgery.node import SSpaceNode
 from surgery.patients import private_parameters
-from surgery.reading import parameter_names
+from surgery.reading import module_paths, parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
     _split_packed(graph, model, only)
     products, _ = graph_products(graph, graph.graph)
     reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    found, missing = [], []
+    found, missing, paths = [], [], module_paths(model)
     for key, site in operated_sites(model).items():
         if only is not None and key not in only:
             continue
-        weight, bias = parameter_names(model, site)
+        weight, bias = parameter_names(paths, site)
         if key in products:  # of tied names, a capture may keep another, and so may a product read another
             weight = products[key][0].weight
         if key not in products and weight not in reads:
@@ -161,9 +161,10 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
 def _split_packed(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> None:
     """Split the reads of packed weights into the parts that are sites."""
     found: dict[str, list[SSpaceLinear]] = {}
+    paths = module_paths(model)
     for key, site in operated_sites(model).items():
         if getattr(site, "rows", None) and (only is None or key in only):
-            found.setdefault(parameter_names(model, site)[0], []).append(site)
+            found.setdefault(parameter_names(paths, site)[0], []).append(site)
     for weight, parts in found.items():
         split_reads(graph.graph, weight, len(parts[0].parameter), [part.rows for part in parts])  # type: ignore[misc]
     if found:

@@ -86,17 +86,17 @@ def _replace(path: Path, files: dict[str, bytes]) -> None:
                 old = _link(config, staging / "old")
             if had_tensors:
                 kept = path / kept_name(name, _digest_in(config) or _digest_of(tensors))
-                if not kept.exists():  # left by a kill, it may be the only one
+                if not os.path.lexists(kept):  # left by a kill, it may be the only one
                     os.replace(_link(tensors, staging / "kept"), kept)
             os.replace(staging / name, tensors)
             os.replace(staging / config_name, config)
             sync_folder(path)
         except BaseException:  # back in reverse order: the old configuration counts while the kept tensors are there
-            if old is not None and old.exists():
+            if old is not None and os.path.lexists(old):  # of a link, the copy aside leads nowhere
                 os.replace(old, config)
             elif not had_config:
                 config.unlink(missing_ok=True)
-            if kept is not None and kept.exists():
+            if kept is not None and os.path.lexists(kept):
                 os.replace(kept, tensors)
                 kept.unlink(missing_ok=True)  # of two links to one file, a rename keeps both
             elif not had_tensors:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from passes.errors import AdapterError, SurgeryError
 from passes.sites import Site
@@ -208,9 +209,10 @@ def matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: 
 def _tensor(
     where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
-    if name not in set(tensors.keys()):
-        raise AdapterError(f"{where}: tensor {name!r} is missing")
-    found = tuple(tensors.get_slice(name).get_shape())
+    try:
+        found = tuple(tensors.get_slice(name).get_shape())
+    except SafetensorError as error:
+        raise AdapterError(f"{where}: tensor {name!r} is missing") from error
     if found != shape:
         raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
     tensor: torch.Tensor = tensors.get_tensor(name)

@@ -30,6 +30,7 @@ from torch import nn
 from passes.errors import AdapterError
 from passes.names import original_names
 from surgery.adapter import SSpaceLinear
+from surgery.checks import check_flags
 from surgery.directory import write_directory
 from surgery.entries import FACTORS
 from surgery.fingerprint import cast_fingerprints, dtype_name, fingerprint
@@ -38,7 +39,7 @@ from surgery.hosts import host_of, operated_sites, require_bases
 from surgery.migrate import VERSION
 from surgery.operate import Model, patient_of, record_of, unwrap
 from surgery.progress import track
-from surgery.reading import FORMAT, STORED, parameter_names, read_adapter
+from surgery.reading import FORMAT, STORED, module_paths, parameter_names, read_adapter
 from surgery.recompute import check_follows, recompute
 from surgery.replace import replace_adapters
 from surgery.residual import SSpaceResidual, base_of
@@ -56,7 +57,7 @@ def save_adapter(
     Args:
         path: a new directory, or an existing one, whose adapter is replaced and whose other files are kept.
         factors: "exact" stores the factors that were used. "recompute" stores a digest of them, in some hundred bytes
-            per site: whoever loads the adapter makes them anew from the weight, which takes the time of surgery.
+            per site: whoever loads the adapter makes them anew from the weight, in one thread, to within 1e-4.
         progress: show a progress bar.
 
     Returns:
@@ -69,11 +70,13 @@ def save_adapter(
     """
     model, path = unwrap(model), path_of(path, AdapterError)
     notes = record_of(model).factorisation
+    check_flags(progress=progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     found = operated_sites(model)
     first = next(iter(found.values())).variant
-    names = {key: parameter_names(model, site) for key, site in found.items()}
+    paths = module_paths(model)
+    names = {key: parameter_names(paths, site) for key, site in found.items()}
     originals = original_names(model)
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -147,7 +150,7 @@ def load_adapter(
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
 
     The model may be on any device, and in another dtype than the one that the adapter was made in: the adapter is then
-    what a cast of the operated model would have made of it.
+    what a cast of the operated model would have made of it. Factors cannot be made anew of weights that were rounded.
 
     Args:
         example_inputs: to convert a TorchScript module with, which gives a new graph module.
@@ -160,6 +163,7 @@ def load_adapter(
             out differently here; the model is untouched.
     """
     given: Model
+    check_flags(progress=progress)
     (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
     made = read_adapter(model, path, progress=progress)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ def attach_all(model: nn.Module, grafts: Iterable[Graft], original: GraphState |
     """
     nodes = []
     reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
+    grafts = list(grafts)
+    owners = owners_of(model) if original is None and any(graft.form == "residual" for graft in grafts) else None
     for graft in grafts:
         if graft.host == "graph" or graft.site.weight in reads:
             nodes.append(_node(model, graft))
@@ -84,7 +87,7 @@ def attach_all(model: nn.Module, grafts: Iterable[Graft], original: GraphState |
             assert isinstance(model, fx.GraphModule)
             private_module(model, graft.site.weight.rpartition(".")[0], original.modules)
             copy_whole(model)
-        attach(model, graft)
+        attach(model, graft, owners)
     if nodes:
         assert isinstance(model, fx.GraphModule)
         assert original is not None
@@ -109,7 +112,12 @@ def is_module_host(cls: type[nn.Module], layout: str) -> bool:
     return forward.__qualname__ == f"{cls.__name__}.forward" and layout_of_forward(forward) == layout
 
 
-def attach(model: nn.Module, graft: Graft) -> None:
+def owners_of(model: nn.Module) -> Counter[int]:
+    """How many modules register each parameter, by its identity."""
+    return Counter(i for m in model.modules() for i in {id(p) for p in weights_of(m) if p is not None})
+
+
+def attach(model: nn.Module, graft: Graft, owners: Counter[int] | None = None) -> None:
     """Put an adapter on its site; within a transaction, which undoes what is done if it fails."""
     owner_path, _, local = graft.site.weight.rpartition(".")
     owner = model.get_submodule(owner_path)
@@ -127,8 +135,8 @@ def attach(model: nn.Module, graft: Graft) -> None:
     owner.__class__ = SSpaceLinear
     if graft.form == "residual":
         weight = owner._parameters["weight"]
-        owners = [m for m in model.modules() if any(p is weight for p in weights_of(m))]
-        split(owner, shared=len(owners) > 1)
+        counts = owners_of(model) if owners is None else owners
+        split(owner, shared=counts[id(weight)] > 1)
     _schedule(owner, graft)
 
 

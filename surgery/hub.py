@@ -79,11 +79,14 @@ def pull_adapter(
     """
     from huggingface_hub import snapshot_download
 
+    if revision is not None and not isinstance(revision, str):
+        raise AdapterError(f"revision must be a text, found {revision!r:.80}")
     target = None if path is None else path_of(path, AdapterError)
-    if target is not None and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
-        raise AdapterError(f"{str(target)!r} must be a new or empty directory")
-    place = None if target is None else target.parent
     try:
+        if target is not None and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+            raise AdapterError(f"{str(target)!r} must be a new or empty directory")
+        # a directory that is there may be one that cannot be replaced, as the working directory
+        place = target if target is None or target.is_dir() else target.parent
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=".pull.") as temporary:
@@ -95,7 +98,11 @@ def pull_adapter(
             if target is None or staging is None:
                 return found
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # what the download notes for itself
-            os.rename(staging, target)
+            if target.is_dir():
+                for name in (TENSORS, CONFIG):  # without the latter it is no adapter yet
+                    os.replace(staging / name, target / name)
+            else:
+                os.rename(staging, target)
             return target
     except _failures() as error:
         raise AdapterError(f"cannot fetch {repo_id!r}: {_short(error)}") from error

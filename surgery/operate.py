@@ -170,7 +170,7 @@ def operate(
     finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
-    with transaction(model):
+    with transaction(model, forwards=False):  # a forward in it is in the caller's
         if "_surgery" not in vars(model):
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             vars(model)["_surgery"] = Record(flags, inspection, {}, graph_state(model))
@@ -195,7 +195,7 @@ def undo_surgery(model: Model) -> Model:
     given, model = model, unwrap(model)
     record = record_of(model)
     require_bases(model)
-    with transaction(model):
+    with transaction(model, forwards=False):
         detach_all(model)
         restore_flags(model, record.requires_grad)
         del vars(model)["_surgery"]

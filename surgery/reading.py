@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
     """
     present = operated_sites(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    paths = module_paths(model)
     for site in present.values():  # a hosted weight is named as it was before surgery
-        weight, _ = parameter_names(model, site)
-        parameters[weight] = site.parameter
+        parameters[parameter_names(paths, site)[0]] = site.parameter
     products: Collection[str] = ()
     flat = {original: name for name, original in original_names(model).items()}
     if isinstance(model, fx.GraphModule):
@@ -55,15 +55,18 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
         default = variant_of(config)
         expected: set[str] = set()
         grafts: list[Graft] = []
+        of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
             if isinstance(entry, dict):  # a Dynamo graph has flat names
                 entry = entry | {name: flat.get(str(entry.get(name)), entry.get(name)) for name in ("weight", "bias")}
             stored = config["factors"]
             graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors, stored)
-            if any(overlap(graft.site, other.site) for other in grafts):
+            others = of_weight.setdefault(graft.site.weight, [])
+            if any(overlap(graft.site, other) for other in others):
                 raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
+            others.append(graft.site)
             expected |= names
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
@@ -81,12 +84,17 @@ def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         yield config, tensors
 
 
-def parameter_names(model: nn.Module, site: SSpaceLinear) -> tuple[str, str | None]:
-    """Names that the weight and bias of a site have, or had before surgery, in the model."""
+def module_paths(model: nn.Module) -> dict[int, str]:
+    """The path of every module by its identity."""
+    return {id(module): path for path, module in model.named_modules()}
+
+
+def parameter_names(paths: Mapping[int, str], site: SSpaceLinear) -> tuple[str, str | None]:
+    """Names that the weight and bias of a site have, or had before surgery, in the model of these paths."""
     if isinstance(site, SSpaceNode):
         return site.weight_name, site.bias_name
     host: nn.Module = getattr(site, "owner", (site,))[0]
-    path = next(path for path, module in model.named_modules() if module is host)
+    path = paths[id(host)]
     weight = getattr(site, "weight_name", "weight")
     bias = getattr(site, "bias_name", "bias" if site.bias is not None else None)
     join = (lambda name: f"{path}.{name}") if path else (lambda name: name)

@@ -19,6 +19,7 @@ from surgery.graft import Wanted, initial_core, make_grafts
 from surgery.hosts import Graft, operated_sites, require_bases
 from surgery.operate import Model, patient_of, record_of, restore_flags, unwrap
 from surgery.plan import known_inspection, make_plan
+from surgery.reading import module_paths
 from surgery.replace import graft_of, replace_adapters
 from surgery.statistics_file import Statistics
 from surgery.targets import Patterns
@@ -108,8 +109,9 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     inspection = known_inspection(inner)
     sites = {site.key: site for site in inspection.sites} if inspection else {}
     wanted: list[Wanted] = []
+    paths = module_paths(inner)
     for key, site in found.items():
-        graft = graft_of(inner, key, site)
+        graft = graft_of(paths, key, site)
         place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
         wanted.append((place, site.variant, site.factors.rank, graft.host))
     coeffs = {key: site.core.coeff.clone() for key, site in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,9 @@ def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[Graft], dic
         operate(model, [replace(graft, **kept.get(graft.site.key, {})) for graft in grafts], inspection, notes)
 
 
-def graft_of(model: nn.Module, key: str, site: SSpaceLinear) -> Graft:
-    """The adapter of a site as it can be attached again, or made anew."""
-    weight, bias = parameter_names(model, site)
+def graft_of(paths: Mapping[int, str], key: str, site: SSpaceLinear) -> Graft:
+    """The adapter of a site, of the model of these paths, as it can be made anew."""
+    weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
     rows = getattr(site, "rows", None)
     place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack, rows=rows)

@@ -29,18 +29,20 @@ def steering(found: Mapping[str, SSpaceLinear]) -> Iterator[None]:
         SurgeryError: another thread or task steers one of them.
     """
     block, cores = object(), [site.core for site in found.values()]  # surgery may end within the block
-    with _LOCK:
-        _check(found)
-        for core in cores:
-            _BLOCKS.setdefault(core, []).append(block)
-    _OWN.set((*_OWN.get(), block))
     try:
+        with _LOCK:
+            _check(found)
+            for core in cores:
+                _BLOCKS.setdefault(core, []).append(block)
+        _OWN.set((*_OWN.get(), block))
         yield
-    finally:
+    finally:  # also of what an interrupt has left half done
         _OWN.set(tuple(other for other in _OWN.get() if other is not block))
         with _LOCK:
             for core in cores:
-                _BLOCKS[core].remove(block)
+                blocks = _BLOCKS.get(core, [])
+                if block in blocks:
+                    blocks.remove(block)
 
 
 def check_steering(found: Mapping[str, SSpaceLinear]) -> None:

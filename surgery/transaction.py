@@ -2,7 +2,7 @@
 
 What a verb changes is how a model is put together: classes, attributes, tables of parameters, buffers and modules,
 hooks, flags. These are kept by reference, which costs no memory. No base tensor is ever written, so that of values only
-those that may be are kept: cores with their ``coeff``, which are small, and what a forward may write to.
+those that may be are kept: cores with their ``coeff``, which are small, and buffers where a forward runs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ FIXED = ("__dict__", "__weakref__")
 
 
 @contextlib.contextmanager
-def transaction(model: nn.Module) -> Iterator[None]:
-    """Put a model back, and the random state, if the block raises."""
-    state = Snapshot(model)
+def transaction(model: nn.Module, *, forwards: bool = True) -> Iterator[None]:
+    """Put a model back, and the random state, if the block raises.
+
+    Args:
+        forwards: whether the model may run in the block, which may write to any of its buffers: they are copied.
+    """
+    state = Snapshot(model, forwards=forwards)
     try:
         yield
     except BaseException:
@@ -39,7 +43,7 @@ def transaction(model: nn.Module) -> Iterator[None]:
 class Snapshot:
     """What a model is, by reference."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, forwards: bool = True) -> None:
         objects = list(_objects(model))
         modules = [part for part in objects if isinstance(part, nn.Module)]
         self.classes = [(module, type(module)) for module in modules]
@@ -50,7 +54,7 @@ class Snapshot:
         held = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
         held |= {i: t for i, t in shared_tensors(model).items() if isinstance(t, nn.Parameter)}
         self.flags = [(parameter, parameter.requires_grad) for parameter in held.values()]
-        self.values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _written(modules)]
+        self.values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _written(modules, forwards)]
         self.numbers = random.getstate(), torch.get_rng_state()
         self.fused = torch.backends.mha.get_fastpath_enabled()
 
@@ -111,12 +115,12 @@ def _put_back(table: Any, content: Any) -> None:
         table[:] = content
 
 
-def _written(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+def _written(modules: Iterable[nn.Module], forwards: bool) -> list[torch.Tensor]:
     """The tensors that a verb or a forward may write to in place."""
     found: dict[int, torch.Tensor] = {}
     for module in modules:
         if isinstance(module, Core):
             found |= {id(p): p for p in module._parameters.values() if p is not None}
-        if not isinstance(module, (Factors, SSpaceResidual)):
+        if isinstance(module, Core) or (forwards and not isinstance(module, (Factors, SSpaceResidual))):
             found |= {id(b): b for b in module._buffers.values() if b is not None}
     return [t for t in found.values() if not t.is_meta and not t.is_inference()]

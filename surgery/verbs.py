@@ -22,7 +22,7 @@ from surgery.merged import merged_weight
 from surgery.node import SSpaceNode
 from surgery.operate import Model, record_of, restore_flags, unwrap
 from surgery.progress import track
-from surgery.reading import parameter_names
+from surgery.reading import module_paths, parameter_names
 from surgery.steering import check_steering, steering
 from surgery.transaction import transaction
 
@@ -152,8 +152,9 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; untie=True gives the site a weight of its own"
             )
-    bases = [(parameter_names(model, site)[0], site.parameter) for site in found.values()]
-    with transaction(model):
+    paths = module_paths(model)
+    bases = [(parameter_names(paths, site)[0], site.parameter) for site in found.values()]
+    with transaction(model, forwards=False):
         items = track(list(found.items()), "merging", enabled=progress)
         merged = {key: merged_weight(site, key) for key, site in items}
         if nodes:

@@ -516,3 +516,19 @@ def test_memory_is_that_of_one_tensor(layers: int, tmp_path: Path) -> None:
     )  # blocks in float64, and what the first use of a library takes
     if layers > 10:
         assert extra < size / 4
+
+
+def test_a_merge_into_a_link_and_into_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = prepare(tmp_path, "llama")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    merge_checkpoint(base, adapter, tmp_path / "link", progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ExportError, match=r"is the working directory.*name a new one in it"):
+        merge_checkpoint(base, adapter, ".", progress=False)
+    assert os.listdir(tmp_path / "here") == []
+    merge_checkpoint(base, adapter, "new", progress=False)
+    assert not [file for file in os.listdir(tmp_path) if file.startswith(".")]

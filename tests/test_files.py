@@ -129,11 +129,11 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
     before, output, attach = tensors_of(found.model), found.run(), surgery.hosts.attach
     calls: list[Any] = []
 
-    def failing(model: nn.Module, graft: Any) -> None:
+    def failing(model: nn.Module, graft: Any, *rest: Any) -> None:
         calls.append(graft)
         if len(calls) == 2:
             raise error("injected")
-        attach(model, graft)
+        attach(model, graft, *rest)
 
     monkeypatch.setattr("surgery.hosts.attach", failing)
     with pytest.raises(error, match="injected"):
@@ -225,3 +225,55 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(surgery.AdapterError, match=r"'2\.core\.g' is not finite"):
         save_adapter(found.model, tmp_path / "new")
     assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_failing_write_over_links_puts_them_back(tmp_path, monkeypatch):
+    """As a snapshot in the Hub's cache is: names that are links to files elsewhere."""
+    found, real, path = operated("mlp"), tmp_path / "real", tmp_path / "snapshots" / "1"
+    save_adapter(found.model, real)
+    path.mkdir(parents=True)
+    for file in (CONFIG, TENSORS):
+        (path / file).symlink_to(Path("..", "..", "real", file))
+
+    def failing(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("surgery.directory.sync_folder", failing)
+    with pytest.raises(surgery.AdapterError, match="what was there is unchanged"):
+        save_adapter(operated("mlp", scale=0.3).model, path)
+    monkeypatch.undo()
+    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+    assert all((path / file).is_symlink() for file in (CONFIG, TENSORS))
+    fresh = patient("mlp")
+    load_adapter(fresh.model, path)
+    assert torch.equal(fresh.run(), found.run())
+
+
+@pytest.mark.parametrize("progress", ["x", None, 3])
+def test_a_flag_that_is_none_is_refused(progress, tmp_path):
+    found = saved(tmp_path)
+    for run in (save_adapter, load_adapter):
+        with pytest.raises(surgery.InputError, match="progress must be True or False"):
+            run(found.model, tmp_path, progress=progress)
+
+
+def test_the_work_of_a_load_grows_with_the_sites(tmp_path, monkeypatch):
+    """Neither the tensors' names nor the modules are gone through once for every site."""
+    counts = []
+    for sites_of in (10, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(sites_of)))
+        surgery.apply_surgery(model, "antipasto", r=2, example_inputs=torch.ones(1, 4), progress=False)
+        original, calls = nn.Module.named_modules, []
+
+        def counted(*args: Any, original: Any = original, calls: list[int] = calls, **options: Any) -> Any:
+            for entry in original(*args, **options):
+                calls.append(1)
+                yield entry
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", counted)
+            save_adapter(model, tmp_path / str(sites_of))
+            load_adapter(model, tmp_path / str(sites_of))
+        counts.append(len(calls))
+    assert counts[1] < 5 * counts[0]

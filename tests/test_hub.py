@@ -108,11 +108,18 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def command(hub: Hub, *arguments: Any, home: Path) -> subprocess.CompletedProcess[str]:
+def command(hub: Hub, *arguments: Any, home: Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process whose Hub is the server."""
-    env = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "t"}
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+        "HF_TOKEN": "t",
+        "PYTHONPATH": str(ROOT),
+    }
     run = [sys.executable, "-m", "surgery", *map(str, arguments)]
-    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
+    return subprocess.run(run, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(hub, tmp_path):
@@ -128,6 +135,10 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert came.returncode == 0, came.stderr
     assert contents(tmp_path / "new" / "pulled").keys() == {CONFIG, TENSORS}
     assert os.listdir(tmp_path / "new") == ["pulled"]
+    (tmp_path / "there").mkdir()
+    came = command(hub, "pull", "me/tuned", ".", home=tmp_path / "home", cwd=tmp_path / "there")
+    assert came.returncode == 0, came.stderr
+    assert contents(tmp_path / "there") == contents(tmp_path / "new" / "pulled")
     fresh = patient("mlp")
     load_adapter(fresh.model, tmp_path / "new" / "pulled")
     assert torch.equal(fresh.run(), found.run())
@@ -160,6 +171,8 @@ def test_without_a_network_the_reason_is_told(tmp_path):
             run()
     with pytest.raises(surgery.AdapterError, match="cannot fetch 'no/such/name'"):
         pull_adapter("no/such/name", tmp_path / "new")
+    with pytest.raises(surgery.AdapterError, match="revision must be a text"):
+        pull_adapter("me/tuned", revision=5)  # type: ignore[arg-type]
     with pytest.raises(surgery.AdapterError, match="must be a new or empty directory"):
         pull_adapter("me/tuned", tmp_path / "adapter")
     assert not (tmp_path / "new").exists()
