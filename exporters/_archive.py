@@ -1,9 +1,12 @@
-"""Where torch's archives are written to, so that a full disk is an error: its own writer would end the process."""
+"""Where torch's archives are written to: its own writer ends the process if a full disk or an interrupt stops it. So
+errors of the disk are told when it is done, and interrupts wait for it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,8 +45,24 @@ def archive(path: Path) -> Iterator[Any]:
     Raises:
         OSError: the disk does not take it.
     """
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, _interrupts_wait():
         sink = _Sink(file)
         yield sink
         if sink.error is not None:
             raise sink.error
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Handle an interrupt after the block; they only come to the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *given: seen.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if seen and callable(before):
+        before(*seen[0])
