@@ -121,7 +121,10 @@ def write_core(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     adapter.set_adapter_version(FORMAT_VERSION)
     adapter.set_model_version(model_version(next(iter(values))))
     adapter.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(value) for n, value in values.items()})
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:  # what ONNX Runtime says of a full disk
+        raise OSError(str(error)) from error
 
 
 def model_version(name: str) -> int:

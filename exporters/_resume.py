@@ -67,8 +67,8 @@ def _ours(staging: Path) -> bool:
 def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
     """Give a folder to fill, which becomes the target, and the journal of the run.
 
-    An error leaves nothing behind. A kill leaves the finished steps, for the next run with the same digest; a run with
-    another digest starts afresh.
+    An error leaves nothing behind. A kill or an interrupt leaves the finished steps, for the next run with the same
+    digest; a run with another digest starts afresh.
 
     Raises:
         ExportError: the target is not a new or empty directory, another process is about to fill it, or it cannot be

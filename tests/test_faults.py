@@ -329,6 +329,10 @@ def survive(name: str, folder: Path, limit: int) -> int:
         except (fault.error, surgery.SurgeryError):  # some say what was done, and name the fault as the cause
             raised = True
         now, here = everything(p), files(folder)
+        if (
+            name.startswith("merge_checkpoint") and fault.error is KeyboardInterrupt
+        ):  # its steps are kept, to go on with
+            here = {file: value for file, value in here.items() if not file.startswith(".out.merging")}
         if now == old and here == on_disk and (raised or case.writes):
             continue
         if not raised and fell_back(p.model):
@@ -417,7 +421,8 @@ def test_kills_and_full_disks_on_the_way_to_the_disk(name: str, tmp_path: Path) 
         if visible != written:
             case.act(p, folder)
         p = begin(case, folder)
-    for size in (0, 100, 1000):
+    largest = max(len(value or b"") for file, value in written.items() if file not in old)
+    for size in (size for size in (0, 100, 1000) if size < largest):
         assert in_child(refused_disk(size, lambda: case.act(p, folder))) == 0
         assert files(folder) == old
     case.act(p, folder)
