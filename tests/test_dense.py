@@ -31,7 +31,7 @@ from surgery import (
     sites,
     to_graph,
 )
-from surgery.reading import parameter_names
+from surgery.reading import module_paths, parameter_names
 from surgery.variants import REGISTRY
 from tests.reference import reference_delta_weight
 from tests.test_checkpoint import build, disturb
@@ -239,7 +239,7 @@ def test_the_present_coeff_is_merged_and_the_model_stays(tmp_path: Path) -> None
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for site in sites(p.model).values():
         exact = site.weight.double() + reference_delta_weight(site, -0.5)
-        assert_close(stored[parameter_names(p.model, site)[0]], exact.float(), rounded=True)
+        assert_close(stored[parameter_names(module_paths(p.model), site)[0]], exact.float(), rounded=True)
 
 
 def test_tokenizer_files_go_along(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_wrong_weights_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
         merged.get_parameter(min(names)).data.view(-1)[0] += 1e-3
         return merged
 
-    names = {parameter_names(p.model, site)[0] for site in sites(p.model).values()}
+    names = {parameter_names(module_paths(p.model), site)[0] for site in sites(p.model).values()}
     monkeypatch.setattr(module, "merge", corrupt)
     with pytest.raises(ExportError, match="merged weight is off"):
         export(p.model, "dense", tmp_path / "out", example_inputs=p.inputs)
