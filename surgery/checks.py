@@ -10,11 +10,10 @@ from torch import nn
 from passes.errors import InputError, VariantError, WeightError
 from passes.sites import Site
 from surgery.core import Factors
+from surgery.fingerprint import DTYPES
 from surgery.lowerings import REGISTRY
 from surgery.sharded import is_sharded
 from surgery.variants import Variant
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_weight(model: nn.Module, site: Site) -> None:
@@ -42,7 +41,7 @@ def check_plain(key: str, weight: torch.Tensor) -> None:
     if weight.is_meta:
         raise WeightError(f"site {key!r}: its weight is on the meta device; load the weights first ({supported})")
     check_whole(key, weight)
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES.values():
         kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
         raise WeightError(f"site {key!r}: its weight is a {kind} of {weight.dtype}, quantised; {supported}")
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from passes.errors import AdapterError
+from surgery.configurations import first_line
 from surgery.foreign import open_regular, path_of
 from surgery.reading import opened_adapter
 from surgery.tensor_file import CONFIG, TENSORS
@@ -55,7 +56,9 @@ def push_adapter(
             repo_id=repo_id, folder_path=path, allow_patterns=patterns, commit_message=message, revision=revision
         )
     except _failures() as error:
-        raise AdapterError(f"cannot send {str(path)!r} to {repo_id!r}: {_short(error)}") from error
+        raise AdapterError(
+            f"cannot send {str(path)!r} to {repo_id!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return str(done.commit_url)
 
 
@@ -105,7 +108,7 @@ def pull_adapter(
                 os.rename(staging, target)
             return target
     except _failures() as error:
-        raise AdapterError(f"cannot fetch {repo_id!r}: {_short(error)}") from error
+        raise AdapterError(f"cannot fetch {repo_id!r}: {first_line(error)}") from error
 
 
 def check_adapter(path: Path) -> None:
@@ -124,7 +127,3 @@ def _failures() -> tuple[type[Exception], ...]:
 
     client = getattr(errors, "HTTPError", errors.HfHubHTTPError)  # of the library that it speaks HTTP with
     return (errors.HFValidationError, client, OSError)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

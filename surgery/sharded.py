@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,13 +10,11 @@ import torch.distributed as dist
 
 from passes.errors import AdapterError
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a distributed one."""
-    return dist.is_available() and isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # while nobody has imported it, there is no such tensor
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
