@@ -14,7 +14,7 @@ from torch import nn
 from passes.capture import default_inputs, forward_call
 from passes.errors import ExportError, InputError
 from passes.forward import set_mode
-from surgery.hosts import shared_tensors
+from surgery.residual import shared_tensors
 from surgery.verbs import sites
 
 

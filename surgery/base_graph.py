@@ -30,10 +30,11 @@ from passes.verify import Validation
 from surgery.adapter import SSpaceLinear
 from surgery.core import Core, Factors
 from surgery.graphs import drop_sites, graph_sites, original_graph
-from surgery.hosts import detach, host_of, operated_sites, require_bases, shared_tensors
+from surgery.hosts import detach, host_of, operated_sites, require_bases
 from surgery.node import SSpaceNode
 from surgery.patients import private_parameters
 from surgery.reading import module_paths, parameter_names
+from surgery.residual import shared_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from passes.pipeline import Stages, run_pipeline
 from passes.products import Product
 from passes.verify import Validation
 from surgery.node import SSpaceNode
+from surgery.transaction import transaction
 
 CONTAINER = "sspace"
 
@@ -154,8 +155,6 @@ def rewrite(
     Raises:
         PassError: a pass failed; the graph module is what it was.
     """
-    from surgery.transaction import transaction  # which knows the hosts, and they graphs
-
     with transaction(model):
         model._graph = copy_graph(model.graph)
         model._graph.owning_module = model

@@ -222,12 +222,6 @@ def weights_of(module: nn.Module) -> list[torch.Tensor | None]:
     return own
 
 
-def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
-    bases = [site.parameter for site in model.modules() if isinstance(site, SSpaceResidual) and site.keeps_base]
-    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *bases)}
-
-
 def require_bases(model: nn.Module) -> None:
     """Refuse what goes back to the model before surgery, where it has lost its weights.
 

@@ -154,3 +154,9 @@ def join(site: SSpaceResidual) -> None:
     parameters = {**site._parameters, "weight": weight}
     site._parameters.clear()
     site._parameters.update({name: parameters[name] for name in order})
+
+
+def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
+    bases = [site.parameter for site in model.modules() if isinstance(site, SSpaceResidual) and site.keeps_base]
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *bases)}

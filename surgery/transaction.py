@@ -18,8 +18,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from surgery.core import Core, Factors
-from surgery.hosts import shared_tensors
-from surgery.residual import SSpaceResidual
+from surgery.residual import SSpaceResidual, shared_tensors
 
 TABLES = (dict, OrderedDict, set, list)
 FIXED = ("__dict__", "__weakref__")
