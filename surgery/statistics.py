@@ -56,7 +56,7 @@ class Statistic:
         y = (x if self.weight is None else x @ self.weight.to(x.dtype).T).to(product_dtype(x))
         self.counts[name] = self.counts.get(name, 0) + len(x)
         if self.kind == "moment":
-            self._sum("moment", gram_matrix(y, whole=True))
+            self._sum("moment", gram_matrix(y))
             if self.side == "output":
                 self._sum("norm", x.to(y.dtype).square().sum())
         elif self.kind == "squares":

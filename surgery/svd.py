@@ -26,8 +26,8 @@ GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as 
 METHODS = ("auto", "exact", "randomised")
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
 OVERSAMPLING, PRODUCTS = 16, 3  # of the range finder: further directions, and products with the Gram matrix
-NARROW, WIDE = 10, 10000  # of the largest over half the smallest Ritz value: which filter float32 bears
-PROBES, BLOCK = 8, 256  # random vectors that estimate a residual; columns of a block of a Gram matrix
+NARROW, MEDIUM, WIDE = 10, 4000, 10000  # of the largest over half the smallest Ritz value: what float32 bears
+PROBES, BLOCK = 8, 128  # random vectors that estimate a residual; columns of a diagonal block of a Gram matrix
 REFINED, REFINED_LIMIT, REFINED_RESIDUAL = 512, 3e-2, 1e-6  # smallest size, S_r over S_1, residual over S_1^2
 ORTHONORMAL = 1e-4  # within which a randomised result has to be orthonormal
 RANDOMISED_LIMIT = 1e-3  # of S_r over S_1: below, a Gram matrix in float32 no longer sees the direction
@@ -130,34 +130,37 @@ def deviation(rows: torch.Tensor) -> float:
 
 def _residual(W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> float:
     """``E |R z|^2 = |R|^2`` for normal z: a thin product, where R itself would cost as much as a factorisation step."""
-    probes = torch.randn(len(S), PROBES, generator=torch.Generator().manual_seed(0)).to(W)
-    scaled = S[:, None] * probes
-    left = W @ (Vh.T @ probes) - U @ scaled
-    right = (U @ probes).T @ W - scaled.T @ Vh  # by rows: W.T @ (U @ probes) takes 5 times as long
+    probes = torch.randn(PROBES, len(S), generator=torch.Generator().manual_seed(0)).to(W)
+    scaled = probes * S  # all by rows: products with few columns take 2 to 8 times as long
+    left = (probes @ Vh) @ W.T - scaled @ U.T
+    right = (probes @ U.T) @ W - scaled @ Vh
     norm = torch.hypot(torch.linalg.vector_norm(left), torch.linalg.vector_norm(right)) / PROBES**0.5
     return float(norm / torch.linalg.vector_norm(S).clamp(min=1e-300))
 
 
-def gram_matrix(A: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
-    """``A^T A`` by blocks of columns on and below the diagonal: little more than half of the products.
+def gram_matrix(A: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+    """``A^T A``, or ``A^T image`` where that is symmetric, from the products on and below the diagonal."""
+    image = A if image is None else image
+    out = A.new_empty(A.shape[1], A.shape[1])
 
-    Args:
-        whole: fill the upper triangle too, which ``eigh`` and ``cholesky`` do not read.
-    """
-    columns = A.shape[1]
-    out = A.new_empty(columns, columns) if whole else A.new_zeros(columns, columns)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        torch.mm(A[:, start:].T, A[:, start:stop], out=out[start:, start:stop])
-        if whole:
-            out[start:stop, stop:] = out[stop:, start:stop].T
+    def fill(start: int, stop: int) -> None:
+        if stop - start <= BLOCK:
+            torch.mm(A[:, start:stop].T, image[:, start:stop], out=out[start:stop, start:stop])
+            return
+        middle = (start + stop) // 2
+        fill(start, middle)
+        fill(middle, stop)
+        torch.mm(A[:, middle:stop].T, image[:, start:middle], out=out[middle:stop, start:middle])
+        out[start:middle, middle:stop] = out[middle:stop, start:middle].T
+
+    fill(0, A.shape[1])
     return out
 
 
 def _gram(W: torch.Tensor, r: int) -> Triples | None:
     """Top r through the smaller of ``W W^T`` and ``W^T W``; None where it would not be exact enough."""
     wide = W.shape[0] <= W.shape[1]
-    G = gram_matrix(W.T if wide else W, whole=True)
+    G = gram_matrix(W.T if wide else W)
     found = _refined(G, r) if min(W.shape) >= REFINED and r * 3 <= min(W.shape) else None
     if found is None:
         values, vectors = torch.linalg.eigh(G)
@@ -220,41 +223,47 @@ def _randomised(W: torch.Tensor, r: int, seed: int) -> Triples | None:
     if 2 * size > columns:
         return None
     formed = rows * columns / 2 + PRODUCTS * columns * size < PRODUCTS * 2 * rows * size  # FLOPs over 2 columns
-    gram = gram_matrix(tall, whole=True) if formed else None
+    gram = gram_matrix(tall) if formed else None
 
-    def apply(basis: torch.Tensor) -> torch.Tensor:
-        return gram @ basis if gram is not None else tall.T @ (tall @ basis)
+    def factors(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product is that of the Gram matrix with a basis."""
+        return (gram, basis) if gram is not None else (tall.T, tall @ basis)
 
     noise = torch.rand(columns, size, generator=torch.Generator().manual_seed(seed)) - 0.5
-    basis = _orthonormal(apply(noise.to(W)))
+    basis = _orthonormal(torch.mm(*factors(noise.to(W))))
     if basis is None:
         return None
-    image = apply(basis)
-    H = basis.T @ image
-    values, vectors = torch.linalg.eigh(H)
+    image = torch.mm(*factors(basis))
+    values, vectors = torch.linalg.eigh(gram_matrix(basis, image))
     half, largest = float(values[0]) / 2, float(values[-1])
     if not half > 0:
         return None
     narrow = largest < NARROW * half
     if not narrow:
         basis, image = basis @ vectors, image @ vectors
+
+    def step(twice: torch.Tensor, once: torch.Tensor) -> torch.Tensor:
+        """The recurrence ``2 A once - twice`` with ``A = G / half - 1``, which maps [0, 2 half] to [-1, 1]."""
+        return torch.add(twice, once, alpha=2).addmm_(*factors(once), beta=-1, alpha=2 / half)
+
     if largest < WIDE * half:
-        once = image / half - basis  # [0, 2 half] is mapped to [-1, 1]
-        filtered = 2 * (apply(once) / half - once) - basis
+        once = image.div_(half).sub_(basis)
+        filtered = step(basis, once)
         if narrow:
-            filtered = 2 * (apply(filtered) / half - filtered) - once
+            filtered = step(once, filtered)
     else:
         basis = _orthonormal(image / torch.linalg.vector_norm(image, dim=0))
         if basis is None:
             return None
-        filtered = apply(basis)
-    filtered = filtered / torch.linalg.vector_norm(filtered, dim=0)
+        filtered = torch.mm(*factors(basis))
+    filtered /= torch.linalg.vector_norm(filtered, dim=0)
     image, small = tall @ filtered, W.dtype if narrow else torch.float64
+    measured = W.dtype if largest < MEDIUM * half else torch.float64
     factor, dependent = torch.linalg.cholesky_ex(gram_matrix(filtered.to(torch.float64)))
     if int(dependent):
         return None
     factor = factor.to(small)
-    inner = torch.linalg.solve_triangular(factor, gram_matrix(image.to(small), whole=True), upper=False)
+    inner = torch.linalg.solve_triangular(factor, gram_matrix(image.to(measured)).to(small), upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, inner.T, upper=False))
     S, vectors = values[-r:].flip(0).clamp(min=0).to(torch.float64).sqrt(), vectors[:, -r:].flip(1)
     right = torch.linalg.solve_triangular(factor.T, vectors, upper=True).to(W.dtype)
