@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.record import environment
+from bench.timing import power
 from passes import trace
 from surgery import apply_surgery, pipeline
 
@@ -67,17 +67,11 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for name in ("insert", "annotate", "fold", "merge", "recompile"):
         points = [(data["nodes"][n]["merge"], statistics.median(t[name])) for n, t in data["milliseconds"].items()]
-        slope = _exponent(points)
+        slope, _ = power(*zip(*points, strict=True))
         spread = max((max(t[name]) - min(t[name])) / statistics.median(t[name]) for t in data["milliseconds"].values())
         per = {nodes: 1000 * ms / nodes for nodes, ms in points}
         found.append({"pass": name, "per_1000_nodes_ms": per, "exponent": slope, "largest_relative_range": spread})
     return found
-
-
-def _exponent(points: list[tuple[int, float]]) -> float:
-    logs = [(math.log(n), math.log(ms)) for n, ms in points]
-    mean_x, mean_y = (statistics.fmean(values) for values in zip(*logs, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def markdown(found: list[dict[str, Any]], once: list[float]) -> str:

@@ -134,6 +134,11 @@ def _is_base(row: Row) -> bool:
     return bool(row["family"] == BASE.family)
 
 
+def markdown(recorded: list[Row]) -> str:
+    """The table and the words of recorded runs."""
+    return quality_markdown(summary(recorded), settings_of(recorded), recorded)
+
+
 def report(out: Path) -> str:
     """Write the table and the figure from the recorded runs, and return the table.
 
@@ -143,10 +148,9 @@ def report(out: Path) -> str:
     recorded = read(out / "quality.jsonl")
     if not recorded:
         raise InputError(f"no runs in {out / 'quality.jsonl'}; run python -m bench.quality first")
-    found = summary(recorded)
-    text = quality_markdown(found, settings_of(recorded), recorded)
+    text = markdown(recorded)
     (out / "quality.md").write_text(text)
-    quality_figure(found, out / "quality.png")
+    quality_figure(summary(recorded), out / "quality.png")
     return text
 
 

@@ -18,19 +18,51 @@ RESULTS = "bench/results"
 SPEED = ("speed", "gpu/speed")
 
 
+def _quality(folder: Path) -> Path:
+    from bench import quality, quality_figure
+
+    quality_figure.quality_figure(quality.summary(quality.read(folder / "quality.jsonl")), folder / "quality.png")
+    return folder / "quality.png"
+
+
+def _scaling(folder: Path) -> Path:
+    from bench import scaling, scaling_report
+
+    passes = scaling_report.passes_of(folder)
+    scaling_report.figure(scaling.read(folder / "scaling.jsonl"), folder / "scaling.png", passes)
+    return folder / "scaling.png"
+
+
+def _cost(folder: Path) -> Path:
+    from bench import cost_figure, cost_table
+
+    data = json.loads((folder / "cost.json").read_text())
+    cost_figure.cost_figure(data["records"], cost_table.heading(data["rows"]), folder / "cost.png")
+    return folder / "cost.png"
+
+
+FIGURES: dict[str, Callable[[Path], Path]] = {"cost.json": _cost, "quality.jsonl": _quality, "scaling.jsonl": _scaling}
+
+
 def tables(root: Path) -> Iterator[tuple[str, str]]:
     """Every table that can be made from the data that is there: its file, from the root, and what it should hold."""
-    from bench import factors, lowerings
+    from bench import cost_table, factors, lowerings, quality, scaling, scaling_report, targets
 
     folder = root / RESULTS
     made: dict[str, Callable[[Path], str]] = {
+        "cost.json": lambda path: cost_table.markdown(json.loads(path.read_text())["rows"]),
         "lowerings.jsonl": lambda path: lowerings.markdown(lowerings.read(path)),
         "factors.json": lambda path: factors.markdown(json.loads(path.read_text())),
         "passes.json": _passes,
+        "quality.jsonl": lambda path: quality.markdown(quality.read(path)),
+        "scaling.jsonl": lambda path: scaling_report.markdown(
+            scaling.read(path), scaling_report.passes_of(path.parent)
+        ),
     }
     for name, make in made.items():
         if (folder / name).exists():
             yield f"{RESULTS}/{name.partition('.')[0]}.md", make(folder / name)
+    yield f"{RESULTS}/targets.md", targets.markdown(folder)
     for name in SPEED:
         yield f"{RESULTS}/{name}.md", speed_report.markdown(rows.read(folder / f"{name}.jsonl"))
 
@@ -75,6 +107,7 @@ def write(root: Path = Path()) -> list[Path]:
             path = root / RESULTS / f"{name}{'' if number == 0 else f'-{number + 1}'}.png"
             speed_report.figure(found, path)
             written.append(path)
+    written += [draw(root / RESULTS) for name, draw in FIGURES.items() if (root / RESULTS / name).exists()]
     for name in PAGES:
         page = (root / name).read_text()
         (root / name).write_text(filled(page, made | _shown(root, page, made)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.record import environment
-from bench.rows import Store
+from bench.rows import Store, read
 from bench.speed_check import LIMIT, Answer, answer, errors
 from bench.speed_contenders import BASE, BESIDE, CONTENDERS, FIRST, Absent, Contender, Makers
 from bench.speed_limits import ceilings, minimum_ms, work
@@ -163,7 +163,7 @@ class Matrix:
 def run(settings: Settings, say: Callable[[str], None] = print) -> bool:
     """Measure what is not there yet, until it is done or the time is up; tells whether nothing failed."""
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else math.inf
-    store, longest, failed = Store(settings.out), 0.0, 0
+    store, longest, failed = Store(settings.out, read(settings.out)), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         matrix = Matrix(settings, Path(folder))
         todo = [cell for cell in cells(settings) if not store.finished(matrix.row(*cell))]

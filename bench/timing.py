@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,3 +51,13 @@ def quartiles(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     ratios = [a / b for a, b in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return low, middle, high
+
+
+def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Exponent of the power law of least squares in logarithms, and its standard error (0 for two points)."""
+    u, v = [math.log(a) for a in x], [math.log(b) for b in y]
+    mean_u, mean_v = statistics.fmean(u), statistics.fmean(v)
+    spread = sum((a - mean_u) ** 2 for a in u)
+    slope = sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / spread
+    left = sum((b - mean_v - slope * (a - mean_u)) ** 2 for a, b in zip(u, v, strict=True))
+    return slope, math.sqrt(left / max(1, len(u) - 2) / spread)

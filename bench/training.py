@@ -40,7 +40,7 @@ class Settings:
     """
 
     r: int = 64
-    steps: int = 40
+    steps: int = 60
     batch: int = 12
     length: int = 128
     seeds: int = 3

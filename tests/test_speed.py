@@ -140,10 +140,10 @@ def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     other = settings(out, **{**chosen, "r": 4})
     run(other, said.append)
     assert len(rows.read(out)) == 5
-    store = rows.Store(out)
+    store = rows.Store(out, rows.read(out))
     row = {**next(iter(store.rows.values())), "status": "failed", "reason": "killed"}
     store.put(row)
-    assert not rows.Store(out).finished(row)
+    assert not rows.Store(out, rows.read(out)).finished(row)
     measured(settings(out, **chosen))
     assert all(row["status"] == "ok" for row in rows.read(out))
 
