@@ -94,6 +94,8 @@ def complete(
     recorded = read(path)
     if recorded and settings_of(recorded) != settings:
         raise InputError(f"{path} holds runs with other settings ({recorded[0]['settings']}); choose another --out")
+    if others := {row["python"] for row in recorded} - {source["python"]}:  # the texts are those of its library
+        raise InputError(f"{path} holds runs of Python {', '.join(sorted(others))}; choose another --out")
     rows = {task_of(row): row for row in recorded}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.read_text().endswith("\n"):  # the last line was cut off
@@ -171,8 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown := sorted(set(options.methods or ()) - set(known)):
             parser.error(f"no method {unknown[0]!r}; there are {'; '.join(known)}")
         compared = [known[name] for name in options.methods or known]
-        complete(settings, compared, options.out / "quality.jsonl", cache=options.cache, workers=options.workers)
-    print(report(options.out))
+    try:
+        if not options.report:
+            complete(settings, compared, options.out / "quality.jsonl", cache=options.cache, workers=options.workers)
+        print(report(options.out))
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

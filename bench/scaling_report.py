@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.passes import summary
+from bench.rows import key
 from bench.scaling import CURVES, Row, read
 from bench.timing import power
 
@@ -24,7 +25,7 @@ class Line(NamedTuple):
         x, y: sizes, and milliseconds (of what is added to the base, where there is one).
         low, high: quartiles.
         ratio: to the base, at the largest size; None without a base.
-        expected: exponent that FLOPs say.
+        expected: exponent that FLOPs say; None where there is one point.
     """
 
     axis: str
@@ -34,7 +35,7 @@ class Line(NamedTuple):
     low: list[float]
     high: list[float]
     ratio: float | None
-    expected: float
+    expected: float | None
 
 
 def point(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -47,17 +48,31 @@ def point(row: Mapping[str, Any]) -> tuple[float, float, float]:
     return middle, low, high
 
 
+def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
+    """Rows by where and how they were measured."""
+    names = ("device", "threads", "seed", "repeats")
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(dict(row), names), []).append(row)
+    return sorted(found.items(), key=lambda item: tuple(map(str, item[0])))
+
+
 def lines_of(rows: Rows, passes: dict[str, Any] | None = None) -> list[Line]:
-    """The lines of all figures; a point that is not told from the base (its lower quartile) is left out."""
+    """The lines of all figures; a point that is not told from the base (its lower quartile) is left out.
+
+    Args:
+        rows: of one group.
+    """
     found = []
     for axis, curve in CURVES.items():
         for name, expected in curve.expected.items():
             mine = sorted((r for r in rows if (r["axis"], r["line"]) == (axis, name)), key=lambda r: r["x"])
-            points = [(row["x"], *point(row)) for row in mine]
-            if told := [p for p in points if p[2] > 0]:
-                x, y, low, high = (list(values) for values in zip(*told, strict=True))
-                last = mine[-1].get("ratio")
-                found.append(Line(axis, name, x, y, low, high, last["median"] if last else None, expected))
+            if told := [row for row in mine if point(row)[1] > 0]:
+                x, (y, low, high) = [row["x"] for row in told], zip(*map(point, told), strict=True)
+                last = told[-1].get("ratio")
+                if expected is None and len(x) > 1:
+                    expected = power(x, [row["flops"][0] - sum(row["flops"][1:]) for row in told])[0]
+                found.append(Line(axis, name, x, [*y], [*low], [*high], last["median"] if last else None, expected))
     for row in summary(passes) if passes else []:
         nodes = [float(n) for n in row["per_1000_nodes_ms"]]
         ms = [n * per / 1000 for n, per in zip(nodes, row["per_1000_nodes_ms"].values(), strict=True)]
@@ -73,10 +88,15 @@ def title(axis: str) -> str:
 
 
 def markdown(rows: Rows, passes: dict[str, Any] | None = None) -> str:
-    """The exponents as a table."""
-    if not rows:
-        return NOTHING
+    """The exponents as a table for each machine and setting."""
+    return "\n".join(_table(of, found, passes) for of, found in groups(rows)) or NOTHING
+
+
+def _table(of: tuple[Any, ...], rows: Rows, passes: dict[str, Any] | None) -> str:
+    device, threads, _, repeats = of
     table = [
+        f"{device}, {threads} threads, at most {repeats} pairs.",
+        "",
         "| varied | cost | from … to | milliseconds | over the base at the last | exponent, of all | of the last two "
         "| FLOPs say |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -87,10 +107,11 @@ def markdown(rows: Rows, passes: dict[str, Any] | None = None) -> str:
         cells.append("" if line.ratio is None else f"{line.ratio:.2f}×")
         if len(line.x) > 1:
             slope, error = power(line.x, line.y)
-            cells += [f"{slope:.2f} ± {error:.2f}", f"{power(line.x[-2:], line.y[-2:])[0]:.2f}"]
+            cells += [f"{slope:.2f}" + (f" ± {error:.2f}" if error is not None else "")]
+            cells += [f"{power(line.x[-2:], line.y[-2:])[0]:.2f}"]
         else:
             cells += ["", ""]
-        table.append("| " + " | ".join([*cells, f"{line.expected:g}"]) + " |")
+        table.append("| " + " | ".join([*cells, "" if line.expected is None else f"{line.expected:.2f}"]) + " |")
     return "\n".join(table) + "\n"
 
 
@@ -98,11 +119,12 @@ def figure(rows: Rows, path: Path, passes: dict[str, Any] | None = None) -> None
     """Draw every line on logarithmic axes, a panel for each size that is varied.
 
     Args:
+        rows: the first group of them is drawn.
         path: the PNG to write.
     """
     from bench.figures import BLUE, INK, MUTED, ORANGE, plt
 
-    found = lines_of(rows, passes)
+    found = lines_of(groups(rows)[0][1], passes)
     axes = list(dict.fromkeys(line.axis for line in found))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED}
     colors = (BLUE, ORANGE, INK, MUTED, "#059669")

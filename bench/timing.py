@@ -53,11 +53,11 @@ def quartiles(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Exponent of the power law of least squares in logarithms, and its standard error (0 for two points)."""
+def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float | None]:
+    """Exponent of the power law of least squares in logarithms, and its standard error (None of two points)."""
     u, v = [math.log(a) for a in x], [math.log(b) for b in y]
     mean_u, mean_v = statistics.fmean(u), statistics.fmean(v)
     spread = sum((a - mean_u) ** 2 for a in u)
     slope = sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / spread
     left = sum((b - mean_v - slope * (a - mean_u)) ** 2 for a, b in zip(u, v, strict=True))
-    return slope, math.sqrt(left / max(1, len(u) - 2) / spread)
+    return slope, math.sqrt(left / (len(u) - 2) / spread) if len(u) > 2 else None
