@@ -33,6 +33,15 @@ def device_of(name: str) -> torch.device:
         raise InputError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called in a row: with its model, or its threads."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' * (threads > 1)})"
+    module = torch.get_device_module(device)
+    return f"{device} ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else str(device)
+
+
 def load(
     source: str, *, config_only: bool = False, device: torch.device, dtype: str = "auto", seed: int = 0
 ) -> tuple[nn.Module, Any]:
