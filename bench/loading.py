@@ -27,10 +27,11 @@ def device_of(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
     try:
-        torch.empty(1, device=name)
+        device = torch.empty(1, device=name).device
+        torch.get_device_module(device)  # "meta" has none: nothing is computed there
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"there is no device {name!r} here: {first_line(error)}") from error
 
 
 def device_name(device: torch.device) -> str:

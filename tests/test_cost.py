@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from bench.cost_figure import cost_figure
 from bench.cost_rows import SAME, Rows
 from bench.cost_table import markdown, number, record, size, speed
 from bench.cost_worker import BASE, FULL, Measurement, Settings, disturb
+from bench.figures import plt
 from bench.loading import device_of, inputs_for, load, varied
 from bench.memory import Meter, held_by
 from bench.runs import forward, products, shadow, step
@@ -243,8 +245,13 @@ def test_models_with_random_weights_and_with_their_own(config_folder: Path, tmp_
     assert stored.dtype == torch.bfloat16
     with pytest.raises(InputError, match="dtype must be one of"):
         load(str(tmp_path), device=cpu, dtype="int8")
-    with pytest.raises(InputError, match="no device 'nowhere'"):
-        device_of("nowhere")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "", "cuda:x", "meta", "hpu", "vulkan", "cuda:99"])
+def test_a_device_that_is_not_there_is_told(name: str) -> None:
+    with pytest.raises(InputError, match=f"^there is no device '{name}' here: .") as caught:
+        device_of(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_numbers_are_short() -> None:
@@ -370,9 +377,30 @@ def test_wrong_options_are_told_before_anything_is_measured(tmp_path: Path) -> N
         run("model", "--out", tmp_path / "file")
 
 
-def test_a_model_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
+def test_a_model_or_a_device_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"cannot call {HERE}:nothing: AttributeError"):
         run(f"{HERE}:nothing", "--out", tmp_path)
+    with pytest.raises(InputError, match=r"^there is no device 'meta' here: "):
+        run(f"{HERE}:residual", "--device", "meta")
+
+
+def test_spaces_around_names_of_variants_are_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cost, "run", lambda settings, names, out, *, resume: asked.append(names))
+    run("model", "--variants", "antipasto, lora_xs ")
+    run("model")
+    assert asked == [["antipasto", "lora_xs"], None]
+
+
+def test_the_ratio_of_flops_is_called_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [measured(BASE), measured("lora_xs", lowering="lowrank")]
+    assert speed(record(rows[1]))["FLOPs"] == f"{1 + rows[1]['macs'] / rows[1]['base_macs']:.2f}"
+    shown = [markdown(rows)]
+    monkeypatch.setattr(plt, "close", lambda figure: shown.extend(t.get_text() for t in figure.findobj(Text)))
+    cost_figure([record(row) for row in rows], "title", tmp_path / "cost.png")
+    assert shown[0].count("FLOPs") == 3  # a column for each of the two times, and a note
+    assert "FLOPs over the base's, counted" in shown
+    assert not [text for text in shown if "limit" in text]
 
 
 def test_a_configuration_alone_is_enough(config_folder: Path) -> None:
