@@ -1,8 +1,8 @@
 """The cost report: ``surgery cost MODEL``, every variant beside the base and full fine-tuning.
 
 Each row comes from a process of its own (``bench.cost_worker``), where the variant and the base take turns, and is kept
-as a line of ``cost.jsonl`` as soon as it is there. Beside each ratio of times stands that of the
-counted FLOPs, to compare it with. It is no bound: the base spends time outside products too.
+as a line of ``cost.jsonl`` as soon as it is there. Beside each ratio of times stands that of the counted FLOPs, to
+compare it with. It is no bound: the base spends time outside products too.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def device_of(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
     try:
-        device = torch.empty(1, device=name).device
-        torch.get_device_module(device)  # "meta" has none: nothing is computed there
+        torch.empty(1, device=name)
+        torch.get_device_module(name)  # "meta" has none: nothing is computed there
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"there is no device {name!r} here: {first_line(error)}") from error
