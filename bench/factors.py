@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bench.memory import Meter
 from bench.record import environment
 from bench.runs import step
-from bench.timing import Run, milliseconds
+from bench.timing import alternate
 from surgery import apply_surgery, calibrate, sites
 from surgery.fingerprint import fingerprint
 from surgery.oriented import oriented
@@ -44,17 +44,6 @@ SHAPES = ((1024, 1024), (3072, 1024), (1024, 3072))
 RANKS = (64, 256)
 TOKENS = (10_000, 100_000)
 EPS = 1e-3
-
-
-def alternate(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender, taken in turn after one run that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(repeats + 1):
-        for name, run in contenders.items():
-            found = milliseconds(run)
-            if i:
-                times[name].append(found)
-    return times
 
 
 def weight_of(d_out: int, d_in: int, decay: float) -> Tensor:

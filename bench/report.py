@@ -53,7 +53,7 @@ def tables(root: Path) -> Iterator[tuple[str, str]]:
         "lowerings.jsonl": lambda path: lowerings.markdown(lowerings.read(path)),
         "factors.json": lambda path: factors.markdown(json.loads(path.read_text())),
         "passes.json": _passes,
-        "quality.jsonl": lambda path: quality.markdown(quality.read(path)),
+        "quality.jsonl": lambda path: quality.markdown(path.parent),
         "scaling.jsonl": lambda path: scaling_report.markdown(
             scaling.read(path), scaling_report.passes_of(path.parent)
         ),

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.factors import Pair, alternate, weight_of
+from bench.factors import Pair, weight_of
 from bench.record import environment
 from bench.rows import Store, lines
 from bench.runs import products
 from bench.speed_model import CONFIGS, Decoder, Shape, Sizes, decoder, inputs
 from bench.speed_timing import run_of, spread, timed
+from bench.timing import alternate
 from passes.errors import InputError
 from surgery import apply_surgery, calibrate, sites
 from surgery.progress import track

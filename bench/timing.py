@@ -35,6 +35,17 @@ def paired(contenders: dict[str, Run], repeats: int, device: torch.device = CPU)
     return times
 
 
+def alternate(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each contender, taken in turn after one run that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(repeats + 1):
+        for name, run in contenders.items():
+            found = milliseconds(run)
+            if i:
+                times[name].append(found)
+    return times
+
+
 def milliseconds(run: Run, device: torch.device = CPU) -> float:
     """Duration of one run, until the device has done all of it."""
     gc.collect()
