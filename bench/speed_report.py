@@ -12,40 +12,42 @@ from bench.speed_contenders import CONTENDERS
 from bench.speed_model import shapes
 from bench.speed_runtimes import RUNTIMES
 
-RUN = ("config", "layers", "dtype", "r", "tokens", "device", "threads")  # what one group of tables has in common
+# What one group of tables has in common.
+RUN = ("config", "layers", "dtype", "r", "tokens", "device", "threads", "seed", "repeats")
 SHAPES = tuple(shapes(512))
 NOTHING = "No rows yet: `python -m bench speed` measures them.\n"
 Rows = Sequence[Mapping[str, Any]]
 
 
 def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
-    """Rows by the model and the machine that they were measured on."""
+    """Rows by the model, the machine that they were measured on, and how: no row stands for another."""
     ordered = sorted(rows, key=lambda row: tuple(map(str, key(row, RUN))))
     return [(of, list(found)) for of, found in groupby(ordered, key=lambda row: key(row, RUN))]
 
 
 def markdown(rows: Rows) -> str:
-    """A table for each model, machine and runtime: ratio to the base beside it, milliseconds, and their least."""
+    """A table for each model, machine and runtime: ratio to the base beside it, milliseconds, and about their least."""
     return "\n".join(_group(of, found) for of, found in groups(rows)) or NOTHING
 
 
 def _group(of: tuple[Any, ...], rows: Rows) -> str:
-    config, layers, dtype, r, tokens, device, threads = of
+    config, layers, dtype, r, tokens, device, threads, seed, repeats = of
     lines = [
-        f"**{config}, {layers} layer{'s' if layers > 1 else ''}, {dtype}, r = {r}; {device}, {threads} threads**",
+        f"**{config}, {layers} layer{'s' if layers > 1 else ''}, {dtype}, r = {r}; {device}, {threads} threads; "
+        f"seed {seed}, at most {repeats} pairs**",
         "",
     ]
     machine = [row["ceilings"] for row in rows if "ceilings" in row]
     if machine:
         rate, bandwidth = (max(c[n] for c in machine) for n in ("flops_per_second", "bytes_per_second"))
         lines += [f"Measured ceilings: {rate / 1e9:,.0f} GFLOP/s in products of the model's sizes, "
-                  f"{bandwidth / 1e9:,.1f} GB/s in a copy.", ""]  # fmt: skip
+                  f"{bandwidth / 1e9:,.1f} GB/s of memory.", ""]  # fmt: skip
     at = {(row["runtime"], row["contender"], row["shape"]): row for row in rows}
     for runtime in RUNTIMES:
         kinds = [s for s in SHAPES if any(a == runtime and c == s for a, _, c in at)]
         if not kinds:
             continue
-        lines += [f"| {runtime} | " + " | ".join(_title(s, tokens) for s in kinds) + " |"]
+        lines += [f"| {_named(runtime, rows)} | " + " | ".join(_title(s, tokens) for s in kinds) + " |"]
         lines += ["|---" + "|---:" * len(kinds) + "|"]
         for name in CONTENDERS:
             found = [at.get((runtime, name, shape)) for shape in kinds]
@@ -53,6 +55,12 @@ def _group(of: tuple[Any, ...], rows: Rows) -> str:
                 lines.append(f"| {name} | " + " | ".join(map(_cell, found)) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _named(runtime: str, rows: Rows) -> str:
+    """A runtime, and the backend of ``torch.compile`` where it is not the usual one."""
+    found = {row.get("backend") for row in rows if row["runtime"] == runtime} - {None, "inductor"}
+    return f"{runtime} with {', '.join(sorted(map(str, found)))}" if found else runtime
 
 
 def _title(shape: str, tokens: int) -> str:
@@ -71,7 +79,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     ratio, ms = row["ratio"], row["milliseconds"]["median"]
     return (
         f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}); "
-        f"{_digits(ms)} of ≥ {_digits(row['minimum_ms'])} ms"
+        f"{_digits(ms)} of ~{_digits(row['minimum_ms'])} ms"
     )
 
 
@@ -80,7 +88,7 @@ def _digits(ms: float) -> str:
 
 
 def figure(rows: Rows, path: Path) -> None:
-    """Draw ratios to the base with their quartiles, a panel for each runtime and shape, and the least possible ones.
+    """Draw ratios to the base with their quartiles, a panel for each runtime and shape, and about the least ones.
 
     Args:
         rows: of one group, see :func:`groups`.
@@ -113,7 +121,7 @@ def figure(rows: Rows, path: Path) -> None:
                 panel.set_yticks(range(len(names)), names)
                 panel.set_ylim(-0.6, len(names) - 0.4)
         drawn.supxlabel(
-            "time over the plain base's, quartiles of pairs; the tick is what FLOPs and bytes allow", fontsize=9
+            "time over the plain base's, quartiles of pairs; the tick is about what FLOPs and bytes allow", fontsize=9
         )
         drawn.savefig(path, dpi=110, metadata={"Software": None})
         plt.close(drawn)
