@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.rows import key
 from bench.speed_contenders import CONTENDERS
+from bench.speed_limits import minimum_ms
 from bench.speed_model import shapes
 from bench.speed_runtimes import RUNTIMES
 
@@ -22,7 +23,26 @@ Rows = Sequence[Mapping[str, Any]]
 def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
     """Rows by the model, the machine that they were measured on, and how: no row stands for another."""
     ordered = sorted(rows, key=lambda row: tuple(map(str, key(row, RUN))))
-    return [(of, list(found)) for of, found in groupby(ordered, key=lambda row: key(row, RUN))]
+    return [(of, limited(list(found))) for of, found in groupby(ordered, key=lambda row: key(row, RUN))]
+
+
+def limited(rows: Rows) -> list[Mapping[str, Any]]:
+    """Rows of one machine with their least times by its best rates, measured by themselves or reached in a cell.
+
+    A ceiling is measured once in a run, which may be while others use the machine.
+    """
+    done = [row for row in rows if row["status"] == "ok" and "ceilings" in row]
+    best = {
+        rate: max(max(row["ceilings"][rate], 1000 * row.get(amount, 0) / row["milliseconds"]["median"]) for row in done)
+        for rate, amount in (("flops_per_second", "flops"), ("bytes_per_second", "bytes"))
+        if done
+    }
+    return [
+        {**row, "ceilings": best, "minimum_ms": minimum_ms({n: row[n] for n in ("flops", "bytes")}, best)}
+        if row in done and "flops" in row
+        else row
+        for row in rows
+    ]
 
 
 def markdown(rows: Rows) -> str:
@@ -40,8 +60,8 @@ def _group(of: tuple[Any, ...], rows: Rows) -> str:
     machine = [row["ceilings"] for row in rows if "ceilings" in row]
     if machine:
         rate, bandwidth = (max(c[n] for c in machine) for n in ("flops_per_second", "bytes_per_second"))
-        lines += [f"Measured ceilings: {rate / 1e9:,.0f} GFLOP/s in products of the model's sizes, "
-                  f"{bandwidth / 1e9:,.1f} GB/s of memory.", ""]  # fmt: skip
+        lines += [f"Ceilings: {rate / 1e9:,.0f} GFLOP/s in products and {bandwidth / 1e9:,.1f} GB/s of memory, the "
+                  "best that were measured by themselves or reached in a cell.", ""]  # fmt: skip
     at = {(row["runtime"], row["contender"], row["shape"]): row for row in rows}
     for runtime in RUNTIMES:
         kinds = [s for s in SHAPES if any(a == runtime and c == s for a, _, c in at)]

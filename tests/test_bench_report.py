@@ -80,6 +80,16 @@ def test_another_backend_is_named() -> None:
     assert "| compile | prefill" in speed_report.markdown([row("LoRA", 1.0, runtime="compile", backend="inductor")])
 
 
+def test_the_least_time_is_by_the_best_rate_that_was_measured_or_reached() -> None:
+    work = {"flops": 8e8, "bytes": 1e6, "ceilings": {"flops_per_second": 5e10, "bytes_per_second": 2e10}}
+    slow, fast = row("LoRA", 12.0, **work), row("merged", 8.0, **work)  # 8e8 FLOPs in 8 ms: 1e11 in a second
+    rows = {one["contender"]: one for _, found in speed_report.groups([slow, fast]) for one in found}
+    assert rows["LoRA"]["minimum_ms"] == pytest.approx(8.0)
+    assert rows["merged"]["minimum_ms"] == pytest.approx(8.0)
+    assert "Ceilings: 100 GFLOP/s in products and 20.0 GB/s" in speed_report.markdown([slow, fast])
+    assert slow["ceilings"]["flops_per_second"] == 5e10  # what was measured stays what it is
+
+
 def test_the_figure_is_an_image(tmp_path: Path) -> None:
     speed_report.figure(ROWS, tmp_path / "speed.png")
     pixels = image.imread(tmp_path / "speed.png")
