@@ -218,6 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="pairs with the base, at most; others take a third")
     parser.add_argument("--most", type=int, help="leave out sizes above this")
     options = parser.parse_args(arguments)
+    if options.repeats < 3:
+        parser.error("--repeats must be at least 3, for quartiles")
     try:
         run(options.out / "scaling.jsonl", options.axes, options.repeats, most=options.most)
         print(write(options.out))

@@ -99,13 +99,19 @@ def title(axis: str) -> str:
 
 def markdown(rows: Rows, passes: dict[str, Any] | None = None) -> str:
     """The exponents as a table for each machine and setting."""
-    return "\n".join(_table(of, found, passes) for of, found in groups(rows)) or NOTHING
+    return "\n".join(_table(of, found, _theirs(of, passes)) for of, found in groups(rows)) or NOTHING
+
+
+def _theirs(of: tuple[Any, ...], passes: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The passes, where they were timed on the machine of a group."""
+    return passes if passes and passes["hardware"] == of[0] else None
 
 
 def _table(of: tuple[Any, ...], rows: Rows, passes: dict[str, Any] | None) -> str:
     device, threads, _, repeats = of
     table = [
-        f"{device}, {threads} threads, at most {repeats} pairs.",
+        f"{device}; {threads} threads, at most {repeats} pairs (factorisation and calibration: one thread, a third as "
+        "many runs in turn).",
         "",
         "| varied | cost | from … to | milliseconds | over the base at the last | exponent, of all | of the last two "
         "| FLOPs say |",
@@ -134,7 +140,10 @@ def figure(rows: Rows, path: Path, passes: dict[str, Any] | None = None) -> None
     """
     from bench.figures import BLUE, INK, MUTED, ORANGE, plt
 
-    found = lines_of(groups(rows)[0][1], passes)
+    of, first = groups(rows)[0]
+    found = lines_of(first, _theirs(of, passes))
+    if not found:
+        return
     axes = list(dict.fromkeys(line.axis for line in found))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED}
     colors = (BLUE, ORANGE, INK, MUTED, "#059669")

@@ -27,16 +27,17 @@ def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
 
 
 def limited(rows: Rows) -> list[Mapping[str, Any]]:
-    """Rows of one machine with their least times by its best rates, measured by themselves or reached in a cell.
+    """Rows of one machine with their least times by its best rates.
 
-    A ceiling is measured once in a run, which may be while others use the machine.
+    Ceilings are measured once in a run, which may be while others use the machine: the rate of products is also what
+    any cell reached. That of memory is not, as a cell may read from a cache.
     """
     done = [row for row in rows if row["status"] == "ok" and "ceilings" in row]
-    best = {
-        rate: max(max(row["ceilings"][rate], 1000 * row.get(amount, 0) / row["milliseconds"]["median"]) for row in done)
-        for rate, amount in (("flops_per_second", "flops"), ("bytes_per_second", "bytes"))
-        if done
-    }
+    best = {}
+    if done:
+        best = {rate: max(row["ceilings"][rate] for row in done) for rate in ("flops_per_second", "bytes_per_second")}
+        reached = max(1000 * row.get("flops", 0) / row["milliseconds"]["median"] for row in done)
+        best["flops_per_second"] = max(best["flops_per_second"], reached)
     return [
         {**row, "ceilings": best, "minimum_ms": minimum_ms({n: row[n] for n in ("flops", "bytes")}, best)}
         if row in done and "flops" in row
@@ -60,8 +61,8 @@ def _group(of: tuple[Any, ...], rows: Rows) -> str:
     machine = [row["ceilings"] for row in rows if "ceilings" in row]
     if machine:
         rate, bandwidth = (max(c[n] for c in machine) for n in ("flops_per_second", "bytes_per_second"))
-        lines += [f"Ceilings: {rate / 1e9:,.0f} GFLOP/s in products and {bandwidth / 1e9:,.1f} GB/s of memory, the "
-                  "best that were measured by themselves or reached in a cell.", ""]  # fmt: skip
+        lines += [f"Ceilings: {rate / 1e9:,.0f} GFLOP/s, the best of products by themselves and of all cells; "
+                  f"{bandwidth / 1e9:,.1f} GB/s of memory.", ""]  # fmt: skip
     at = {(row["runtime"], row["contender"], row["shape"]): row for row in rows}
     for runtime in RUNTIMES:
         kinds = [s for s in SHAPES if any(a == runtime and c == s for a, _, c in at)]
