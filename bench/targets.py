@@ -72,8 +72,9 @@ def of_lowerings(rows: list[Row]) -> Iterator[Target]:
         Measured(of, *(q - quartiles(ms["dense"])[1] for q in (middle, low, high)))
         for of, _, ms in at for low, middle, high in [quartiles(ms["dense, coeff changed"])]
     ])  # fmt: skip
-    yield Target("the chosen low-rank lowering, over the bound of its FLOPs: at most 1.10", 1.1, True,
-                 [_ratio(of, ms["low-rank"], lowerings.bound(row["r"], row["tokens"])) for of, row, ms in at])  # fmt: skip
+    yield Target("the chosen low-rank lowering, over the bound of its FLOPs: at most 1.10", 1.1, True, [
+        _ratio(of, ms["low-rank"], lowerings.bound(row["r"], row["tokens"])) for of, row, ms in at
+    ])  # fmt: skip
     yield Target("a coeff per row under `lowrank`, over a scalar one: at most 1.05", 1.05, True,
                  [_ratio(of, ms["lowrank, coeff by row"], ms["lowrank"]) for of, _, ms in at])  # fmt: skip
     steps = [row for row in rows if row["kind"] == "training"]
