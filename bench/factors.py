@@ -269,10 +269,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", type=int, help="measure one calibration in this process, and print it as JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.memory:
         print(json.dumps(memory_of(options.memory)))
         return
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     data = {
         "factorisation": factorisation(options.repeats),

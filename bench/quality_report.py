@@ -152,8 +152,9 @@ def quality_markdown(found: list[Row], settings: Settings, recorded: list[Row], 
         lines.append(f"Left out, having nothing to train: {', '.join(left_out)}.")
     if missing:
         lines.append(f"Not run, or not completely: {', '.join(missing)}.")
+    if steps:
+        lines.append("Steps are timed apart from the runs, the methods taking turns in one thread.")
     lines += [
-        "Steps are timed apart from the runs, the methods taking turns in one thread. "
         f"Hardware: {'; '.join(machines)}.", "",
         "What it shows:", "", *(f"- {line}" for line in _shown(found, base, full)), "",
         "What it does not show: anything about large models, other tasks, or long training. This is one byte-level "

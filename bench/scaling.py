@@ -6,7 +6,8 @@ a line of ``scaling.jsonl`` as soon as it is there, and one that is there alread
 
 The limits are what FLOPs grow with. Those of forwards and steps are counted: the products of low-rank forwards grow
 with rank, sites, tokens and width, while steps run as ``auto`` has it. A factorisation grows with the cube of the
-width, the sums of a calibration with the tokens and the square of the width.
+width, a randomised one of few directions with its square, the sums of a calibration with the tokens and the square of
+the width.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ CURVES = {
     "tokens": Curve("tokens", {**LINES, "the base's forward": None}, (16, 64, 256, 1024, 4096), by_tokens),
     "width": Curve("width", {**LINES, "the base's forward": None}, (256, 512, 1024, 2048), by_width),
     "factorisation": Curve(
-        "width of a square weight", {"full SVD": 3.0, "exact": 3.0, "randomised": 3.0}, (256, 512, 1024, 2048),
+        "width of a square weight", {"full SVD": 3.0, "exact": 3.0, "randomised": 2.0}, (256, 512, 1024, 2048),
         by_weight,
     ),
     "calibration, tokens": Curve(
@@ -217,6 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="pairs with the base, at most; others take a third")
     parser.add_argument("--most", type=int, help="leave out sizes above this")
     options = parser.parse_args(arguments)
+    if options.repeats < 3:
+        parser.error("--repeats must be at least 3, for quartiles")
     try:
         run(options.out / "scaling.jsonl", options.axes, options.repeats, most=options.most)
         print(write(options.out))

@@ -80,6 +80,19 @@ def test_another_backend_is_named() -> None:
     assert "| compile | prefill" in speed_report.markdown([row("LoRA", 1.0, runtime="compile", backend="inductor")])
 
 
+def test_the_least_time_is_by_the_best_rate_that_was_measured_or_reached() -> None:
+    work = {"flops": 8e8, "bytes": 1e6, "ceilings": {"flops_per_second": 5e10, "bytes_per_second": 2e10}}
+    slow, fast = row("LoRA", 12.0, **work), row("merged", 8.0, **work)  # 8e8 FLOPs in 8 ms: 1e11 in a second
+    rows = {one["contender"]: one for _, found in speed_report.groups([slow, fast]) for one in found}
+    assert rows["LoRA"]["minimum_ms"] == pytest.approx(8.0)
+    assert rows["merged"]["minimum_ms"] == pytest.approx(8.0)
+    assert (
+        "Ceilings: 100 GFLOP/s, the best of products by themselves and of all cells; 20.0 GB/s"
+        in speed_report.markdown([slow, fast])
+    )
+    assert slow["ceilings"]["flops_per_second"] == 5e10  # what was measured stays what it is
+
+
 def test_the_figure_is_an_image(tmp_path: Path) -> None:
     speed_report.figure(ROWS, tmp_path / "speed.png")
     pixels = image.imread(tmp_path / "speed.png")
@@ -122,11 +135,12 @@ def test_a_changed_number_on_a_page_is_noticed(page: str, project: Path) -> None
     assert report.check(project) == []
     text = (project / page).read_text()
     tables = list(report.MARKED.finditer(text))
-    assert tables
-    for table in tables:
-        digits = re.search(r"\d+", text[table.start(3) : table.end(3)])
-        assert digits is not None
-        at = table.start(3) + digits.start()
+    shown = [(table, re.search(r"\d", table.group(3))) for table in tables]
+    assert sum(digit is not None for _, digit in shown) >= 3
+    for table, digit in shown:
+        if digit is None:
+            continue  # nothing is recorded
+        at = table.start(3) + digit.start()
         (project / page).write_text(text[:at] + str(int(text[at]) ^ 1) + text[at + 1 :])
         assert report.check(project) == [page]
 

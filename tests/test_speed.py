@@ -91,7 +91,8 @@ def test_hooks_dropped_by_the_compiler_are_caught_and_ones_own_code_keeps_them(s
 def test_what_is_made_again_for_another_runtime_is_the_same(tmp_path: Path) -> None:
     """One reference of a family serves all runtimes, so that an adapter must not start from other random numbers."""
     chosen = {"runtimes": ("eager", "compile"), "shapes": ("decode 1",), "contenders": PEERS, "backend": "eager"}
-    assert {row["status"] for row in measured(settings(tmp_path / "a", **chosen)).values()} == {"ok"}
+    found = {row["status"] for row in measured(settings(tmp_path / "a", **chosen)).values()}
+    assert found - {"absent"} == {"ok"}  # older releases of PEFT have no PSOFT
 
 
 def test_errors_are_over_the_adapters_effect() -> None:
