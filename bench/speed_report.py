@@ -118,23 +118,34 @@ def figure(rows: Rows, path: Path) -> None:
     from bench.figures import BLUE, INK, MUTED, ORANGE, plt
 
     kinds = [s for s in SHAPES if any(row["shape"] == s for row in rows)]
-    runtimes = [a for a in RUNTIMES if any(row["runtime"] == a for row in rows)]
-    names = [c for c in CONTENDERS if any(row["contender"] == c for row in rows)][::-1]
+    lines = {
+        runtime: [c for c in CONTENDERS if any((row["runtime"], row["contender"]) == (runtime, c) for row in rows)][
+            ::-1
+        ]
+        for runtime in RUNTIMES
+        if any(row["runtime"] == runtime for row in rows)
+    }
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED}
     with plt.rc_context(style):
-        size = (2.2 + 2.3 * len(kinds), 0.9 + len(runtimes) * (0.5 + 0.19 * len(names)))
-        drawn, axes = plt.subplots(len(runtimes), len(kinds), figsize=size, sharex="col", sharey=True, squeeze=False,
-                                   constrained_layout=True)  # fmt: skip
-        for line, runtime in zip(axes, runtimes, strict=True):
-            for panel, shape in zip(line, kinds, strict=True):
+        heights = [0.5 + 0.19 * len(names) for names in lines.values()]
+        drawn, axes = plt.subplots(
+            len(lines), len(kinds), figsize=(2.2 + 2.3 * len(kinds), 0.9 + sum(heights)), sharex="col", sharey="row",
+            squeeze=False, constrained_layout=True, height_ratios=heights,
+        )  # fmt: skip
+        for (runtime, names), panels in zip(lines.items(), axes, strict=True):
+            for panel, shape in zip(panels, kinds, strict=True):
+                mine = [row for row in rows if (row["runtime"], row["shape"]) == (runtime, shape)]
+                if not mine:
+                    panel.set_axis_off()
+                    continue
                 panel.axvline(1, color=MUTED, lw=0.8)
                 panel.set_title(f"{runtime}: {shape}", fontsize=9)
-                for row in rows:
-                    if (row["runtime"], row["shape"]) == (runtime, shape) and row["status"] in ("ok", "wrong"):
-                        y = names.index(row["contender"])
-                        if row["status"] == "wrong":
-                            panel.text(1, y, " wrong", color=ORANGE, va="center", fontsize=8)
-                            continue
+                panel.tick_params(labelbottom=True)
+                for row in mine:
+                    y = names.index(row["contender"])
+                    if row["status"] == "wrong":
+                        panel.text(1, y, " wrong", color=ORANGE, va="center", fontsize=8)
+                    if row["status"] == "ok":
                         ratio, base = row["ratio"], row["base_milliseconds"]["median"]
                         panel.plot([ratio["q1"], ratio["q3"]], [y, y], color=BLUE, lw=2, alpha=0.5)
                         panel.plot(ratio["median"], y, "o", color=BLUE, ms=4)
