@@ -69,4 +69,5 @@ def cost(
         model=model, config_only=config_only, r=r, target_modules=patterns(target_modules), lowering=lowering,
         batch=batch, length=length, device=device, dtype=dtype, repeats=repeats, seed=seed,
     )  # fmt: skip
-    run(settings, variants.split(",") if variants else None, out, resume=resume)
+    names = [name.strip() for name in variants.split(",")] if variants else None
+    run(settings, names, out, resume=resume)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.rows import CELL, key, read
+from bench.rows import CELL, PLACE, SETTINGS, key, read
 from passes.errors import InputError
 
 NOTEWORTHY = 0.05  # smaller differences are not flagged
@@ -16,7 +16,10 @@ MEASURES = ("milliseconds", "ratio")
 
 @dataclass(frozen=True)
 class Change:
-    """A cell in both files: the second's median over the first's, its range over the quartiles, and what it means."""
+    """A cell in both files, with its place where there are several.
+
+    The second's median over the first's, its range over the quartiles, and what it means.
+    """
 
     cell: tuple[Any, ...]
     before: float
@@ -33,7 +36,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The cells of both files, those of one file alone, and where the two were measured."""
+    """The cells of both files, those of one file alone, and where those of both were measured."""
 
     changes: list[Change]
     only_before: int
@@ -49,6 +52,9 @@ class Comparison:
 def compare(before: Path, after: Path, measure: str = "milliseconds") -> Comparison:
     """Compare what two files have in common.
 
+    Where a file has rows of several places, cells are compared within a place; where it has a cell several times even
+    there, among those of the same seed and repeats.
+
     Args:
         measure: "milliseconds", or "ratio" for the ratios to the base, which leave the machine's speed out.
 
@@ -58,17 +64,32 @@ def compare(before: Path, after: Path, measure: str = "milliseconds") -> Compari
     for path in (before, after):
         if not path.is_file():
             raise InputError(f"there is no file {str(path)!r}")
-    old, new = ({key(row, CELL): row for row in read(path)} for path in (before, after))
+    files = read(before), read(after)
+    names = _names(files)
+    old, new = ({key(row, names): row for row in rows} for rows in files)
     changes = [
         _change(cell, old[cell], new[cell], measure) for cell in old if cell in new and old[cell]["status"] == "ok"
     ]
     if not changes:
         raise InputError(
             f"{str(before)!r} ({len(old)} rows) and {str(after)!r} ({len(new)} rows) have no measured cell in common; "
-            f"a cell is one {', '.join(CELL)}"
+            f"a cell is one {', '.join(names)}"
         )
-    places = tuple({f"{row['device']}, {row['threads']} threads" for row in rows.values()} for rows in (old, new))
+    places = tuple(
+        {f"{row['device']}, {row['threads']} threads" for cell, row in rows.items() if cell in old and cell in new}
+        for rows in (old, new)
+    )
     return Comparison(changes, len(set(old) - set(new)), len(set(new) - set(old)), (places[0], places[1]))
+
+
+def _names(files: Sequence[list[dict[str, Any]]]) -> tuple[str, ...]:
+    """What tells cells apart, so that none of a file's rows stands for another."""
+    if any(len({key(row, PLACE) for row in rows}) > 1 for rows in files):
+        names: tuple[str, ...] = (*CELL, *PLACE)
+    else:
+        names = CELL
+    twice = any(len({key(row, names) for row in rows}) < len(rows) for rows in files)
+    return (*names, *SETTINGS) if twice else names
 
 
 def _change(cell: tuple[Any, ...], old: Mapping[str, Any], new: Mapping[str, Any], measure: str) -> Change:

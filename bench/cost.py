@@ -1,8 +1,8 @@
 """The cost report: ``surgery cost MODEL``, every variant beside the base and full fine-tuning.
 
 Each row comes from a process of its own (``bench.cost_worker``), where the variant and the base take turns, and is kept
-as a line of ``cost.jsonl`` as soon as it is there. The limit of a time is given by counted products: a forward can cost
-no less over the base's than its share of FLOPs.
+as a line of ``cost.jsonl`` as soon as it is there. Beside each ratio of times stands that of the counted FLOPs, to
+compare it with. It is no bound: the base spends time outside products too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.cost_rows import Rows, device_in
 from bench.cost_worker import BASE, FULL, Settings
 from bench.record import environment
 from passes.errors import InputError
 from surgery.variants import REGISTRY, resolve_variant
 
-SAME = ("commit", "python", "versions", "hardware", "threads")  # what a kept row must have been measured with
+DEVICE = "import sys; from bench.loading import device_name, device_of; print(device_name(device_of(sys.argv[1])))"
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
@@ -44,7 +45,8 @@ def run(
     Args:
         variants: names; all by default.
         out: directory for ``cost.jsonl``, ``cost.json``, ``cost.csv``, ``cost.md`` and ``cost.png``; None writes none.
-        resume: take the rows from ``cost.jsonl`` that were measured with these settings, on this machine, by this code.
+        resume: take the rows from ``cost.jsonl`` that were measured with these settings, on this machine and device, by
+            this code; its other rows stay in that file, until they are measured again.
 
     Raises:
         InputError: the model cannot be loaded, or an option is wrong.
@@ -54,21 +56,16 @@ def run(
     if settings.r < 1 or min(settings.batch, settings.length, settings.repeats) < 1:
         raise InputError("r, batch, length and repeats must be at least 1")
     names, source = chosen(variants), environment()
-    kept = out / "cost.jsonl" if out else None
-    if kept:
-        _make(kept.parent)
-    known = _known(kept, settings, source) if kept and resume else {}
+    kept = Rows(out / "cost.jsonl", keep=resume) if out else None
+    known = _known(kept.finished(settings, source), settings.device) if kept else {}
     rows = [known[name] for name in names if name in known]
-    if kept:
-        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, tell in _progress([name for name in names if name not in known]):
         row = {**measured(settings, name, tell), **source}
         if name == BASE and row["stage"] in ("start", "loading"):  # no variant could do better
             raise InputError(row["error"].partition(": ")[2].removeprefix("InputError: "))
         rows.append(row)
         if kept:
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            kept.put(row)
     rows.sort(key=lambda row: names.index(row["variant"]))
     show(rows)
     if out:
@@ -76,25 +73,25 @@ def run(
     return rows
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the directory {str(folder)!r}: {error}") from error
+def _known(finished: Sequence[dict[str, Any]], device: str) -> dict[str, dict[str, Any]]:
+    """Those of the rows that were measured on this device, by variant."""
+    name = _device_here(device) if finished else None
+    return {row["variant"]: row for row in finished if device_in(row) == name}
 
 
-def _known(path: Path, settings: Settings, source: dict[str, Any]) -> dict[str, Any]:
-    """Rows without an error that an earlier run left, by name; a line that was cut off is none."""
-    found: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        same = row["settings"] == asdict(settings) and all(row[name] == source[name] for name in SAME)
-        if same and "error" not in row:
-            found[row["variant"]] = row
-    return found
+def _device_here(name: str) -> str:
+    """What a row would call its device, from a process of its own: set up here, it would hold memory all the while."""
+    command = [sys.executable, "-c", DEVICE, name]
+    run = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    if run.returncode:
+        reason = _ended(run.returncode, run.stderr)
+        raise InputError(reason.rpartition("InputError: ")[2])
+    return run.stdout.strip().splitlines()[-1]
+
+
+def _environment() -> dict[str, str]:
+    """Variables of a process that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
 
 
 def _progress(names: list[str]) -> Any:
@@ -112,14 +109,11 @@ def _progress(names: list[str]) -> Any:
 
 def measured(settings: Settings, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
     """The row of one variant, from a process of its own; where that was killed, the row says so."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         result = Path(folder) / "row.json"
         result.write_text(json.dumps({"variant": name, "settings": asdict(settings), "stage": "start"}))
         command = [sys.executable, "-m", "bench.cost_worker", json.dumps(asdict(settings)), name, str(result)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "PYTHONPATH": path}
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment()) as process:
             try:
                 assert process.stdout is not None
                 for stage in process.stdout:

@@ -15,7 +15,7 @@ LABELS = {"base": "plain base"}
 
 
 def cost_figure(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw times over the base's with their limits, trainable parameters, and memory, one row per variant.
+    """Draw times and FLOPs over the base's, trainable parameters, and memory, one row per variant.
 
     Args:
         records: as ``bench.cost_table.record`` gives them; the base first.
@@ -46,7 +46,7 @@ def cost_figure(records: Sequence[dict[str, Any]], title: str, path: Path) -> No
 
 
 def _times(axes: Any, records: Sequence[dict[str, Any]]) -> None:
-    """Bars of the ratios, whiskers from quartile to quartile, and a tick where the FLOPs would have them."""
+    """Bars of the ratios, whiskers from quartile to quartile, and a tick at the ratio of the counted FLOPs."""
     names = {"forward": "forward", "step": "forward + backward"}
     for kind, color, shift in (("forward", BLUE, -0.19), ("step", ORANGE, 0.19)):
         found = [(i + shift, r) for i, r in enumerate(records) if r[f"{kind}_ratio"] is not None]
@@ -56,11 +56,11 @@ def _times(axes: Any, records: Sequence[dict[str, Any]]) -> None:
         ratio, low, high = (np.array([r[f"{kind}_ratio{end}"] for _, r in found]) for end in ("", "_low", "_high"))
         axes.barh(y, ratio, height=0.34, color=color, alpha=0.75, label=names[kind])
         axes.hlines(y, low, high, color=INK, lw=1, label="half of the pairs (quartiles)" if kind == "step" else None)
-        limit = [r[f"{kind}_flop_ratio"] or np.nan for _, r in found]
-        for at, value, end in zip(y, ratio, np.fmax(np.fmax(ratio, high), limit), strict=True):
+        flops = [r[f"{kind}_flop_ratio"] or np.nan for _, r in found]
+        for at, value, end in zip(y, ratio, np.fmax(np.fmax(ratio, high), flops), strict=True):
             axes.annotate(f"{value:.2f}", (end, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        label = "limit: the ratio of FLOPs" if kind == "step" else None
-        axes.vlines(limit, y - 0.18, y + 0.18, color=INK, lw=2.6, zorder=4, label=label)
+        label = "FLOPs over the base's, counted" if kind == "step" else None
+        axes.vlines(flops, y - 0.18, y + 0.18, color=INK, lw=2.6, zorder=4, label=label)
     axes.axvline(1, color=MUTED, lw=1, ls="--", zorder=1)
     axes.margins(x=0.08)
     base = records[0]

@@ -68,7 +68,7 @@ def speed(found: dict[str, Any]) -> dict[str, str]:
     for kind, name in zip(KINDS, ("forward", "fwd + bwd"), strict=True):
         cells[f"{name}, ms"] = number(found[f"{kind}_ms"])
         cells["over base" + " " * (kind == "step")] = over(found, kind)
-        cells["limit" + " " * (kind == "step")] = _ratio(found[f"{kind}_flop_ratio"])
+        cells["FLOPs" + " " * (kind == "step")] = _ratio(found[f"{kind}_flop_ratio"])
     used = [found[f"{kind}_lowering"] for kind in KINDS]
     cells["computed as"] = " / ".join(name or "n/a" for name in used) if any(used) else ""
     return cells
@@ -116,8 +116,8 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     memory = next((row["memory"] for row in rows if "memory" in row), "")
     lines = [
         "over base: median of paired ratios to the frozen base, which takes turns in the same process, and quartiles; "
-        "those of the base itself are to a copy of it, so they show the noise. limit: the ratio of the FLOPs of all "
-        "matrix products, as counted.",
+        "those of the base itself are to a copy of it, so they show the noise. FLOPs: those of all matrix products, as "
+        "counted, over the base's: to compare the times with, and no bound, as the base does more than products.",
         "fwd + bwd: in eval mode, to what is trained and to the embeddings (or inputs), without an optimiser's step. "
         "computed as: the lowerings of a forward / of a forward with a backward.",
         "MACs per token: what low-rank products would add, and their share of the operated sites' own. adapter: "

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.loading import device_of, inputs_for, load, varied
+from bench.loading import device_name, device_of, inputs_for, load, varied
 from bench.memory import Meter, held_by
 from bench.runs import forward, lowerings, products, shadow, step
 from bench.timing import milliseconds, paired
@@ -118,7 +118,7 @@ class Measurement:
             "parameters": sum(p.numel() for p in parameters),
             "bytes": sum(p.nbytes for p in parameters),
             "dtype": str(next(iter(parameters)).dtype).removeprefix("torch."),
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "sized": given is None,
         }
         self.meter = Meter(self.device)
@@ -232,14 +232,6 @@ def described(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
         return f"out of memory ({reason})"
     return f"{type(error).__name__}: {reason}"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu ({threads} thread{'s' * (threads > 1)})"
-    module = torch.get_device_module(device)
-    return f"{device} ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else str(device)
 
 
 def main() -> None:

@@ -17,21 +17,22 @@ randomised one 2 d^2 (d/2 + 4 r), and a core costs little where it needs less th
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.memory import Meter
 from bench.record import environment
+from bench.runs import step
+from bench.timing import alternate
 from surgery import apply_surgery, calibrate, sites
 from surgery.fingerprint import fingerprint
 from surgery.oriented import oriented
@@ -44,19 +45,6 @@ SHAPES = ((1024, 1024), (3072, 1024), (1024, 3072))
 RANKS = (64, 256)
 TOKENS = (10_000, 100_000)
 EPS = 1e-3
-
-
-def alternate(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender, taken in turn after one run that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(repeats + 1):
-        for name, run in contenders.items():
-            gc.collect()
-            started = time.perf_counter()
-            run()
-            if i:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return times
 
 
 def weight_of(d_out: int, d_in: int, decay: float) -> Tensor:
@@ -146,39 +134,48 @@ def corda(repeats: int, r: int = 256, tokens: int = 8192) -> list[dict[str, Any]
     return rows
 
 
-class _Model(nn.Module):
-    """Two sites of unlike shape."""
+class Pair(nn.Module):
+    """Two sites of unlike shape, as in an MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(512, 1024), nn.Linear(1024, 512)
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        """The MLP."""
+        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
 
 
 def memory_of(tokens: int) -> dict[str, Any]:
-    """Growth of the peak memory of this process, in bytes, while it calibrates on so many tokens."""
+    """Peak memory of a calibration on so many tokens, in bytes above what this process held before it."""
     torch.manual_seed(0)
-    model = _Model()
+    model = Pair(512)
 
     def batches(count: int) -> Iterator[Tensor]:
         for _ in range(count):
             yield torch.randn(1000, 512)
 
-    calibrate(model, "antipasto_corda", batches(2), r=64, progress=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    statistics_ = calibrate(model, "antipasto_corda", batches(tokens // 1000), r=64, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens": tokens, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024, "sums": statistics_.bytes}
+    calibrate(model, "antipasto_corda", batches(2), r=64, progress=False)  # what is set up once
+    meter = Meter(torch.device("cpu"))
+    with meter.peak("calibration"):
+        found = calibrate(model, "antipasto_corda", batches(tokens // 1000), r=64, progress=False)
+    return {"tokens": tokens, "peak_bytes": meter.peaks["calibration"], "how": meter.how, "sums": found.bytes}
 
 
 def memory() -> list[dict[str, Any]]:
-    """Peak memory by number of tokens."""
-    found = []
+    """Peak memory by number of tokens.
+
+    The C library gives every tensor back at once (it would keep a varying part of its heap), so that a peak is of what
+    is held.
+    """
+    found, env = [], {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     for tokens in TOKENS:
         run = subprocess.run(
-            [sys.executable, "-m", "bench.factors", "--memory", str(tokens)], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "bench.factors", "--memory", str(tokens)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
         )
         found.append(json.loads(run.stdout))
     return found
@@ -188,7 +185,7 @@ def cores(repeats: int, d: int = 1024, r: int = 256, tokens: int = 4096) -> list
     """Forward, and forward with backward, of one site by variant, beside those of the plain linear module."""
     torch.manual_seed(0)
     base = nn.Linear(d, d)
-    x = torch.randn(tokens, d, requires_grad=True)
+    x = torch.randn(tokens, d)
     rows, models = [], {"base": base.requires_grad_(False)}
     for name, cls in sorted(REGISTRY.items()):
         model = nn.Sequential(nn.Linear(d, d))
@@ -196,7 +193,7 @@ def cores(repeats: int, d: int = 1024, r: int = 256, tokens: int = 4096) -> list
         config = cls(r=r)
         apply_surgery(
             model, config, target_modules=["0"], progress=False,
-            calibration=_statistics(model, config.statistic, x.detach()) if config.needs_calibration else None,
+            calibration=_statistics(model, config.statistic, x) if config.needs_calibration else None,
         )  # fmt: skip
         with torch.no_grad():
             for p in sites(model)["0"].core.parameters():
@@ -207,12 +204,8 @@ def cores(repeats: int, d: int = 1024, r: int = 256, tokens: int = 4096) -> list
         with torch.no_grad():
             model(x)
 
-    def both(model: nn.Module) -> None:
-        x.grad = None
-        model(x).sum().backward()
-
     only = alternate({name: lambda m=m: forward(m) for name, m in models.items()}, repeats)
-    whole = alternate({name: lambda m=m: both(m) for name, m in models.items()}, repeats)
+    whole = alternate({name: step(m, ((x,), {})) for name, m in models.items()}, repeats)
     for name, model in models.items():
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rows.append({"variant": name, "trainable": trainable, "forward": only[name], "forward_backward": whole[name]})
@@ -272,8 +265,8 @@ def markdown(data: dict[str, Any]) -> str:
                      f"| {'1' if row is reference else cells.split(' | ')[1]} |")  # fmt: skip
     lines += [
         "",
-        f"Calibration: peak memory {first['peak_mib']:.0f} MiB at {first['tokens']:,} tokens, "
-        f"{last['peak_mib']:.0f} MiB at {last['tokens']:,}.",
+        f"Calibration: peak memory {first['peak_bytes'] / 2**20:.1f} MiB at {first['tokens']:,} tokens, "
+        f"{last['peak_bytes'] / 2**20:.1f} MiB at {last['tokens']:,}, above what the process held before.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -285,10 +278,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", type=int, help="measure one calibration in this process, and print it as JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.memory:
         print(json.dumps(memory_of(options.memory)))
         return
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     data = {
         "factorisation": factorisation(options.repeats),

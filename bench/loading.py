@@ -28,9 +28,19 @@ def device_of(name: str) -> torch.device:
         return found or torch.device("cpu")
     try:
         torch.empty(1, device=name)
+        torch.get_device_module(name)  # "meta" has none: nothing is computed there
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"there is no device {name!r} here: {first_line(error)}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called in a row: with its model, or its threads."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' * (threads > 1)})"
+    module = torch.get_device_module(device)
+    return f"{device} ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else str(device)
 
 
 def load(

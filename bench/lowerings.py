@@ -4,9 +4,9 @@ One layer of the sizes of Qwen3-0.6B (hidden 1024, MLP 3072, 16 and 8 heads of 1
 core away from its start. Outputs are checked before anything is timed; contenders take turns in one process, and
 ratios are of pairs of neighbours.
 
-The limits, in FLOPs of a site: inference under ``lowrank`` costs ``1 + r (d_in + d_out) / (d_in d_out)`` of the
-base's, under ``dense`` 1. A training step costs a LoRA 6 N r (d_in + d_out) more than the frozen base, ``lowrank`` 4
-and ``dense`` 2, plus 2 d_in d_out r for the weight.
+The limits, in FLOPs of a site (the layer has attention besides): inference under ``lowrank`` costs
+``1 + r (d_in + d_out) / (d_in d_out)`` of the base's, under ``dense`` 1. A training step costs a LoRA
+6 N r (d_in + d_out) more than the frozen base, ``lowrank`` 4 and ``dense`` 2, plus 2 d_in d_out r for the weight.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def training(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callab
     errors = check(base, ours, x)
     frozen = copy.deepcopy(base).requires_grad_(False)
     models = {"base": frozen, **ours, "LoRA": lora(base, r)}
+    with torch.no_grad():  # which starts as the base
+        torch.testing.assert_close(models["LoRA"](x), base(x), rtol=1e-4, atol=1e-4)
     runs = {name: step(prepare(model), x) for name, model in models.items()}
     return {"errors": errors, "milliseconds": paired(runs, repeats)}
 
@@ -119,11 +121,12 @@ def ratio(row: dict[str, Any], name: str) -> float:
     return quartiles(row["milliseconds"][name])[1]
 
 
-def bound(r: int) -> float:
-    """FLOPs of the seven projections with low-rank products, over their own."""
+def bound(r: int, tokens: int) -> float:
+    """FLOPs of the layer with low-rank products, over its own: of the seven projections and of attention."""
     q, kv = HEADS * HEAD, KV_HEADS * HEAD
     shapes = [(HIDDEN, q), (HIDDEN, kv), (HIDDEN, kv), (q, HIDDEN), (HIDDEN, MLP), (HIDDEN, MLP), (MLP, HIDDEN)]
-    return 1 + sum(r * (a + b) for a, b in shapes) / sum(a * b for a, b in shapes)
+    base = sum(a * b for a, b in shapes) + 2 * q * tokens // 2  # per token; two rows attend to themselves
+    return 1 + sum(r * (a + b) for a, b in shapes) / base
 
 
 FORWARDS = {
@@ -157,7 +160,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name, contender in FORWARDS.items():
         lines.append(f"| {name} | " + " | ".join(over(row, contender) for row in found["inference"]) + " |")
     lines.append(
-        "| FLOPs of a low-rank form | " + " | ".join(f"{bound(row['r']):.3f}" for row in found["inference"]) + " |"
+        "| FLOPs of a low-rank form | "
+        + " | ".join(f"{bound(row['r'], row['tokens']):.3f}" for row in found["inference"])
+        + " |"
     )
     at = [f"{row['mode']}, {row['tokens']:,} tokens" for row in found["training"]]
     lines += ["", "| training step, r = 256, over the frozen base's | " + " | ".join(at) + " |"]

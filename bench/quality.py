@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench import quality_steps
 from bench.methods import BASE, EXTENSION, GRID, Method, methods, rate
 from bench.quality_figure import quality_figure
 from bench.quality_report import quality_markdown
@@ -94,6 +95,8 @@ def complete(
     recorded = read(path)
     if recorded and settings_of(recorded) != settings:
         raise InputError(f"{path} holds runs with other settings ({recorded[0]['settings']}); choose another --out")
+    if others := {row["python"] for row in recorded} - {source["python"]}:  # the texts are those of its library
+        raise InputError(f"{path} holds runs of Python {', '.join(sorted(others))}; choose another --out")
     rows = {task_of(row): row for row in recorded}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.read_text().endswith("\n"):  # the last line was cut off
@@ -134,9 +137,17 @@ def _is_base(row: Row) -> bool:
     return bool(row["family"] == BASE.family)
 
 
-def markdown(recorded: list[Row]) -> str:
-    """The table and the words of recorded runs."""
-    return quality_markdown(summary(recorded), settings_of(recorded), recorded)
+def markdown(out: Path) -> str:
+    """The table and the words of recorded runs.
+
+    Raises:
+        InputError: nothing is recorded.
+    """
+    recorded = read(out / "quality.jsonl")
+    if not recorded:
+        raise InputError(f"no runs in {out / 'quality.jsonl'}; run python -m bench.quality first")
+    steps = quality_steps.read(out / "quality_steps.json")
+    return quality_markdown(summary(recorded), settings_of(recorded), recorded, steps)
 
 
 def report(out: Path) -> str:
@@ -145,12 +156,9 @@ def report(out: Path) -> str:
     Raises:
         InputError: nothing is recorded.
     """
-    recorded = read(out / "quality.jsonl")
-    if not recorded:
-        raise InputError(f"no runs in {out / 'quality.jsonl'}; run python -m bench.quality first")
-    text = markdown(recorded)
+    text = markdown(out)
     (out / "quality.md").write_text(text)
-    quality_figure(summary(recorded), out / "quality.png")
+    quality_figure(summary(read(out / "quality.jsonl")), out / "quality.png")
     return text
 
 
@@ -171,8 +179,15 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown := sorted(set(options.methods or ()) - set(known)):
             parser.error(f"no method {unknown[0]!r}; there are {'; '.join(known)}")
         compared = [known[name] for name in options.methods or known]
-        complete(settings, compared, options.out / "quality.jsonl", cache=options.cache, workers=options.workers)
-    print(report(options.out))
+    try:
+        if not options.report:
+            path = options.out / "quality.jsonl"
+            complete(settings, compared, path, cache=options.cache, workers=options.workers)
+            times = options.out / "quality_steps.json"
+            quality_steps.complete(settings, summary(read(path)), times, options.cache)
+        print(report(options.out))
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def _point(row: Row) -> Point:
 def label_points(figure: Any, axes: Any, points: list[Point]) -> list[Any]:
     """Write names beside points, each at the nearest place that is free, and return their boxes in pixels.
 
-    A label is nearer to its own point than to any other, where there is such a place.
+    A label is nearer to its own point than to any other, where there is such a place; without a free one it lies over
+    others.
     """
     from matplotlib.transforms import Bbox
 
@@ -97,7 +98,7 @@ def label_points(figure: Any, axes: Any, points: list[Point]) -> list[Any]:
                 break
             text.remove()
         else:
-            raise ValueError(f"no free place for the label {points[i].name!r}")
+            axes.annotate(points[i].name, (points[i].x, points[i].y), fontsize=8.5, color=points[i].color)
     return boxes
 
 

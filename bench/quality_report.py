@@ -46,18 +46,18 @@ def _start(row: Row) -> float:
     return max(float(run["initial_difference"]) for run in row["runs"])
 
 
-def _table(found: list[Row], base: Row, full: Row | None) -> list[str]:
+def _table(found: list[Row], base: Row, full: Row | None, times: Row) -> list[str]:
     lines = [
         "| method | trainable | learning rate | held-out loss (range) | share of full fine-tuning's gain "
-        "| logits before training, off the base's by | ms a step |",
+        "| logits before training, off the base's by | ms a step (quartiles) |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(found, key=mean):
         share = "" if full is None or row is base else f"{_share(row, base, full):.0%}"
-        times = [run["step_ms"] for run in row["runs"] if run["step_ms"] is not None]
+        ms = times.get(row["name"])
         cells = [row["name"], f"{trainable(row):,}", "" if row["rate"] is None else f"{row['rate']:g}", _loss(row)]
         start = "" if row is base else f"{_start(row):.0e}" if _start(row) else "none"
-        cells += [share, start, f"{statistics.median(times):.0f}" if times else ""]
+        cells += [share, start, f"{ms['median']:.0f} ({ms['q1']:.0f} to {ms['q3']:.0f})" if ms else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -123,18 +123,19 @@ def _grids() -> str:
     return "; ".join(f"{words[name]} {', '.join(f'{rate(n):g}' for n in grid)}" for name, grid in GRID.items())
 
 
-def quality_markdown(found: list[Row], settings: Settings, recorded: list[Row]) -> str:
+def quality_markdown(found: list[Row], settings: Settings, recorded: list[Row], steps: Row | None) -> str:
     """The comparison as Markdown: how it was made, the table, what it shows and what it does not.
 
     Args:
         found: a row for each complete method, with its ``runs``, ``rate`` and ``at_edge``.
         settings: of all runs.
         recorded: all runs, for what they say of the machine.
+        steps: how long steps take, by method.
     """
     base = next(row for row in found if row["family"] == BASE.family)
     full = next((row for row in found if row["family"] == FULL.family), None)
     missing = [m.name for m in methods(settings.r) if m.name not in {row["name"] for row in found}]
-    machines = sorted({f"{run['hardware']}, {run['workers']} processes of {run['threads']} thread" for run in recorded})
+    machines = sorted({run["hardware"] for run in recorded})
     first, second = OPTIMIZER["betas"]
     how = (
         f"A byte-level Qwen3 trained on Python source ({settings.base_steps} steps) is trained further on English: "
@@ -146,13 +147,15 @@ def quality_markdown(found: list[Row], settings: Settings, recorded: list[Row]) 
         f"validation loss of seed 0; a best rate at an edge extends the grid by {EXTENSION} more, once. What is "
         "reported is another part of the held-out text. Means over the seeds, and their range."
     )
-    lines = [how, "", *_table(found, base, full), ""]
+    lines = [how, "", *_table(found, base, full, steps["milliseconds"] if steps else {}), ""]
     if left_out := untrainable():
         lines.append(f"Left out, having nothing to train: {', '.join(left_out)}.")
     if missing:
         lines.append(f"Not run, or not completely: {', '.join(missing)}.")
+    if steps:
+        lines.append("Steps are timed apart from the runs, the methods taking turns in one thread.")
     lines += [
-        f"Step times are medians on a machine that others used as well ({'; '.join(machines)}): a rough guide.", "",
+        f"Hardware: {'; '.join(machines)}.", "",
         "What it shows:", "", *(f"- {line}" for line in _shown(found, base, full)), "",
         "What it does not show: anything about large models, other tasks, or long training. This is one byte-level "
         "model of 1.6 million parameters, one text, a short run, rates from a small grid, and a range over few seeds "

@@ -18,30 +18,29 @@ RESULTS = "bench/results"
 SPEED = ("speed", "gpu/speed")
 
 
-def _quality(folder: Path) -> Path:
-    from bench import quality, quality_figure
+def _quality(folder: Path) -> str:
+    from bench import quality
 
-    quality_figure.quality_figure(quality.summary(quality.read(folder / "quality.jsonl")), folder / "quality.png")
-    return folder / "quality.png"
-
-
-def _scaling(folder: Path) -> Path:
-    from bench import scaling, scaling_report
-
-    passes = scaling_report.passes_of(folder)
-    scaling_report.figure(scaling.read(folder / "scaling.jsonl"), folder / "scaling.png", passes)
-    return folder / "scaling.png"
+    quality.report(folder)
+    return "quality.png"
 
 
-def _cost(folder: Path) -> Path:
+def _scaling(folder: Path) -> str:
+    from bench import scaling_report
+
+    scaling_report.write(folder)
+    return "scaling.png"
+
+
+def _cost(folder: Path) -> str:
     from bench import cost_figure, cost_table
 
     data = json.loads((folder / "cost.json").read_text())
     cost_figure.cost_figure(data["records"], cost_table.heading(data["rows"]), folder / "cost.png")
-    return folder / "cost.png"
+    return "cost.png"
 
 
-FIGURES: dict[str, Callable[[Path], Path]] = {"cost.json": _cost, "quality.jsonl": _quality, "scaling.jsonl": _scaling}
+FIGURES = {"cost.json": _cost, "quality.jsonl": _quality, "scaling.jsonl": _scaling}
 
 
 def tables(root: Path) -> Iterator[tuple[str, str]]:
@@ -54,7 +53,7 @@ def tables(root: Path) -> Iterator[tuple[str, str]]:
         "lowerings.jsonl": lambda path: lowerings.markdown(lowerings.read(path)),
         "factors.json": lambda path: factors.markdown(json.loads(path.read_text())),
         "passes.json": _passes,
-        "quality.jsonl": lambda path: quality.markdown(quality.read(path)),
+        "quality.jsonl": lambda path: quality.markdown(path.parent),
         "scaling.jsonl": lambda path: scaling_report.markdown(
             scaling.read(path), scaling_report.passes_of(path.parent)
         ),
@@ -107,7 +106,8 @@ def write(root: Path = Path()) -> list[Path]:
             path = root / RESULTS / f"{name}{'' if number == 0 else f'-{number + 1}'}.png"
             speed_report.figure(found, path)
             written.append(path)
-    written += [draw(root / RESULTS) for name, draw in FIGURES.items() if (root / RESULTS / name).exists()]
+    folder = root / RESULTS
+    written += [folder / draw(folder) for name, draw in FIGURES.items() if (folder / name).exists()]
     for name in PAGES:
         page = (root / name).read_text()
         (root / name).write_text(filled(page, made | _shown(root, page, made)))

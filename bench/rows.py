@@ -13,6 +13,7 @@ from passes.errors import InputError
 CELL = ("config", "layers", "dtype", "r", "tokens", "runtime", "contender", "shape")  # what is measured
 PLACE = ("device", "threads")  # where
 SETTINGS = ("seed", "repeats")  # how
+SAME = ("versions", "cell_seconds", "backend")  # what a row that is kept has in common with a new one
 FINISHED = ("ok", "wrong")  # a cell that failed, or whose contender was not installed, is tried again
 
 
@@ -76,8 +77,9 @@ class Store:
         return key(row, self.names) in self.rows
 
     def finished(self, row: dict[str, Any]) -> bool:
-        """Whether the cell was measured with these settings."""
-        return row in self and self.rows[key(row, self.names)]["status"] in FINISHED
+        """Whether the cell was measured like this: with these settings, packages and time; the commit may differ."""
+        kept = self.rows.get(key(row, self.names))
+        return kept is not None and kept["status"] in FINISHED and all(kept.get(n) == row.get(n) for n in SAME)
 
     def put(self, row: dict[str, Any]) -> None:
         """Add a row and write the file."""

@@ -4,8 +4,10 @@ One size is varied at a time. Forwards and training steps are timed beside the p
 the paired difference; factorisations and calibrations are timed by themselves, in one thread, taking turns. A point is
 a line of ``scaling.jsonl`` as soon as it is there, and one that is there already is not measured again.
 
-The limits are what FLOPs grow with: an adapter's products with rank, sites, tokens and width, the base's with the
-square of the width, a factorisation with its cube, the sums of a calibration with tokens and the square of the width.
+The limits are what FLOPs grow with. Those of forwards and steps are counted: the products of low-rank forwards grow
+with rank, sites, tokens and width, while steps run as ``auto`` has it. A factorisation grows with the cube of the
+width, a randomised one of few directions with its square, the sums of a calibration with the tokens and the square of
+the width.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.factors import alternate, weight_of
+from bench.factors import Pair, weight_of
 from bench.record import environment
 from bench.rows import Store, lines
+from bench.runs import products
 from bench.speed_model import CONFIGS, Decoder, Shape, Sizes, decoder, inputs
 from bench.speed_timing import run_of, spread, timed
+from bench.timing import alternate
+from passes.errors import InputError
 from surgery import apply_surgery, calibrate, sites
 from surgery.progress import track
 from surgery.svd import factorise
@@ -43,13 +48,13 @@ class Curve:
 
     Attributes:
         label: of the size, in words.
-        expected: by line, the exponent that FLOPs say.
+        expected: by line, the exponent that FLOPs say; None where they are counted with each point.
         sizes: to measure.
         measure: gives the rows of a size, by line.
     """
 
     label: str
-    expected: dict[str, float]
+    expected: dict[str, float | None]
     sizes: tuple[int, ...]
     measure: Callable[[int, int], dict[str, Row]]
 
@@ -64,11 +69,15 @@ def layers_of(hidden: int, layers: int = 1) -> Sizes:
     return Sizes(hidden, 3 * hidden, hidden // 64, hidden // 128, 64, layers)
 
 
+def operated(model: nn.Module, r: int, lowering: str, targets: Any = None) -> None:
+    """Operate on a model, in place."""
+    apply_surgery(model, "antipasto", r=r, lowering=lowering, target_modules=targets, progress=False)
+
+
 def adapted(base: Decoder, r: int, lowering: str, targets: Any = None) -> nn.Module:
     """A copy with live cores away from their start."""
-    model = apply_surgery(
-        copy.deepcopy(base), "antipasto", r=r, lowering=lowering, target_modules=targets, progress=False
-    )
+    model = copy.deepcopy(base)
+    operated(model, r, lowering, targets)
     with torch.no_grad():
         for site in sites(model).values():
             site.core.g.normal_(0, 0.2)
@@ -81,7 +90,7 @@ def beside(model: nn.Module, base: nn.Module, x: Tensor, repeats: int, *, traini
     runs = (run_of(model, x, trained, training=training), run_of(base, x, {}, training=training))
     for run in runs:
         run()
-    return timed(*runs, repeats, SECONDS, CPU)
+    return timed(*runs, repeats, SECONDS, CPU) | {"flops": [products(run, CPU) for run in runs]}
 
 
 def against_base(base: Decoder, sizes: Sizes, tokens: int, r: int, repeats: int, targets: Any = None) -> dict[str, Row]:
@@ -114,10 +123,10 @@ def by_width(hidden: int, repeats: int) -> dict[str, Row]:
 
 def own(row: Row) -> Row:
     """The base's time in a row, as a row."""
-    return {"milliseconds": row["base_milliseconds"]}
+    return {"milliseconds": row["base_milliseconds"], "flops": [row["flops"][1]]}
 
 
-DEPTH, SITES = 16, 7
+DEPTH = 16
 
 
 def by_sites(count: int, repeats: int) -> dict[str, Row]:
@@ -127,7 +136,9 @@ def by_sites(count: int, repeats: int) -> dict[str, Row]:
     names = [name for name, module in base.layers.named_modules() if isinstance(module, nn.Linear)][:count]
     targets = [f"layers.{name}" for name in names]
     found = against_base(base, sizes, TOKENS // 4, RANK, repeats, targets)
-    times = alternate({"it": lambda: adapted(base, RANK, "auto", targets)}, max(3, repeats // 3))
+    rounds = max(3, repeats // 3)
+    copies = [copy.deepcopy(base) for _ in range(rounds + 1)]
+    times = alternate({"it": lambda: operated(copies.pop(), RANK, "auto", targets)}, rounds)
     return found | {"surgery": {"milliseconds": spread(times["it"])}}
 
 
@@ -144,18 +155,6 @@ def by_weight(d: int, repeats: int) -> dict[str, Row]:
     return {line: {"milliseconds": spread(found)} for line, found in times.items()}
 
 
-class Pair(nn.Module):
-    """Two sites of unlike shape."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As an MLP."""
-        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
-
-
 def calibrated(d: int, tokens: int, repeats: int) -> dict[str, Row]:
     """The pass of CorDA over so many tokens, and the model's own forwards of them, which it contains."""
     torch.manual_seed(0)
@@ -167,18 +166,19 @@ def calibrated(d: int, tokens: int, repeats: int) -> dict[str, Row]:
                 model(x)
 
     run = {"calibration": lambda: calibrate(model, "antipasto_corda", batches, r=RANK, progress=False)}
-    times = alternate({**run, "its forwards": forwards}, max(3, repeats // 3))
+    with one_thread():
+        times = alternate({**run, "its forwards": forwards}, max(3, repeats // 3))
     return {line: {"milliseconds": spread(found)} for line, found in times.items()}
 
 
-LINES = {"forward, low-rank": 1.0, "training step": 1.0}
+LINES: dict[str, float | None] = {"forward, low-rank": None, "training step": None}
 CURVES = {
     "rank": Curve("rank", LINES, (8, 16, 32, 64, 128, 256, 512), by_rank),
     "sites": Curve("adapted sites", {**LINES, "surgery": 1.0}, (7, 14, 28, 56, 112), by_sites),
-    "tokens": Curve("tokens", {**LINES, "the base's forward": 1.0}, (16, 64, 256, 1024, 4096), by_tokens),
-    "width": Curve("width", {**LINES, "the base's forward": 2.0}, (256, 512, 1024, 2048), by_width),
+    "tokens": Curve("tokens", {**LINES, "the base's forward": None}, (16, 64, 256, 1024, 4096), by_tokens),
+    "width": Curve("width", {**LINES, "the base's forward": None}, (256, 512, 1024, 2048), by_width),
     "factorisation": Curve(
-        "width of a square weight", {"full SVD": 3.0, "exact": 3.0, "randomised": 3.0}, (256, 512, 1024, 2048),
+        "width of a square weight", {"full SVD": 3.0, "exact": 3.0, "randomised": 2.0}, (256, 512, 1024, 2048),
         by_weight,
     ),
     "calibration, tokens": Curve(
@@ -218,8 +218,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="pairs with the base, at most; others take a third")
     parser.add_argument("--most", type=int, help="leave out sizes above this")
     options = parser.parse_args(arguments)
-    run(options.out / "scaling.jsonl", options.axes, options.repeats, most=options.most)
-    print(write(options.out))
+    if options.repeats < 3:
+        parser.error("--repeats must be at least 3, for quartiles")
+    try:
+        run(options.out / "scaling.jsonl", options.axes, options.repeats, most=options.most)
+        print(write(options.out))
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.cost_table import number
 from bench.passes import summary
+from bench.rows import key
 from bench.scaling import CURVES, Row, read
 from bench.timing import power
 
@@ -24,7 +26,7 @@ class Line(NamedTuple):
         x, y: sizes, and milliseconds (of what is added to the base, where there is one).
         low, high: quartiles.
         ratio: to the base, at the largest size; None without a base.
-        expected: exponent that FLOPs say.
+        expected: exponent that FLOPs say; None where there is one point.
     """
 
     axis: str
@@ -34,7 +36,7 @@ class Line(NamedTuple):
     low: list[float]
     high: list[float]
     ratio: float | None
-    expected: float
+    expected: float | None
 
 
 def point(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -47,17 +49,40 @@ def point(row: Mapping[str, Any]) -> tuple[float, float, float]:
     return middle, low, high
 
 
+def is_told(row: Mapping[str, Any]) -> bool:
+    """Whether a median exceeds the base's by two standard errors, for which the quartiles of normal samples stand."""
+    ratio = row.get("ratio")
+    if ratio is None:
+        return True
+    error = math.sqrt(math.pi / 2 / ratio["n"]) * (ratio["q3"] - ratio["q1"]) / 1.349
+    return bool(ratio["median"] - 1 > 2 * error)
+
+
+def groups(rows: Rows) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
+    """Rows by where and how they were measured."""
+    names = ("device", "threads", "seed", "repeats")
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(dict(row), names), []).append(row)
+    return sorted(found.items(), key=lambda item: tuple(map(str, item[0])))
+
+
 def lines_of(rows: Rows, passes: dict[str, Any] | None = None) -> list[Line]:
-    """The lines of all figures; a point that is not told from the base (its lower quartile) is left out."""
+    """The lines of all figures; a point whose median is not told from the base is left out.
+
+    Args:
+        rows: of one group.
+    """
     found = []
     for axis, curve in CURVES.items():
         for name, expected in curve.expected.items():
             mine = sorted((r for r in rows if (r["axis"], r["line"]) == (axis, name)), key=lambda r: r["x"])
-            points = [(row["x"], *point(row)) for row in mine]
-            if told := [p for p in points if p[2] > 0]:
-                x, y, low, high = (list(values) for values in zip(*told, strict=True))
-                last = mine[-1].get("ratio")
-                found.append(Line(axis, name, x, y, low, high, last["median"] if last else None, expected))
+            if told := [row for row in mine if is_told(row)]:
+                x, (y, low, high) = [row["x"] for row in told], zip(*map(point, told), strict=True)
+                last = told[-1].get("ratio")
+                if expected is None and len(x) > 1:
+                    expected = power(x, [row["flops"][0] - sum(row["flops"][1:]) for row in told])[0]
+                found.append(Line(axis, name, x, [*y], [*low], [*high], last["median"] if last else None, expected))
     for row in summary(passes) if passes else []:
         nodes = [float(n) for n in row["per_1000_nodes_ms"]]
         ms = [n * per / 1000 for n, per in zip(nodes, row["per_1000_nodes_ms"].values(), strict=True)]
@@ -73,24 +98,36 @@ def title(axis: str) -> str:
 
 
 def markdown(rows: Rows, passes: dict[str, Any] | None = None) -> str:
-    """The exponents as a table."""
-    if not rows:
-        return NOTHING
+    """The exponents as a table for each machine and setting."""
+    return "\n".join(_table(of, found, _theirs(of, passes)) for of, found in groups(rows)) or NOTHING
+
+
+def _theirs(of: tuple[Any, ...], passes: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The passes, where they were timed on the machine of a group."""
+    return passes if passes and passes["hardware"] == of[0] else None
+
+
+def _table(of: tuple[Any, ...], rows: Rows, passes: dict[str, Any] | None) -> str:
+    device, threads, _, repeats = of
     table = [
+        f"{device}; {threads} threads, at most {repeats} pairs (factorisation and calibration: one thread, a third as "
+        "many runs in turn).",
+        "",
         "| varied | cost | from … to | milliseconds | over the base at the last | exponent, of all | of the last two "
         "| FLOPs say |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for line in lines_of(rows, passes):
         ends = f"{line.x[0]:,.0f} to {line.x[-1]:,.0f} ({len(line.x)} points)"
-        cells = [title(line.axis), line.name, ends, f"{line.y[0]:.3g} to {line.y[-1]:.3g}"]
+        cells = [title(line.axis), line.name, ends, f"{number(line.y[0])} to {number(line.y[-1])}"]
         cells.append("" if line.ratio is None else f"{line.ratio:.2f}×")
         if len(line.x) > 1:
             slope, error = power(line.x, line.y)
-            cells += [f"{slope:.2f} ± {error:.2f}", f"{power(line.x[-2:], line.y[-2:])[0]:.2f}"]
+            cells += [f"{slope:.2f}" + (f" ± {error:.2f}" if error is not None else "")]
+            cells += [f"{power(line.x[-2:], line.y[-2:])[0]:.2f}"]
         else:
             cells += ["", ""]
-        table.append("| " + " | ".join([*cells, f"{line.expected:g}"]) + " |")
+        table.append("| " + " | ".join([*cells, "" if line.expected is None else f"{line.expected:.2f}"]) + " |")
     return "\n".join(table) + "\n"
 
 
@@ -98,11 +135,15 @@ def figure(rows: Rows, path: Path, passes: dict[str, Any] | None = None) -> None
     """Draw every line on logarithmic axes, a panel for each size that is varied.
 
     Args:
+        rows: the first group of them is drawn.
         path: the PNG to write.
     """
     from bench.figures import BLUE, INK, MUTED, ORANGE, plt
 
-    found = lines_of(rows, passes)
+    of, first = groups(rows)[0]
+    found = lines_of(first, _theirs(of, passes))
+    if not found:
+        return
     axes = list(dict.fromkeys(line.axis for line in found))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED}
     colors = (BLUE, ORANGE, INK, MUTED, "#059669")
@@ -124,7 +165,8 @@ def figure(rows: Rows, path: Path, passes: dict[str, Any] | None = None) -> None
                 panel.errorbar(line.x, line.y, reach, fmt="o-", ms=3.5, lw=1.3, color=color, label=line.name + slope)
             panel.set(xscale="log", yscale="log", xlabel="nodes of the base" if axis == PASSES else CURVES[axis].label)
             panel.set_xscale("log", base=2)
-            panel.set_xticks(lines[0].x, [f"{x:,.0f}" for x in lines[0].x])
+            sizes = sorted({x for line in lines for x in line.x})
+            panel.set_xticks(sizes, [f"{x:,.0f}" for x in sizes])
             panel.minorticks_off()
             panel.set_title(axis.partition(",")[0], fontsize=9.5)
             panel.set_ylabel("ms, adapters: added to the base's" if added else "ms", fontsize=8.5)

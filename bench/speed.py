@@ -1,7 +1,8 @@
 """The speed matrix: contenders × runtimes × shapes of one decoder, each checked before it is timed.
 
 The base is timed beside each contender, before and after it in turn, in one process; ratios are of such pairs. A cell
-is written as soon as it is measured, and one that is there is not measured again.
+is written as soon as it is measured, and one that is there is not measured again, unless it is asked for or packages or
+settings are others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.record import environment
-from bench.rows import Store, read
+from bench.rows import Store, key, read
 from bench.speed_check import LIMIT, Answer, answer, errors
 from bench.speed_contenders import BASE, BESIDE, CONTENDERS, FIRST, Absent, Contender, Makers
 from bench.speed_limits import ceilings, minimum_ms, work
@@ -32,7 +33,7 @@ from bench.speed_timing import run_of, timed
 @dataclass(frozen=True)
 class Settings:
     """Options of a run, as on the command line; ``layers`` None is the configuration's own number, ``backend`` that of
-    ``torch.compile``."""
+    ``torch.compile``; ``again`` measures what is there already too."""
 
     out: Path
     config: str = "qwen3-0.6b-layer"
@@ -49,6 +50,13 @@ class Settings:
     minutes: float | None = None
     seed: int = 0
     backend: str = "inductor"
+    again: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the configuration, with this number of layers."""
+        own = CONFIGS[self.config]
+        return Sizes(**(vars(own) | {"layers": self.layers or own.layers}))
 
 
 def cells(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -60,20 +68,30 @@ def cells(settings: Settings) -> Iterator[tuple[str, str, str]]:
         order = list(shapes(settings.tokens))
         return second, RUNTIMES.index(runtime), order.index(shape), CONTENDERS.index(contender)
 
-    device, kinds = torch.device(settings.device), shapes(settings.tokens)
+    device, kinds, dtype = torch.device(settings.device), shapes(settings.tokens), getattr(torch, settings.dtype)
     for cell in sorted(itertools.product(settings.runtimes, settings.shapes, settings.contenders), key=rank):
-        if exists(cell[0], cell[2], device, training=kinds[cell[1]].training):
+        if exists(cell[0], cell[2], device, dtype, training=kinds[cell[1]].training):
             yield cell
 
 
+def named(settings: Settings, source: Mapping[str, Any], runtime: str, shape: str, contender: str) -> dict[str, Any]:
+    """What a cell's row says before it is measured: what identifies it, how it is measured, and where it comes from."""
+    s, device = settings, torch.device(settings.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else source["hardware"]
+    found = {"config": s.config, "layers": s.sizes.layers, "dtype": s.dtype, "r": s.r, "tokens": s.tokens}
+    found |= {"runtime": runtime, "contender": contender, "shape": shape, "device": where}
+    found |= {"threads": torch.get_num_threads(), "seed": s.seed, "repeats": s.repeats, "cell_seconds": s.cell_seconds}
+    found["backend"] = s.backend if runtime in ("compile", "max-autotune") else None  # only there is one
+    return found | dict(source)
+
+
 class Matrix:
-    """What the cells share: the base, its compiled forms, references, and the machine's ceilings."""
+    """What the cells share: the base, its compiled forms, references, and the machine's ceilings; it takes long."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-        own = CONFIGS[settings.config]
-        self.sizes = Sizes(**(vars(own) | {"layers": settings.layers or own.layers}))
+        self.sizes = settings.sizes
         torch.manual_seed(settings.seed)
         self.base = decoder(self.sizes, self.device, self.dtype, settings.seed)
         self.makers = Makers(self.base, settings.r, settings.seed)
@@ -81,15 +99,6 @@ class Matrix:
         self.shapes = shapes(settings.tokens)
         self.answers: dict[tuple[Any, ...], Answer] = {}
         self.bases: dict[tuple[str, str], tuple[Call, float]] = {}
-        self.source = environment()  # before a row is written, which changes the checkout
-
-    def row(self, runtime: str, shape: str, contender: str) -> dict[str, Any]:
-        """What identifies a cell."""
-        s = self.settings
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.source["hardware"]
-        found = {"config": s.config, "layers": self.sizes.layers, "dtype": s.dtype, "r": s.r, "tokens": s.tokens}
-        found |= {"runtime": runtime, "contender": contender, "shape": shape, "device": name}
-        return found | {"threads": torch.get_num_threads(), "seed": s.seed, "repeats": s.repeats}
 
     def measure(self, runtime: str, shape_name: str, name: str) -> dict[str, Any]:
         """One cell: built, prepared, checked, timed; a wrong one is not timed, and one that fails says why."""
@@ -161,24 +170,34 @@ class Matrix:
 
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> bool:
-    """Measure what is not there yet, until it is done or the time is up; tells whether nothing failed."""
-    deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else math.inf
-    store, longest, failed = Store(settings.out, read(settings.out)), 0.0, 0
+    """Measure what is not there yet, until it is done or the time is up; tells whether all that there is is right."""
+    deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    store, longest = Store(settings.out, read(settings.out)), 0.0
+    source = environment()  # before a row is written, which changes the checkout
+    wanted = {cell: named(settings, source, *cell) for cell in cells(settings)}
+    todo = [cell for cell, row in wanted.items() if settings.again or not store.finished(row)]
+    say(f"{len(todo)} cells to measure, {len(wanted) - len(todo)} there already: {settings.out}")
+    right = all(passed(store.rows[key(row)]) for cell, row in wanted.items() if cell not in todo)
+    if not todo:
+        return right
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(settings, Path(folder))
-        todo = [cell for cell in cells(settings) if not store.finished(matrix.row(*cell))]
-        say(f"{len(todo)} cells to measure, {len(list(cells(settings))) - len(todo)} there already: {settings.out}")
+        matrix = Matrix(settings, Path(folder)) if time.monotonic() < deadline else None
         for number, cell in enumerate(todo, start=1):
-            if time.monotonic() + longest > deadline:
+            if matrix is None or time.monotonic() + longest > deadline:
                 say(f"the time is up: {len(todo) - number + 1} cells are left for another run")
                 break
             started = time.monotonic()
-            row = {**matrix.row(*cell), **matrix.measure(*cell)}
+            row = {**wanted[cell], **matrix.measure(*cell)}
             longest = max(longest, time.monotonic() - started)
-            store.put({**row, **matrix.source})
-            failed += row["status"] == "failed"
+            store.put(row)
+            right = right and passed(row)
             say(f"{number}/{len(todo)} {', '.join(cell)}: {told(row)}")
-    return failed == 0
+    return right
+
+
+def passed(row: Mapping[str, Any]) -> bool:
+    """Whether a row is as it should be: neither failed nor wrong, but for the one contender that shows a trap."""
+    return row["status"] not in ("failed", "wrong") or (row["status"] == "wrong" and row["contender"] == BESIDE)
 
 
 def told(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Contender:
 
 
 class Absent(Exception):
-    """A contender that the installed packages do not have."""
+    """A contender or a runtime that the installed packages do not have."""
 
 
 class Makers:
@@ -111,7 +111,10 @@ class Makers:
 
     def _peer(self, name: str) -> Contender:
         model = copy.deepcopy(self.base)
-        _inject(model, name, self.r)
+        used = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(used)):  # the same each time it is made: one reference serves them all
+            torch.manual_seed(self.seed)
+            _inject(model, name, self.r)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():  # away from the start, where these adapters do nothing
             for p in model.parameters():

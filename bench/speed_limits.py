@@ -1,12 +1,14 @@
-"""What a run cannot be faster than: its matrix products at the rate of this machine, its tensors at its bandwidth.
+"""About the least time of a run: its matrix products at the rate of this machine, its tensors at its bandwidth.
 
 Bytes are a lower bound: every tensor that is there before the run counts once (weights, factors, the input), and the
-output once. FLOPs are those of matrix products and attention; a solve, as PSOFT has it, is not counted.
+output once. FLOPs are those of matrix products and attention; a solve, as PSOFT has it, is not counted. Attention
+counts in full, although a causal kernel may skip half of it: so the least time is an estimate, and no strict bound.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,12 @@ from torch.utils._pytree import tree_iter
 
 from bench.runs import products
 from bench.speed_model import Sizes
+from bench.speed_timing import repeated
 from bench.timing import Run, milliseconds
+
+SAMPLE_MS = 20.0  # of a sample at least: beside it, launching and waiting once take next to nothing
+MOST_LOOPS = 2**16
+LARGE = {"cpu": 2**27}  # bytes of what is moved, beyond a cache: 128 MiB, or 1 GiB on an accelerator
 
 
 class Reads(TorchDispatchMode):
@@ -53,31 +60,56 @@ def work(run: Run, output: Tensor, device: torch.device) -> dict[str, int]:
     return {"flops": products(run, device), "bytes": sum(mode.read.values()) + output.nbytes}
 
 
-def ceilings(sizes: Sizes, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> dict[str, float]:
-    """Measured FLOPs per second of products of the model's sizes, and bytes per second of a copy; the best of some."""
-    a = torch.randn(tokens, sizes.hidden, device=device, dtype=dtype)
-    b = torch.randn(sizes.hidden, sizes.mlp, device=device, dtype=dtype)
-    flops = 2 * tokens * sizes.hidden * sizes.mlp
-    large = torch.ones((1 if device.type == "cpu" else 8) * 2**25, device=device)  # 128 MiB, beyond a cache; 1 GiB
-    copy = torch.empty_like(large)
+def ceilings(
+    sizes: Sizes,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 5,
+    *,
+    multiply: Callable[[Tensor, Tensor], Any] = torch.mm,
+    time: Callable[[Run, torch.device], float] = milliseconds,
+) -> dict[str, float]:
+    """Measured FLOPs per second of products of the model's sizes, and bytes per second of memory; the best of some.
+
+    The products are those of the MLP and of the head, as much of it as memory allows; memory is copied, and only read,
+    as most runs do with most of it.
+
+    Args:
+        repeats: samples of each, after a first one.
+        multiply: a product of two matrices.
+        time: milliseconds of a run on a device, until it is done.
+    """
+    limit = LARGE.get(device.type, 2**30)
+    rates = []
     gc.collect()
-    loops = min(1000, max(1, int(2e9 // flops)))
+    gc.freeze()  # so that collecting between samples has nothing to look through
+    try:
+        columns = min(sizes.vocabulary, limit // ((tokens + sizes.hidden) * dtype.itemsize))
+        for wide in filter(None, (sizes.mlp, columns)):
+            a = torch.randn(tokens, sizes.hidden, device=device, dtype=dtype)
+            b = torch.randn(sizes.hidden, wide, device=device, dtype=dtype)
+            seconds = _seconds(lambda a=a, b=b: multiply(a, b), device, repeats, time)  # type: ignore[misc]
+            rates.append(2 * tokens * sizes.hidden * wide / seconds)
+        large = torch.ones(limit // 4, device=device)
+        copy = torch.empty_like(large)
+        moved = 2 * large.nbytes / _seconds(lambda: copy.copy_(large), device, repeats, time)
+        read = large.nbytes / _seconds(large.sum, device, repeats, time)
+    finally:
+        gc.unfreeze()
+    return {"flops_per_second": max(rates), "bytes_per_second": max(moved, read)}
 
-    def multiply() -> None:
-        for _ in range(loops):
-            torch.mm(a, b)
 
-    def move() -> None:
-        copy.copy_(large)
-
-    best = {}
-    for name, run in (("multiply", multiply), ("move", move)):
-        best[name] = min(milliseconds(run, device) for _ in range(repeats + 1)) / 1000
-    rate, bandwidth = loops * flops / best["multiply"], 2 * large.nbytes / best["move"]
-    return {"flops_per_second": rate, "bytes_per_second": bandwidth}
+def _seconds(run: Run, device: torch.device, repeats: int, time: Callable[[Run, torch.device], float]) -> float:
+    """Of one run, from the fastest of samples that hold so many of them that starting a sample hardly counts."""
+    loops = 1
+    time(repeated(run, loops), device)  # the first run of a kind may load its kernel
+    while loops < MOST_LOOPS and min(time(repeated(run, loops), device) for _ in range(2)) < SAMPLE_MS:
+        loops *= 2
+    return min(time(repeated(run, loops), device) for _ in range(repeats)) / 1000 / loops
 
 
 def minimum_ms(counted: dict[str, int], machine: dict[str, float]) -> float:
-    """The longer of the two."""
+    """The longer of the two: about the least time, since a kernel may skip some of the FLOPs that are counted."""
     seconds = counted["flops"] / machine["flops_per_second"], counted["bytes"] / machine["bytes_per_second"]
     return 1000 * max(seconds)

@@ -7,6 +7,7 @@ its hooks, if both are compiled through one code object. So every contender is c
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import types
 from collections.abc import Callable
@@ -16,21 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.speed_contenders import BASE, BESIDE
+from bench.speed_contenders import BASE, BESIDE, Absent
 from exporters import export
 from surgery import sites
 
 RUNTIMES = ("eager", "compile", "aoti", "onnx", "max-autotune")
+NEEDED = ("onnx", "onnxscript", "onnxruntime")  # packages of the runtime "onnx"
 EXPORTED = (BASE, "live lowrank", "merged")  # an export always has the low-rank form
 COUNTER = itertools.count()
 
 Call = Callable[[Tensor], Tensor]
 
 
-def exists(runtime: str, contender: str, device: torch.device, *, training: bool) -> bool:
-    """Whether there is such a cell: exports are not trained, and their adapters are low-rank or merged."""
+def exists(runtime: str, contender: str, device: torch.device, dtype: torch.dtype, *, training: bool) -> bool:
+    """Whether there is such a cell: exports are not trained, and their adapters are low-rank or merged.
+
+    ONNX is measured on the CPU, through NumPy's arrays, which bfloat16 has none of.
+    """
     if runtime in ("aoti", "onnx"):
-        return contender in EXPORTED and not training and (runtime == "aoti" or device.type == "cpu")
+        possible = runtime == "aoti" or (device.type == "cpu" and dtype != torch.bfloat16)
+        return contender in EXPORTED and not training and possible
     if contender == BESIDE:
         return runtime != "eager"  # where nothing is compiled
     return contender != "merged" or not training  # where nothing is left to train
@@ -44,18 +50,22 @@ def prepare(
     Args:
         folder: for exported files, which the function goes on to need.
         shared: compile through the class's own code object, as ``torch.compile(model)`` does.
+        backend: of ``torch.compile``; "max-autotune" is a mode of "inductor", and with another only its cheap stand-in.
+
+    Raises:
+        Absent: the runtime's packages are not installed.
     """
     if runtime == "eager":
         return model
     if runtime == "compile":
         return torch.compile(model if shared else own_code(model), dynamic=False, backend=backend)  # type: ignore[no-any-return]
     if runtime == "max-autotune":
-        return _marked(torch.compile(model if shared else own_code(model), dynamic=False, mode="max-autotune"))
-    path, mode = (
-        folder / f"{next(COUNTER)}.{'onnx' if runtime == 'onnx' else 'pt2'}",
-        "live" if sites(model) else "merged",
-    )
-    export(model, runtime, path, example_inputs={"x": x}, mode=mode)
+        mode = "max-autotune" if backend == "inductor" else None
+        return _marked(torch.compile(model if shared else own_code(model), dynamic=False, backend=backend, mode=mode))
+    if runtime == "onnx" and (missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]):
+        raise Absent(f"not installed: {', '.join(missing)}")
+    path = folder / f"{next(COUNTER)}.{'onnx' if runtime == 'onnx' else 'pt2'}"
+    export(model, runtime, path, example_inputs={"x": x}, mode="live" if sites(model) else "merged")
     if runtime == "aoti":
         package = torch._inductor.aoti_load_package(str(path))
         return lambda x: _only(package(x=x))

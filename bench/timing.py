@@ -35,6 +35,17 @@ def paired(contenders: dict[str, Run], repeats: int, device: torch.device = CPU)
     return times
 
 
+def alternate(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each contender, taken in turn after one run that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(repeats + 1):
+        for name, run in contenders.items():
+            found = milliseconds(run)
+            if i:
+                times[name].append(found)
+    return times
+
+
 def milliseconds(run: Run, device: torch.device = CPU) -> float:
     """Duration of one run, until the device has done all of it."""
     gc.collect()
@@ -53,11 +64,11 @@ def quartiles(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Exponent of the power law of least squares in logarithms, and its standard error (0 for two points)."""
+def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float | None]:
+    """Exponent of the power law of least squares in logarithms, and its standard error (None of two points)."""
     u, v = [math.log(a) for a in x], [math.log(b) for b in y]
     mean_u, mean_v = statistics.fmean(u), statistics.fmean(v)
     spread = sum((a - mean_u) ** 2 for a in u)
     slope = sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / spread
     left = sum((b - mean_v - slope * (a - mean_u)) ** 2 for a, b in zip(u, v, strict=True))
-    return slope, math.sqrt(left / max(1, len(u) - 2) / spread)
+    return slope, math.sqrt(left / (len(u) - 2) / spread) if len(u) > 2 else None

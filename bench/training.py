@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -83,6 +82,24 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, round(WARM_UP * steps))) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+class Trainer:
+    """A model in training, with the optimiser and the schedule that all methods share."""
+
+    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
+        self.model = model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, **OPTIMIZER)
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: schedule(step, steps))
+
+    def step(self, tokens: Tensor) -> None:
+        """Forward, backward and update."""
+        language_model_loss(self.model, tokens).backward()
+        nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.rates.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def run(task: Task, settings: Settings, setting: Setting) -> dict[str, Any]:
     """Train and evaluate once; a loss that is not finite is None."""
 
@@ -95,28 +112,18 @@ def run(task: Task, settings: Settings, setting: Setting) -> dict[str, Any]:
     calibration = list(corpus.batches(setting.train, steps=settings.calibration, **batches))
     model = build(task.method, setting.base, task.seed, calibration)
     ready = time.perf_counter() - started
-    trained = [p for p in model.parameters() if p.requires_grad]
-    row = {**asdict(task.method), "seed": task.seed, "rate": task.rate, "trainable": sum(p.numel() for p in trained)}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row = {**asdict(task.method), "seed": task.seed, "rate": task.rate, "trainable": trainable}
     row["initial_difference"] = float((logits(model, setting.probe) - setting.logits).abs().max())
     row["initial_loss"] = loss_on(setting.held_out, settings.evaluated // 4)
-    times = []
     if task.rate is not None:
-        optimizer = torch.optim.AdamW(trained, lr=task.rate, **OPTIMIZER)
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, settings.steps))
-        model.train()
+        trainer = Trainer(model, task.rate, settings.steps)
         for tokens in corpus.batches(setting.train, steps=settings.steps, **batches):
-            started = time.perf_counter()
-            language_model_loss(model, tokens).backward()
-            nn.utils.clip_grad_norm_(trained, CLIP)
-            optimizer.step()
-            rates.step()
-            optimizer.zero_grad(set_to_none=True)
-            times.append(1000 * (time.perf_counter() - started))
+            trainer.step(tokens)
         model.eval()
     row["validation_loss"] = loss_on(setting.validation, settings.evaluated)
     row["held_out_loss"] = loss_on(setting.held_out, settings.evaluated)
-    row |= {"setup_seconds": round(ready, 3), "step_ms": round(statistics.median(times), 1) if times else None}
-    return row
+    return {**row, "setup_seconds": round(ready, 3)}
 
 
 _work: tuple[Settings, Setting] | None = None

@@ -122,7 +122,7 @@ def pull(
 
 def patterns(text: str | None) -> str | list[str] | None:
     """A pattern of the command line as ``apply_surgery`` takes it: with commas, a list of suffixes."""
-    return text.split(",") if text and "," in text else text
+    return [part.strip() for part in text.split(",")] if text and "," in text else text
 
 
 def main() -> None:

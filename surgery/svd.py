@@ -140,21 +140,21 @@ def _residual(W: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tenso
 
 def gram_matrix(A: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
     """``A^T A``, or ``A^T image`` where that is symmetric, from the products on and below the diagonal."""
-    image = A if image is None else image
     out = A.new_empty(A.shape[1], A.shape[1])
-
-    def fill(start: int, stop: int) -> None:
-        if stop - start <= BLOCK:
-            torch.mm(A[:, start:stop].T, image[:, start:stop], out=out[start:stop, start:stop])
-            return
-        middle = (start + stop) // 2
-        fill(start, middle)
-        fill(middle, stop)
-        torch.mm(A[:, middle:stop].T, image[:, start:middle], out=out[middle:stop, start:middle])
-        out[start:middle, middle:stop] = out[middle:stop, start:middle].T
-
-    fill(0, A.shape[1])
+    _fill(out, A, A if image is None else image, 0, A.shape[1])
     return out
+
+
+def _fill(out: torch.Tensor, A: torch.Tensor, image: torch.Tensor, start: int, stop: int) -> None:
+    """Fill a diagonal block of a symmetric product, by halves."""
+    if stop - start <= BLOCK:
+        torch.mm(A[:, start:stop].T, image[:, start:stop], out=out[start:stop, start:stop])
+        return
+    middle = (start + stop) // 2
+    _fill(out, A, image, start, middle)
+    _fill(out, A, image, middle, stop)
+    torch.mm(A[:, middle:stop].T, image[:, start:middle], out=out[middle:stop, start:middle])
+    out[start:middle, middle:stop] = out[middle:stop, start:middle].T
 
 
 def _gram(W: torch.Tensor, r: int) -> Triples | None:

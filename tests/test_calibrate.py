@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,24 @@ class Changing(nn.Module):
         self.last = x
         random.random()
         return self.l(self.drop(self.norm(x))) + 0 * torch.rand(())
+
+
+def test_no_activation_is_held_after_its_batch():
+    gc.disable()  # what waits for a collection to be freed would add up over batches
+    try:
+        seen = []
+        model = nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 500))
+        model[2].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+
+        def batches():
+            for _ in range(3):
+                assert [ref() for ref in seen] == [None] * len(seen)
+                yield torch.randn(4, 8)
+
+        calibrate(model, "antipasto_corda", batches(), r=4, progress=False)
+        assert len(seen) >= 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")

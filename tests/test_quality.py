@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench import quality, quality_figure, quality_report
+from bench import quality, quality_figure, quality_report, quality_steps
 from bench.methods import BASE, FULL, GRID, Method, build, methods, rate, trains, untrainable
 from bench.training import Settings, Task, schedule
 from passes.errors import InputError
@@ -27,7 +27,7 @@ from tests.tolerance import assert_close
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 COMPARED = ["antipasto", "LoRA, r = 8", "full fine-tuning"]
 TINY = Settings(r=16, steps=2, batch=2, length=16, seeds=2, base_steps=2, calibration=1, evaluated=256)
-MEASURED = ("setup_seconds", "step_ms", "command", "commit", "workers")
+MEASURED = ("setup_seconds", "command", "commit", "workers")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def small_base() -> nn.Module:
 def row_of(method: Method, seed: int, value: float | None, validation: float | None, held_out: float | None) -> Any:
     """A recorded run with given losses."""
     row = {**dataclasses.asdict(method), "seed": seed, "rate": value, "trainable": 7, "initial_difference": 0.0}
-    row |= {"validation_loss": validation, "held_out_loss": held_out, "step_ms": 1.0, "hardware": "x", "threads": 1}
+    row |= {"validation_loss": validation, "held_out_loss": held_out, "hardware": "x", "threads": 1}
     return row | {"initial_loss": 2.0, "settings": dataclasses.asdict(TINY), "workers": 1}
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_diverged_is_never_chosen_and_is_reported() -> None:
     rows = rows_of(method, lambda n: None if n > middle else -n)
     assert quality.chosen(method, rows) == (rate(middle), False)
     recorded = [row_of(BASE, 0, None, 2.0, 2.0), *rows.values(), row_of(method, 1, rate(middle), None, None)]
-    text = quality_report.quality_markdown(quality.summary(recorded), TINY, recorded)
+    text = quality_report.quality_markdown(quality.summary(recorded), TINY, recorded, None)
     assert f"| {method.name} | 7 | {rate(middle):g} | diverged |" in text
     assert f"Not below the base with every seed: {method.name}." in text
 
@@ -186,6 +186,26 @@ def test_a_run_that_was_broken_off_is_taken_up_again(finished: Path, cache: Path
     quality.complete(TINY, compared(), path, cache=cache)
     assert path.read_text().startswith("".join(lines[:-3]))
     assert stable(path) == stable(finished / "quality.jsonl")
+
+
+def test_steps_are_timed_in_turn_and_once(finished: Path, cache: Path) -> None:
+    path = finished / "quality_steps.json"
+    data = json.loads(path.read_text())
+    assert set(data["milliseconds"]) == set(COMPARED)
+    assert all(0 < ms["q1"] <= ms["median"] <= ms["q3"] for ms in data["milliseconds"].values())
+    assert {"command", "commit", "versions", "hardware", "threads"} <= set(data)
+    ms = data["milliseconds"]["antipasto"]
+    assert f"| {ms['median']:.0f} ({ms['q1']:.0f} to {ms['q3']:.0f}) |" in (finished / "quality.md").read_text()
+    before = path.read_bytes()
+    quality_steps.complete(TINY, quality.summary(quality.read(finished / "quality.jsonl")), path, cache)
+    assert path.read_bytes() == before
+
+
+def test_runs_of_another_python_are_not_mixed(finished: Path, cache: Path, tmp_path: Path) -> None:
+    rows = [{**row, "python": "3.9.0"} for row in quality.read(finished / "quality.jsonl")]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"runs of Python 3\.9\.0"):
+        quality.complete(TINY, compared(), tmp_path / "quality.jsonl", cache=cache)
 
 
 def test_runs_with_other_settings_are_not_mixed(finished: Path, cache: Path) -> None:
@@ -254,9 +274,7 @@ def test_what_trains_is_found_from_the_core() -> None:
 def test_the_committed_table_is_that_of_the_recorded_runs() -> None:
     rows = quality.read(RESULTS / "quality.jsonl")
     settings = quality.settings_of(rows)
-    assert (RESULTS / "quality.md").read_text() == quality_report.quality_markdown(
-        quality.summary(rows), settings, rows
-    )
+    assert (RESULTS / "quality.md").read_text() == quality.markdown(RESULTS)
     assert {row["name"] for row in quality.summary(rows)} == {"base", *(method.name for method in methods(settings.r))}
     for row in rows:
         for entry in ("command", "commit", "versions", "hardware", "threads"):

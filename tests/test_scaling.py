@@ -23,7 +23,8 @@ WHERE = {"device": "a processor", "threads": 2, "seed": 0, "repeats": 15}
 def test_the_fit_finds_the_exponent(exponent: float, factor: float, x: list[int]) -> None:
     slope, error = power(x, [factor * a**exponent for a in x])
     assert slope == pytest.approx(exponent, abs=1e-6)
-    assert error < 1e-6
+    assert (error is None) == (len(x) == 2)
+    assert error is None or error < 1e-6
 
 
 def test_the_fits_error_is_that_of_least_squares() -> None:
@@ -67,11 +68,11 @@ def spread(ms: float) -> dict[str, float]:
 
 def made_up() -> list[dict[str, Any]]:
     rows = []
-    for x in (8, 16, 32, 64):
-        row = {"axis": "rank", "line": "forward, low-rank", "x": x, **WHERE}
-        ratio = {"q1": 1 + 0.009 * x, "median": 1 + 0.01 * x, "q3": 1 + 0.011 * x}
-        if x == 8:
-            ratio["q1"] = 0.99  # not told from the base
+    for x in (8, 16, 32, 64, 128):
+        row = {"axis": "rank", "line": "forward, low-rank", "x": x, **WHERE, "flops": [10 + x**0.9, 10]}
+        ratio = {"q1": 1 + 0.009 * x, "median": 1 + 0.01 * x, "q3": 1 + 0.011 * x, "n": 16}
+        if x in (8, 128):
+            ratio["q3"] = ratio["q1"] + 0.01 * x * 1.349 * 1.7  # two standard errors are 1.07 of what is added
         rows.append({**row, "milliseconds": spread(0.1 * x), "base_milliseconds": spread(100), "ratio": ratio})
     for d in (256, 512):
         rows.append({"axis": "factorisation", "line": "exact", "x": d, **WHERE, "milliseconds": spread(d**3 / 1e6)})
@@ -79,12 +80,24 @@ def made_up() -> list[dict[str, Any]]:
 
 
 def test_the_table_has_exponents_of_what_is_told_from_the_base() -> None:
-    first, second = scaling_report.markdown(made_up()).splitlines()[2:]
-    assert first == ("| rank | forward, low-rank | 16 to 64 (3 points) | 16 to 64 | 1.64× | 1.00 ± 0.00 | 1.00 | 1 |")
-    assert second == (
-        "| width of a square weight | exact | 256 to 512 (2 points) | 16.8 to 134 |  | 3.00 ± 0.00 | 3.00 | 3 |"
+    text = scaling_report.markdown(made_up())
+    first, second = text.splitlines()[4:]
+    assert text.startswith("a processor; 2 threads")
+    assert (
+        first == "| rank | forward, low-rank | 16 to 64 (3 points) | 16.0 to 64.0 | 1.64× | 1.00 ± 0.00 | 1.00 | 0.90 |"
+    )
+    assert (
+        second == "| width of a square weight | exact | 256 to 512 (2 points) | 16.8 to 134 |  | 3.00 | 3.00 | 3.00 |"
     )
     assert scaling_report.markdown([]) == scaling_report.NOTHING
+
+
+def test_runs_with_other_settings_are_kept_apart() -> None:
+    slow = [{**row, "repeats": 3} for row in made_up()]
+    text = scaling_report.markdown([*made_up(), *slow])
+    assert text.count("| width of a square weight | exact | 256 to 512 (2 points) |") == 2
+    passes = {"hardware": "another", "nodes": {}, "milliseconds": {}}
+    assert scaling_report.markdown([*made_up(), *slow], passes) == text  # not timed on this machine
 
 
 def test_the_figure_is_an_image(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,10 @@ import torch
 from torch import nn
 
 from bench import rows, speed, speed_contenders
-from bench.__main__ import main
 from bench.speed import Settings, cells, run
 from bench.speed_check import Answer, errors
 from bench.speed_contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
-from bench.speed_limits import ceilings, minimum_ms, work
-from bench.speed_model import CONFIGS
 
-ROOT = Path(__file__).parent.parent
 QUICK = {"config": "tiny", "layers": 1, "r": 8, "tokens": 6, "repeats": 3, "cell_seconds": 0.0}
 
 
@@ -36,8 +29,8 @@ def settings(out: Path, **changed: Any) -> Settings:
     return Settings(out=out, **{**QUICK, **changed})
 
 
-def measured(given: Settings) -> dict[tuple[str, str, str], dict[str, Any]]:
-    assert run(given, say=lambda text: None)
+def measured(given: Settings, right: bool = True) -> dict[tuple[str, str, str], dict[str, Any]]:
+    assert run(given, say=lambda text: None) is right
     return {(row["runtime"], row["shape"], row["contender"]): row for row in rows.read(given.out)}
 
 
@@ -73,9 +66,10 @@ def test_a_dropped_adapter_is_reported_and_not_timed(name: str, tmp_path: Path, 
 
     monkeypatch.setattr(speed_contenders.Makers, "make", dropped)
     chosen = {"runtimes": ("eager",), "shapes": ("prefill",), "contenders": (BASE, name)}
-    found = measured(settings(tmp_path / "speed.jsonl", **chosen))
+    found = measured(settings(tmp_path / "speed.jsonl", **chosen), right=False)
     row = found["eager", "prefill", name]
     assert row["status"] == "wrong"
+    assert measured(settings(tmp_path / "speed.jsonl", **chosen), right=False) == found  # it still is, unmeasured
     assert row["errors"]["output"] == pytest.approx(1, abs=1e-3)
     assert "milliseconds" not in row
     assert found["eager", "prefill", BASE]["status"] == "ok"
@@ -92,6 +86,13 @@ def test_hooks_dropped_by_the_compiler_are_caught_and_ones_own_code_keeps_them(s
     assert "milliseconds" not in found["compile", shape, BESIDE]
     for name in (BASE, "live lowrank", HOOKS):
         assert found["compile", shape, name]["status"] == "ok", found["compile", shape, name]
+
+
+def test_what_is_made_again_for_another_runtime_is_the_same(tmp_path: Path) -> None:
+    """One reference of a family serves all runtimes, so that an adapter must not start from other random numbers."""
+    chosen = {"runtimes": ("eager", "compile"), "shapes": ("decode 1",), "contenders": PEERS, "backend": "eager"}
+    found = {row["status"] for row in measured(settings(tmp_path / "a", **chosen)).values()}
+    assert found - {"absent"} == {"ok"}  # older releases of PEFT have no PSOFT
 
 
 def test_errors_are_over_the_adapters_effect() -> None:
@@ -148,6 +149,72 @@ def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     assert all(row["status"] == "ok" for row in rows.read(out))
 
 
+def test_nothing_is_built_where_nothing_is_left_or_the_time_is_up(tmp_path: Path, monkeypatch: Any) -> None:
+    chosen = {"runtimes": ("eager",), "shapes": ("decode 1",), "contenders": (BASE,)}
+    said: list[str] = []
+    measured(settings(tmp_path / "a", **chosen))
+    built, clock = [], [0.0]
+    monkeypatch.setattr(speed.time, "monotonic", lambda: clock[0])
+
+    class Slow(speed.Matrix):
+        def __init__(self, *args: Any) -> None:
+            built.append(self)
+            clock[0] += 90
+
+        def measure(self, *cell: str) -> dict[str, Any]:
+            raise AssertionError("after the deadline")
+
+    monkeypatch.setattr(speed, "Matrix", Slow)
+    assert run(settings(tmp_path / "a", **chosen), said.append)
+    assert said == [f"0 cells to measure, 1 there already: {tmp_path / 'a'}"]
+    assert run(settings(tmp_path / "b", **chosen, minutes=0.0), said.append)
+    assert not built
+    assert run(settings(tmp_path / "b", **chosen, minutes=1.0), said.append)
+    assert len(built) == 1
+    assert "the time is up: 1 cells are left" in said[-1]
+
+
+def test_what_was_measured_otherwise_is_measured_anew(tmp_path: Path, monkeypatch: Any) -> None:
+    chosen = {"runtimes": ("compile",), "shapes": ("decode 1",), "contenders": (BASE,), "backend": "eager"}
+    monkeypatch.setattr(speed, "timed", lambda *args: {"milliseconds": spread(1.0), "ratio": spread(1.0)})
+    said: list[str] = []
+
+    def counted(**changed: Any) -> str:
+        assert run(settings(tmp_path / "a", **chosen | changed), said.append)
+        return next(text for text in reversed(said) if "to measure" in text).partition(":")[0]
+
+    new, old = "1 cells to measure, 0 there already", "0 cells to measure, 1 there already"
+    assert counted() == new
+    (row,) = rows.read(tmp_path / "a")
+    assert (row["cell_seconds"], row["backend"]) == (0.0, "eager")
+    assert counted() == old
+    assert counted(cell_seconds=0.1) == counted() == counted(backend="aot_eager") == counted() == new
+    assert counted(again=True) == new
+    original = speed.environment
+    monkeypatch.setattr(speed, "environment", lambda: original() | {"commit": "another"})
+    assert counted() == old
+    monkeypatch.setattr(speed, "environment", lambda: original() | {"versions": {"torch": "9"}})
+    assert counted() == new
+    assert len(rows.read(tmp_path / "a")) == 1
+
+
+def spread(middle: float) -> dict[str, float]:
+    return {"q1": middle, "median": middle, "q3": middle, "n": 3}
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_runtime_that_is_not_installed_is_absent(package: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    chosen = {"runtimes": ("onnx",), "shapes": ("decode 1",), "contenders": (BASE,)}
+    row = measured(settings(tmp_path / "a", **chosen))["onnx", "decode 1", BASE]
+    assert (row["status"], row["reason"]) == ("absent", f"not installed: {package}")
+
+
+def test_there_are_no_cells_of_onnx_in_bfloat16(tmp_path: Path) -> None:
+    for dtype, some in (("bfloat16", False), ("float16", True), ("float32", True)):
+        assert bool(list(cells(settings(tmp_path / "a", runtimes=("onnx",), dtype=dtype)))) is some
+
+
 def test_a_cell_that_fails_says_why_and_the_others_go_on(tmp_path: Path, monkeypatch: Any) -> None:
     original = speed.prepare
 
@@ -180,47 +247,3 @@ def test_the_most_important_cells_come_first(tmp_path: Path) -> None:
     assert order.index(("compile", "prefill", "LoRA")) < order.index(("eager", "prefill", "PSOFT"))
     assert not any(shape == "training" for runtime, shape, _ in order if runtime in ("aoti", "onnx"))
     assert not any(name in PEERS for runtime, _, name in order if runtime in ("aoti", "onnx"))
-
-
-def test_the_limit_counts_products_and_every_tensor_once() -> None:
-    linear, x = nn.Linear(32, 48, bias=False), torch.randn(8, 32)
-
-    def forward() -> None:
-        with torch.no_grad():
-            linear(linear(x)[:, :32])  # the weight is read twice, and counts once
-
-    found = work(forward, torch.empty(8, 48), torch.device("cpu"))
-    assert found == {"flops": 2 * 2 * 8 * 32 * 48, "bytes": 4 * (32 * 48 + 8 * 32 + 8 * 48)}
-    machine = {"flops_per_second": 1e9, "bytes_per_second": 1e9}
-    assert minimum_ms({"flops": 10**6, "bytes": 10**3}, machine) == pytest.approx(1)
-    assert minimum_ms({"flops": 10**3, "bytes": 10**7}, machine) == pytest.approx(10)
-
-
-def test_ceilings_are_those_of_a_machine() -> None:
-    found = ceilings(CONFIGS["tiny"], 64, torch.device("cpu"), torch.float32, repeats=1)
-    assert 1e7 < found["flops_per_second"] < 1e15
-    assert 1e7 < found["bytes_per_second"] < 1e14
-
-
-def test_wrong_options_are_named(tmp_path: Path, capsys: Any) -> None:
-    for option, value, word in (("--runtimes", "eager,tpu", "tpu"), ("--config", "gpt-9", "gpt-9"),
-                                ("--contenders", "LoRAX", "LoRAX"), ("--repeats", "2", "repeats")):  # fmt: skip
-        assert main(["speed", "--out", str(tmp_path / "a"), option, value]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("InputError")
-        assert word in said
-    assert not (tmp_path / "a").exists()
-    assert set(CONFIGS) >= {"tiny", "qwen3-0.6b-layer", "qwen3-0.6b", "qwen3-4b"}
-
-
-@pytest.mark.full
-def test_the_gpu_script_runs_its_stages_and_is_taken_up_again(tmp_path: Path) -> None:
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    script = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run"]
-    for todo in ("20 cells to measure, 0 there already", "0 cells to measure, 20 there already"):
-        done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert todo in done.stdout
-    found = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
-    assert {row["status"] for row in found} == {"ok"}
-    assert len(found) == 26

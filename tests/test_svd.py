@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passes.errors import VariantError
-from surgery.svd import GRAM_LIMIT, factorise
+from surgery.svd import BLOCK, GRAM_LIMIT, factorise, gram_matrix
 from tests.tolerance import assert_close, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -215,3 +218,25 @@ def test_kept_directions_hold_their_share_of_the_energy():
     assert_close(torch.tensor(kept.energy), torch.tensor(10 / 14), torch.float32)
     assert torch.equal(kept.U, found.U[:, [0, 2]])
     assert torch.equal(kept.Vh, found.Vh[[0, 2]])
+
+
+def test_a_gram_matrix_holds_its_operand_no_longer_than_it_needs_it() -> None:
+    gc.disable()  # what only a collection would free stays for many batches of a calibration
+    try:
+        A = torch.randn(32, 3 * BLOCK)
+        held = weakref.ref(A)
+        gram_matrix(A)
+        del A
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (70, 2 * BLOCK + 9), (300, 5 * BLOCK)])
+def test_a_gram_matrix_is_the_whole_product(shape: tuple[int, int]) -> None:
+    A = torch.randn(shape, dtype=torch.float64)
+    for operand in (A, A.T.contiguous().T):
+        assert_close(gram_matrix(operand), A.T @ A)
+    H = torch.randn(len(A), len(A), dtype=torch.float64)
+    H = H + H.T
+    assert_close(gram_matrix(A, H @ A), A.T @ H @ A)
