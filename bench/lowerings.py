@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,12 @@ from torch import Tensor, nn
 
 from bench.contenders import HEAD, HEADS, HIDDEN, KV_HEADS, MLP, SEED, Layer, lora, naive, operated
 from bench.record import environment
+from bench.rows import Store, lines
 from bench.timing import Run, paired, quartiles
 from surgery import merge, set_coeff, sites
 from surgery.costs import schedule_of
+
+KEY = ("kind", "mode", "r", "tokens")
 
 
 def forward(model: nn.Module, x: Tensor) -> Run:
@@ -178,18 +180,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The recorded rows, each with where it comes from."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def record(path: Path, row: dict[str, Any], source: dict[str, Any]) -> None:
-    """Put a row in the place of the one that was measured of the same before, so that a run can be taken up again."""
-    sort = ("kind", "mode", "r", "tokens")
-    rows = {tuple(old[name] for name in sort): old for old in read(path)}
-    rows[tuple(row[name] for name in sort)] = {**row, **source}
-    order = sorted(rows, key=lambda key: (key[0], key[1] != "eager", *key[2:]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(rows[key]) + "\n" for key in order))
+    """The recorded rows, in the order of the tables."""
+    rows = lines(path, (*KEY, "milliseconds"), "python -m bench.lowerings")
+    return sorted(rows, key=lambda row: (row["kind"], row["mode"] != "eager", row["r"], row["tokens"]))
 
 
 def main() -> None:
@@ -205,17 +198,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(SEED)
     base, path = Layer().eval(), options.out / "lowerings.jsonl"
+    store = Store(path, read(path), KEY)
     source = {**environment(), "seed": SEED}  # before a row is written, which changes the checkout
     for mode in options.modes:
         prepare: Callable[[nn.Module], Any] = torch.compile if mode == "compiled" else lambda model: model
         for r in options.ranks:
             torch.compiler.reset()
             found = inference(base, r, 512, 3 * options.repeats, prepare)
-            record(path, {"kind": "inference", "mode": mode, "r": r, "tokens": 512, **found}, source)
+            store.put({"kind": "inference", "mode": mode, "r": r, "tokens": 512, **found, **source})
         for tokens in options.training_tokens:
             torch.compiler.reset()
             found = training(base, 256, tokens, max(7, options.repeats * 512 // tokens), prepare)
-            record(path, {"kind": "training", "mode": mode, "r": 256, "tokens": tokens, **found}, source)
+            store.put({"kind": "training", "mode": mode, "r": 256, "tokens": tokens, **found, **source})
     text = markdown(read(path))
     (options.out / "lowerings.md").write_text(text)
     print(text)

@@ -270,7 +270,6 @@ def test_what_trains_is_found_from_the_core() -> None:
     assert rate(-5) == pytest.approx(math.sqrt(1e-5), rel=0.02)
 
 
-@pytest.mark.skipif(not (RESULTS / "quality.jsonl").exists(), reason="the comparison has not been recorded")
 def test_the_committed_table_is_that_of_the_recorded_runs() -> None:
     rows = quality.read(RESULTS / "quality.jsonl")
     settings = quality.settings_of(rows)
