@@ -105,9 +105,9 @@ def held_by(model: nn.Module) -> dict[str, int]:
         core, compared = site.core, site.core.coeff.device.type == "cpu"  # there, with copies of the values
         add("factors", site.factors.buffers())
         add("core", [*core.parameters(), *core.buffers()])
-        dense, prepared = vars(site).get("_dense"), vars(core).get("_prepared")
-        if dense is not None:
-            add("kept", [dense.weight])
+        prepared = vars(core).get("_prepared")
+        for kept in vars(site).get("_kept", {}).values():
+            add("kept", [kept.made])
             found["kept"] += compared * sum(t.nbytes for t in (core.coeff, *core.tensors().values()))
         if prepared is not None:
             add("kept", vars(prepared[1]).values())

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from passes.errors import InputError, VariantError
 from passes.sites import part_of
@@ -80,29 +79,16 @@ class SSpaceLinear(nn.Module):
 
     def chosen(self, x: torch.Tensor) -> str:
         """Name of the lowering for an input; what is traced or exported always shows the low-rank form."""
-        rows = self.core.coeff.dim() > 0
-        if torch.compiler.is_compiling():
+        core, compiling = self.core, torch.compiler.is_compiling()
+        if compiling:
             if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
                 return "lowrank"
-        elif not self.plain() or type(x) not in (torch.Tensor, nn.Parameter):
+        elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):
             return "lowrank"
         if self.weight.requires_grad:  # the base is trained too: it has to be in the product
             return "lowrank"
-        d_in = self.factors.Vh.shape[1]
-        return step(self.schedule.case(training=self.trains(), rows=rows), x.numel() // d_in)
-
-    def trains(self) -> bool:
-        """Whether this forward is one that the core's gradient will be taken of."""
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.core.parameters())
-
-    def plain(self) -> bool:
-        """Whether the core's own parameters are what is computed with, and nothing records the operations."""
-        return (
-            torch._C._get_tracing_state() is None
-            and get_proxy_mode() is None
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and all(type(p) is nn.Parameter for p in self.core._parameters.values())
-        )
+        steps = self.schedule.case(training=core.trains(), rows=core.coeff.dim() > 0)
+        return step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -112,16 +98,16 @@ class SSpaceLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_dense", "handle")}
+        return {name: value for name, value in vars(self).items() if name not in ("_kept", "handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         give_handle(self)
 
     def forget(self) -> None:
-        """Drop what is kept of the core and of the weights made with it."""
+        """Drop what is kept of the core and of what was made with it."""
         self.core.forget()
-        vars(self).pop("_dense", None)
+        vars(self).pop("_kept", None)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""

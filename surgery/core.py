@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from surgery.variants import Variant
 from surgery.watching import watch
@@ -84,6 +85,25 @@ class Core(nn.Module):
         buffers = {name: buffer for name, buffer in self.named_buffers() if name != "coeff"}
         return dict(self.named_parameters()) | buffers
 
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """Parameters, frozen tensors and the knob: all that the adapter's term depends on beside the factors."""
+        if self._modules:  # parametrised
+            return (*self.parameters(), *self.buffers())
+        return (*self._parameters.values(), *self._buffers.values())  # type: ignore[arg-type]  # none is None
+
+    def trains(self) -> bool:
+        """Whether this forward is one that the core's gradient will be taken of."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def plain(self) -> bool:
+        """Whether the core's own parameters are what is computed with, and nothing records the operations."""
+        if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        for p in self._parameters.values():  # a loop, as in each forward a generator costs as much as what it asks
+            if type(p) is not nn.Parameter:
+                return False
+        return get_proxy_mode() is None
+
     def prepared(self, variant: Variant) -> Any:
         """The core, with what the variant prepares from it where no gradient is wanted.
 
@@ -94,11 +114,7 @@ class Core(nn.Module):
         if type(variant).prepare is Variant.prepare or torch.is_grad_enabled():
             return self
         tensors = list(self.parameters())
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._get_tracing_state() is not None
-            or any(type(p) is not nn.Parameter for p in tensors)
-        ):
+        if torch.compiler.is_compiling() or not self.plain():
             return self  # what traces must see the computation
         kept = vars(self).get("_prepared")
         if kept is None or not all(same(p) for p, same in zip(tensors, kept[0], strict=True)):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
@@ -38,7 +39,7 @@ GRID = tuple(dict.fromkeys(round(2 ** (k / 4)) for k in range(4 * 20)))
 
 def seconds(kernels: list[Work], rates: Rates) -> float:
     """Predicted duration of kernels that run one after the other."""
-    return sum(max(k.flops / rates.flops, k.bytes / rates.bytes) + rates.launch for k in kernels)
+    return sum(max(k.flops / rates.flops, k.bytes / rates.bytes) + k.launches * rates.launch for k in kernels)
 
 
 def rates_of(device: str, itemsize: int) -> Rates:
@@ -84,21 +85,45 @@ def candidates(site: SSpaceLinear) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=256)
 def core_macs(variant: Variant, r: int) -> int:
     """Multiply-accumulates per token of the matrix products in a core of rank r, counted on its delta."""
-    tensors = {name: tensor.to("meta") for name, tensor in variant.init_core(r, torch.Generator()).items()}
-    core: Any = SimpleNamespace(**tensors)
-    S, coeff = torch.ones(r, device="meta"), torch.ones((), device="meta")
     counted = []
     for tokens in (32, 64):  # what is done once in a forward, and not for each token, cancels
         with FlopCounterMode(display=False) as counter:
-            variant.delta(torch.ones(tokens, r, device="meta"), S, core, coeff)
+            variant.delta(*_meta(variant, r, tokens))
         counted.append(counter.get_total_flops())
     return int(counted[1] - counted[0]) // 64
+
+
+@functools.lru_cache(maxsize=256)
+def core_launches(variant: Variant, r: int) -> int:
+    """Operations of a core in inference that are not views, counted on its delta."""
+    h, S, core, coeff = _meta(variant, r, 1)
+    prepared: Any = SimpleNamespace(**vars(core), **variant.prepare(core))
+    counter = _Launches()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), counter:
+        variant.delta(h, S, prepared, coeff)
+    return counter.count
+
+
+class _Launches(TorchDispatchMode):
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(variant: Variant, r: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor]:
+    """What the delta of a core of rank r takes, without data."""
+    tensors = {name: tensor.to("meta") for name, tensor in variant.init_core(r, torch.Generator()).items()}
+    S, coeff = torch.ones(r, device="meta"), torch.ones((), device="meta")
+    return torch.ones(tokens, r, device="meta"), S, SimpleNamespace(**tensors), coeff
 
 
 def size_of(site: SSpaceLinear, tokens: int) -> Size:
     """What the cost of a site depends on."""
     d_out, r, d_in = site.factors.U.shape[0], len(site.factors.S), site.factors.Vh.shape[1]
-    return Size(tokens, d_out, d_in, r, core_macs(site.variant, r), site.weight.element_size())
+    variant, item = site.variant, site.weight.element_size()
+    return Size(tokens, d_out, d_in, r, core_macs(variant, r), item, core_launches(variant, r))
 
 
 def schedule_of(site: SSpaceLinear, lowering: str) -> Schedule:

@@ -31,7 +31,7 @@ from surgery.residual import SSpaceResidual, join, split
 from surgery.variants import Variant
 
 ATTRIBUTES = ("variant", "factors", "core", "layout", "base_class")
-OWN = ("lowering", "schedule", "handle", "_dense")  # what a site keeps beside them
+OWN = ("lowering", "schedule", "handle", "_kept")  # what a site keeps beside them
 
 
 @dataclass(frozen=True)

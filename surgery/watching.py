@@ -16,12 +16,18 @@ def watch(tensor: torch.Tensor, *, by_value: bool) -> Callable[[torch.Tensor], b
     """
     if by_value and tensor.device.type == "cpu":
         value = tensor.detach().clone()
-        return lambda now: (now.device, now.dtype) == (value.device, value.dtype) and torch.equal(now, value)
-    mark = _mark(tensor)
-    held = tensor.detach()  # as long as it is held, no other tensor can come to lie at its address
-    return lambda now: held is not None and _mark(now) == mark
+        return lambda now: now.device == value.device and now.dtype == value.dtype and torch.equal(now, value)
+    held, version = tensor.detach(), _version(tensor)  # held, so that no other tensor can come to lie at its address
+    address, shape, strides = held.data_ptr(), held.shape, held.stride()
+    return lambda now: (
+        _version(now) == version
+        and now.data_ptr() == address
+        and now.shape == shape
+        and now.stride() == strides
+        and now.dtype == held.dtype
+        and now.device == held.device
+    )
 
 
-def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
+from bench.runs import IN_PLACE
 from passes.tolerance import disagreement
 from surgery import InputError, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
 from surgery.costs import cheapest, predicted
@@ -26,6 +28,7 @@ from surgery.variants import REGISTRY as VARIANTS
 
 NAMES = sorted(REGISTRY)
 PLAIN = [name for name, cls in VARIANTS.items() if not cls().needs_calibration]
+KEPT = {"dense": "changed", "pair": "left"}  # what makes the tensor that is kept
 
 
 def model_of(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Module:
@@ -54,7 +57,7 @@ def operated(lowering: str, variant: Any = "antipasto", dtype: torch.dtype = tor
 
 
 def possible(lowering: str, variant: str) -> bool:
-    return (lowering != "output" or VARIANTS[variant].of_scaled) and (lowering != "dense" or VARIANTS[variant].linear)
+    return (lowering != "output" or VARIANTS[variant].of_scaled) and (lowering not in KEPT or VARIANTS[variant].linear)
 
 
 def reference(model: nn.Module, x: Tensor) -> Tensor:
@@ -152,13 +155,13 @@ def _plain_gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
 
 
-def test_dense_makes_its_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery.lowerings import dense
-
+@pytest.mark.parametrize("lowering", KEPT)
+def test_what_is_kept_is_made_once(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    plain = dense.changed
-    monkeypatch.setattr(dense, "changed", lambda site: (made.append(1), plain(site))[1])
-    model, x = operated("dense"), inputs()
+    module = importlib.import_module(f"surgery.lowerings.{lowering}")
+    plain = getattr(module, KEPT[lowering])
+    monkeypatch.setattr(module, KEPT[lowering], lambda site: (made.append(1), plain(site))[1])
+    model, x = operated(lowering), inputs()
     with torch.no_grad():
         for _ in range(3):
             model(x)
@@ -169,7 +172,7 @@ def test_dense_makes_its_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
         model(x)
     assert len(made) == 2, "the values are what they were"
     model(x).sum().backward()
-    assert len(made) == 2, "training uses the same weight"
+    assert len(made) == 2, "training makes none, or uses the same"
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
@@ -197,8 +200,9 @@ def _train(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_dense_is_never_stale(change: str, compiled: bool) -> None:
-    model, x = operated("dense"), inputs()
+@pytest.mark.parametrize("lowering", KEPT)
+def test_what_is_kept_is_never_stale(lowering: str, change: str, compiled: bool) -> None:
+    model, x = operated(lowering), inputs()
     run = torch.compile(model, fullgraph=True) if compiled else model
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
@@ -275,6 +279,19 @@ def test_dense_never_forms_the_gradient_of_a_weight() -> None:
     assert flops == {"dense": base + 2 * thin, "lowrank": base + 4 * thin}
 
 
+def test_a_pair_is_two_thin_products_whatever_the_core() -> None:
+    n, d, r = 32, 64, 16
+    for variant in (name for name in PLAIN if possible("pair", name)):
+        model = nn.Sequential(nn.Linear(d, d))
+        apply_surgery(model, variant, r=r, target_modules="all-linear", lowering="pair", progress=False)
+        shake(model)
+        with torch.no_grad():
+            model(torch.randn(n, d))  # makes the factor
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+                model(torch.randn(n, d))
+        assert counter.get_total_flops() == 2 * n * d * d + 2 * (2 * n * d * r), variant
+
+
 def test_a_trained_base_weight_is_in_the_product() -> None:
     model, x = operated("dense"), inputs()
     weight = sites(model)["0"].weight.requires_grad_()
@@ -328,7 +345,7 @@ def test_undo_merge_and_files_under_dense(tmp_path: Any) -> None:
         assert disagreement(merged(x), live) is None
         undo_surgery(model)
         assert torch.equal(model(x), model_of()(x))
-        assert not any(name in vars(m) for m in model.modules() for name in ("_dense", "schedule", "handle"))
+        assert not any(name in vars(m) for m in model.modules() for name in ("_kept", "schedule", "handle"))
 
 
 def test_a_loaded_adapter_keeps_the_lowering_that_was_asked_for(tmp_path: Any) -> None:

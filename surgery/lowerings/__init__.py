@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from surgery.adapter import SSpaceLinear
 
 
+AMORTISED = 16  # forwards that what is made from a core is taken to serve in inference
+
+
 class Size(NamedTuple):
-    """What a cost depends on: tokens, sizes of the site, products in its core per token, bytes of an entry."""
+    """What a cost depends on: tokens, sizes of the site, products in its core per token, bytes of an entry, operations
+    of the core.
+    """
 
     tokens: int
     d_out: int
@@ -27,14 +32,16 @@ class Size(NamedTuple):
     r: int
     core: int
     itemsize: int
+    launches: int = 1
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel: floating-point operations, bytes that it reads and writes."""
+    """One kernel: floating-point operations, bytes that it reads and writes, launches."""
 
     flops: float
     bytes: float
+    launches: float = 1
 
     @classmethod
     def product(cls, rows: int, columns: int, inner: int, itemsize: int) -> Work:
@@ -45,6 +52,10 @@ class Work:
     def pointwise(cls, entries: int, itemsize: int, operands: int = 3) -> Work:
         """An elementwise operation."""
         return cls(float(entries), itemsize * operands * entries)
+
+    def amortised(self) -> Work:
+        """Its share of one of the forwards that what it makes serves."""
+        return Work(self.flops / AMORTISED, self.bytes / AMORTISED, self.launches / AMORTISED)
 
 
 class Lowering(Protocol):

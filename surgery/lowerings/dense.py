@@ -3,10 +3,6 @@
 Inference costs what the base costs. In training dx goes through the same product, and the core gets its gradient
 without the d_out x d_in gradient of a weight: with ``h = x Vh^T`` and ``p = dy U`` it is that of ``<p, delta(h)>``.
 That is 2 N r (d_in + d_out) FLOPs and 2 d_out d_in r for the weight, where ``lowrank`` needs 4 N r (d_in + d_out).
-
-The kept weight is never stale. On the CPU the values of the core and coeff are compared with those it was made from, as
-``.data`` may be written unnoticed; on an accelerator, where that would synchronise, version counters are, and
-``surgery.refresh`` is for such writes there. Of the frozen tensors, identity and version are compared.
 """
 
 from __future__ import annotations
@@ -19,13 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from surgery.lowerings import Size, Work, register
+from surgery.lowerings.kept import kept
 from surgery.lowerings.parts import with_gradient_of
-from surgery.watching import watch
 
 if TYPE_CHECKING:
     from surgery.adapter import SSpaceLinear
 
-AMORTISED = 16  # forwards that one materialised weight is taken to serve in inference
 COUNTER = itertools.count(1)
 SITES: weakref.WeakValueDictionary[int, SSpaceLinear] = weakref.WeakValueDictionary()
 
@@ -47,7 +42,7 @@ class Dense:
 
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """One product; while the core is trained, with a term of value zero that has the core's gradient."""
-        if not site.trains():
+        if not site.core.trains():
             if torch.compiler.is_compiling() and not torch.is_grad_enabled():
                 reads = [site.weight, site.core.coeff, *site.core.parameters()]
                 return torch.ops.surgery.dense_linear(x, site.handle, reads, site.factors.U.shape[0])  # type: ignore[no-any-return]
@@ -56,11 +51,11 @@ class Dense:
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """The weight's own product, spread over several forwards in inference; in training two thin products."""
-        n, d_out, d_in, r, core, item = size
+        n, d_out, d_in, r, core, item, _ = size
         wide = max(item, 4)
         make = [Work.product(d_out, d_in, r, wide), Work.pointwise(d_out * d_in, wide, 2 if item == wide else 6)]
         if not training:
-            return [Work(w.flops / AMORTISED, w.bytes / AMORTISED) for w in make]
+            return [work.amortised() for work in make]
         thin = [Work.product(n, r, d_in, item), Work.product(n, r, d_out, item), Work(6.0 * n * core, 0)]
         return [*make, *thin, Work.pointwise(n * r, item, 6)]
 
@@ -91,39 +86,9 @@ def changed(site: SSpaceLinear) -> torch.Tensor:
         return made if made.stride() == weight.stride() else torch.empty_like(weight).copy_(made)
 
 
-class Kept:
-    """A materialised weight and what it was made from."""
-
-    def __init__(self, site: SSpaceLinear) -> None:
-        self.unchanged = [watch(tensor, by_value=live) for tensor, live in _sources(site)]
-        self.weight = changed(site)
-
-    def fits(self, site: SSpaceLinear) -> bool:
-        """Whether the weight is what would be made now."""
-        now = _sources(site)
-        if len(now) != len(self.unchanged):
-            return False
-        return all(same(tensor) for same, (tensor, _) in zip(self.unchanged, now, strict=True))
-
-
-def _sources(site: SSpaceLinear) -> list[tuple[torch.Tensor, bool]]:
-    """What a weight is made from: the knob and the core, which are live, and the frozen tensors."""
-    frozen = (site.weight, site.factors.U, site.factors.S, site.factors.Vh)
-    live = (site.core.coeff, *site.core.tensors().values())
-    return [(tensor, True) for tensor in live] + [(tensor, False) for tensor in frozen]
-
-
 def kept_weight(site: SSpaceLinear) -> torch.Tensor:
-    """The materialised weight of a site at the present core and coeff, made anew only if one of them has changed.
-
-    A new tensor each time: a graph that autograd still holds may read the old one.
-    """
-    kept = vars(site).get("_dense")
-    if kept is None or not kept.fits(site):
-        vars(site).pop("_dense", None)  # before there are two
-        with torch.inference_mode(False):
-            kept = vars(site)["_dense"] = Kept(site)
-    return kept.weight  # type: ignore[no-any-return]
+    """The materialised weight of a site at the present core and coeff, kept until one of them changes."""
+    return kept(site, "dense", changed)
 
 
 def give_handle(site: SSpaceLinear) -> None:

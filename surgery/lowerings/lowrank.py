@@ -34,13 +34,14 @@ class LowRank:
 
     def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         """The base's own forward, plus the term."""
-        return add_term(site, site.base_class.forward(site, *args, **kwargs), site.adapter_delta(x))
+        return add_term(site, site.base_class.forward(site, *args, **kwargs), site.adapter_delta(x), site.factors.U)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """Two thin products and the core; in training their transposes."""
-        n, d_out, d_in, r, core, item = size
+        n, d_out, d_in, r, core, item, launches = size
         products = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
-        kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0), Work.pointwise(n * d_out, item, 2)]
+        kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0, launches)]
+        kernels += [Work.pointwise(n * d_out, item, 2)]
         if training:
             back = [Work.product(n, r, d_out, item), Work.product(n, d_in, r, item), Work(4.0 * n * core, 0)]
             kernels += [*back, Work.pointwise(n * r, item, 6), Work.pointwise(n * d_in, item)]

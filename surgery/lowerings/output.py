@@ -46,13 +46,13 @@ class Output:
         y: torch.Tensor = site.base_class.forward(site, *args, **kwargs)
         U = site.factors.U.to(y.dtype)
         s = F.linear(y, U.T, None if site.bias is None else -(site.bias.to(y.dtype) @ U))
-        return add_term(site, y, site.core_delta(s, torch.ones_like(site.factors.S)))
+        return add_term(site, y, site.core_delta(s, torch.ones_like(site.factors.S)), site.factors.U)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """Two products with U, and in training two more."""
-        n, d_out, _, r, core, item = size
+        n, d_out, _, r, core, item, launches = size
         kernels = [Work.product(n, r, d_out, item), Work(2.0 * n * r * d_out, item * n * (r + 2 * d_out))]
-        kernels += [Work.pointwise(n * r, item), Work(2.0 * n * core, 0)]
+        kernels += [Work.pointwise(n * r, item), Work(2.0 * n * core, 0, launches)]
         if training:
             kernels += [Work.product(n, r, d_out, item), Work.product(n, d_out, r, item), Work(4.0 * n * core, 0)]
             kernels += [Work.pointwise(n * r, item, 6), Work.pointwise(n * d_out, item)]

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from surgery.adapter import SSpaceLinear
 
 
-def add_term(site: SSpaceLinear, y: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """``y + d U^T`` in the dtype of y, (..., d_out) with d (..., r).
+def add_term(site: SSpaceLinear, y: torch.Tensor, d: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """``y + d left^T`` in the dtype of y, (..., d_out) with d (..., r) and left (d_out, r).
 
     Without gradients it is one product that adds to y in place, which nobody else has seen.
     """
-    U = site.factors.U.to(y.dtype)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (site.plain() and y.is_contiguous()):
-        return y + F.linear(d.to(y.dtype), U)
-    y.view(-1, y.shape[-1]).addmm_(d.reshape(-1, d.shape[-1]).to(y.dtype), U.T)
+    left = left.to(y.dtype)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (y.is_contiguous() and site.core.plain()):
+        return y + F.linear(d.to(y.dtype), left)
+    y.view(-1, y.shape[-1]).addmm_(d.reshape(-1, d.shape[-1]).to(y.dtype), left.T)
     return y
 
 
