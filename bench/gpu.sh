@@ -38,7 +38,7 @@ stage() {
 }
 
 first="base,live auto,live lowrank,residual hooks,LoRA,merged,folded"
-inplace="base,live auto,live lowrank,residual hooks,LoRA,merged,live output,live dense,PiSSA,PSOFT"
+inplace="base,live auto,live lowrank,residual hooks,LoRA,merged,live output,live pair,live dense,PiSSA,PSOFT"
 some="prefill,decode 1,training"
 stage 130 "${on[@]}" --config qwen3-0.6b --runtimes eager --contenders "$inplace"
 stage 200 "${on[@]}" --config qwen3-0.6b --layers 4 --runtimes eager,compile,max-autotune --shapes "$some"

@@ -23,10 +23,10 @@ from surgery.costs import schedule_of
 
 GAIN = 0.5  # standard deviation of the gains
 BASE, HOOKS, BESIDE = "base", "residual hooks", "residual hooks compiled after the base"
-LIVE = {f"live {name}": name for name in ("auto", "lowrank", "output", "dense")}
+LIVE = {f"live {name}": name for name in ("auto", "lowrank", "output", "pair", "dense")}
 PEERS = ("LoRA", "PiSSA", "PSOFT")
 FIRST = (BASE, "live auto", "live lowrank", HOOKS, "LoRA", "merged", "folded")
-CONTENDERS = (*FIRST, "residual graph", "live output", "live dense", BESIDE, "PiSSA", "PSOFT")
+CONTENDERS = (*FIRST, "residual graph", "live output", "live pair", "live dense", BESIDE, "PiSSA", "PSOFT")
 HIGHER = {torch.float64: torch.float64, torch.float32: torch.float64}  # any other dtype: float32
 
 
