@@ -15,6 +15,7 @@ from surgery.core import Core, Factors
 from surgery.costs import schedule_of
 from surgery.lowerings import REGISTRY, Schedule, step
 from surgery.lowerings.dense import give_handle
+from surgery.lowerings.kept import Kept
 from surgery.variants import Variant
 
 
@@ -61,6 +62,7 @@ class SSpaceLinear(nn.Module):
     lowering: str = "auto"
     schedule: Schedule
     handle: torch.Tensor
+    _kept: dict[str, Kept]
 
     @property
     def parameter(self) -> torch.Tensor:
@@ -107,7 +109,7 @@ class SSpaceLinear(nn.Module):
     def forget(self) -> None:
         """Drop what is kept of the core and of what was made with it."""
         self.core.forget()
-        vars(self).pop("_kept", None)
+        vars(self).get("_kept", {}).clear()  # those that are not called have none
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""

@@ -92,9 +92,12 @@ def kept_weight(site: SSpaceLinear) -> torch.Tensor:
 
 
 def give_handle(site: SSpaceLinear) -> None:
-    """Give a site the number by which compiled code finds what it keeps; a tensor, so that no graph holds its value."""
+    """Give a site a place for what it keeps, and the number by which compiled code finds it.
+
+    The number is a tensor, so that no graph holds its value.
+    """
     number = next(COUNTER)
-    vars(site)["handle"] = torch.tensor(number)
+    vars(site).update(handle=torch.tensor(number), _kept={})
     SITES[number] = site
 
 

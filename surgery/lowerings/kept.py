@@ -56,10 +56,9 @@ def kept(site: SSpaceLinear, name: str, make: Callable[[SSpaceLinear], torch.Ten
     Args:
         name: under which the site keeps it.
     """
-    held: dict[str, Kept] = vars(site).setdefault("_kept", {})
-    found = held.get(name)
+    found = site._kept.get(name)
     if found is None or not found.fits(site):
-        held.pop(name, None)  # before there are two
+        site._kept.pop(name, None)  # before there are two
         with torch.inference_mode(False):
-            found = held[name] = Kept(site, make)
+            found = site._kept[name] = Kept(site, make)
     return found.made
