@@ -124,6 +124,19 @@ def test_the_gpu_script_runs_its_stages_and_is_taken_up_again(tmp_path: Path) ->
     assert len(found) == 12
 
 
+@pytest.mark.full
+def test_the_gpu_script_ends_in_time_whatever_its_stages_do(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntrap '' INT\nwhile :; do sleep 1; done\n")
+    python.chmod(0o755)
+    script = ["bash", str(ROOT / "bench" / "gpu.sh")]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": str(python), "SECONDS_IN_ALL": "21"}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=21 + 30 + 20, check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("no time is left") == 4
+    assert int(done.stdout.split("done at ")[1].split()[0]) <= 21 + 30  # so that 490 end within 540
+
+
 def stages(folder: Path, *arguments: str, status: int = 0) -> list[list[str]]:
     """What the GPU script asks of Python, stage by stage, where all end with a status; the script ends with it too."""
     (folder / "asked").write_text("")
