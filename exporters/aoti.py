@@ -116,10 +116,13 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
         except Exception as error:  # inductor may fail in any way; the cause is chained
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise ExportError(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
-        # the sources are not needed to run, and name this machine's folders
-        kept = [file for file in files if not str(file).endswith((".cpp", ".h"))]
+        # the sources are not needed to run, and name this machine's folders;
+        # torch 2.11 needs the name of one to find the metadata
+        kept = [file for file in files if not str(file).endswith(".h")]
         for file in kept:
-            if isinstance(file, str) and file:
+            if isinstance(file, str) and file.endswith(".cpp"):
+                Path(file).write_bytes(b"")
+            elif isinstance(file, str) and file:
                 _forget_paths(Path(file), [folder, str(Path(torch.__file__).parent.parent)])
         with archive(path) as written:
             package_aoti(written, kept)

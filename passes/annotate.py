@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from passes.marks import mark_of
@@ -52,7 +53,8 @@ def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dic
         key = (node.target, _key((node.args, node.kwargs)))
         if key not in known:
             values: Any = [fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs)]
-            with torch.no_grad(), mode:
+            # by torch's Python kernels: the native one of a linear may ask for sizes as numbers
+            with torch.no_grad(), mode, enable_python_dispatcher():
                 known[key] = node.target(*values[0], **values[1])  # type: ignore[operator]
         node.meta["val"] = known[key]
 

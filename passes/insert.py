@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from passes.marks import META, Erased, Mark, erase, mark_of
+from passes.modules import attribute
 from passes.trace import INPUT, adapter_tensors, inline, is_adapter, trace_adapter
 from passes.verify import Reference
 
@@ -102,14 +103,18 @@ class Insert:
         return {p.node: (outs.get(p.input, p.input), modules[p.path].reference) for p in self._places}
 
     def _forget_bases(self, graph_module: fx.GraphModule) -> None:
-        """Remove the weights that no node reads any more."""
-        read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+        """Remove the weights that no node uses any more, by whichever of their names, and what still shows them."""
+        shown = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+        used = {id(attribute(graph_module, str(node.target))) for node in shown if node.users}
         for place in self._places:
             adapter: Any = graph_module.get_submodule(place.path)
             path, _, local = adapter.weight_name.rpartition(".")
-            if adapter.base is not None and adapter.weight_name not in read:
+            if adapter.base is not None and id(attribute(graph_module, adapter.weight_name)) not in used:
                 graph_module.get_submodule(path)._parameters.pop(local, None)
                 adapter.keeps_base = False
+        for node in shown:
+            if not node.users and attribute(graph_module, str(node.target)) is None:
+                graph_module.graph.erase_node(node)
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Every place has the output of an adapter."""

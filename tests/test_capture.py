@@ -274,7 +274,8 @@ def test_a_model_that_resists_gives_a_note_and_is_left_as_it_was(inputs):
 def test_inputs_that_do_not_fit_leave_a_pretrained_model_as_it_was():
     model = mixed(patient("bert").model)
     before = state(model)
-    found = capture(model, {"input_ids": torch.zeros(2, 3), "no_such_argument": torch.ones(1)})
+    sizes = {"input_ids": (2, 3), "token_type_ids": (2, 4)}
+    found = capture(model, {name: torch.zeros(size, dtype=torch.long) for name, size in sizes.items()})
     assert found.graph is None
     assert found.note
     after = state(model)

@@ -263,6 +263,15 @@ def test_without_the_base_no_memory_of_it_is_kept(name):
     assert_close(found.run(model), found.run())
 
 
+def test_without_the_base_of_one_module_under_two_names():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model, x = nn.Sequential(inner, inner[0]), torch.randn(2, 4)
+    apply_surgery(model, "antipasto", r=2, progress=False)
+    graph = to_graph(model, x, form="residual", keep_base=False)
+    assert not any(name.endswith("0.weight") for name, _ in graph.named_parameters())
+    assert_close(graph(x), model(x))
+
+
 @each_form
 def test_residual_and_delta_graphs_of_a_graph_patient(form, tmp_path):
     source = patient("raw")
