@@ -117,7 +117,9 @@ def training(base: nn.Module, r: int, tokens: int, repeats: int, prepare: Callab
 
 
 def over(row: dict[str, Any], name: str) -> str:
-    """Median of a contender's paired ratios to the base, with the quartiles."""
+    """Median of a contender's paired ratios to the base, with the quartiles; an older row may be without it."""
+    if name not in row["milliseconds"]:
+        return "n/a"
     low, middle, high = quartiles(row["milliseconds"][name])
     return f"{middle:.3f} ({low:.2f} to {high:.2f})"
 
