@@ -40,7 +40,7 @@ class LowRank:
         """Two thin products and the core; in training their transposes."""
         n, d_out, d_in, r, core, item, launches = size
         products = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
-        kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0, launches)]
+        kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0, 1 if training else launches)]
         kernels += [Work.pointwise(n * d_out, item, 2)]
         if training:
             back = [Work.product(n, r, d_out, item), Work.product(n, d_in, r, item), Work(4.0 * n * core, 0)]

@@ -52,7 +52,7 @@ class Output:
         """Two products with U, and in training two more."""
         n, d_out, _, r, core, item, launches = size
         kernels = [Work.product(n, r, d_out, item), Work(2.0 * n * r * d_out, item * n * (r + 2 * d_out))]
-        kernels += [Work.pointwise(n * r, item), Work(2.0 * n * core, 0, launches)]
+        kernels += [Work.pointwise(n * r, item), Work(2.0 * n * core, 0, 1 if training else launches)]
         if training:
             kernels += [Work.product(n, r, d_out, item), Work.product(n, d_out, r, item), Work(4.0 * n * core, 0)]
             kernels += [Work.pointwise(n * r, item, 6), Work.pointwise(n * d_out, item)]
