@@ -81,8 +81,8 @@ class SSpaceLinear(nn.Module):
 
     def chosen(self, x: torch.Tensor) -> str:
         """Name of the lowering for an input; what is traced or exported always shows the low-rank form."""
-        core, compiling = self.core, torch.compiler.is_compiling()
-        if compiling:
+        core = self.core
+        if torch.compiler.is_compiling():
             if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
                 return "lowrank"
         elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):

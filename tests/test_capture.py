@@ -271,11 +271,17 @@ def test_a_model_that_resists_gives_a_note_and_is_left_as_it_was(inputs):
     assert state(model) == before
 
 
-def test_inputs_that_do_not_fit_leave_a_pretrained_model_as_it_was():
+UNFIT = {
+    "dtype": {"input_ids": torch.zeros(2, 3), "no_such_argument": torch.ones(1)},
+    "sizes": {n: torch.zeros(2, k, dtype=torch.long) for n, k in (("input_ids", 3), ("token_type_ids", 4))},
+}
+
+
+@pytest.mark.parametrize("inputs", UNFIT.values(), ids=UNFIT)
+def test_inputs_that_do_not_fit_leave_a_pretrained_model_as_it_was(inputs):
     model = mixed(patient("bert").model)
     before = state(model)
-    sizes = {"input_ids": (2, 3), "token_type_ids": (2, 4)}
-    found = capture(model, {name: torch.zeros(size, dtype=torch.long) for name, size in sizes.items()})
+    found = capture(model, inputs)
     assert found.graph is None
     assert found.note
     after = state(model)
