@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -155,103 +152,6 @@ def _plain_gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
 
 
-@pytest.mark.parametrize("lowering", KEPT)
-def test_what_is_kept_is_made_once(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    module = importlib.import_module(f"surgery.lowerings.{lowering}")
-    plain = getattr(module, KEPT[lowering])
-    monkeypatch.setattr(module, KEPT[lowering], lambda site: (made.append(1), plain(site))[1])
-    model, x = operated(lowering), inputs()
-    with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    assert len(made) == 2
-    set_coeff(model, 0.3)
-    set_coeff(model, 1.0)
-    with torch.no_grad():
-        model(x)
-    assert len(made) == 2, "the values are what they were"
-    model(x).sum().backward()
-    assert len(made) == 2, "training makes none, or uses the same"
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "coeff": lambda m: set_coeff(m, -0.7),
-    "data": lambda m: [s.core.g.data.mul_(-1) for s in sites(m).values()],
-    "new data": lambda m: [setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()],
-    "optimiser": lambda m: _train(m),
-    "state dict": lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}),
-    "state dict, assigned": lambda m: m.load_state_dict(
-        {k: v.clone() * 0.5 for k, v in m.state_dict().items()}, assign=True
-    ),
-    "to": lambda m: m.to(torch.bfloat16).to(torch.float32),
-    "double": lambda m: m.to(torch.float64),
-    "train and eval": lambda m: m.train().eval(),
-    "base": lambda m: [s.weight.data.mul_(1.0) for s in sites(m).values()],
-    "nothing": lambda m: None,
-}
-
-
-def _train(model: nn.Module) -> None:
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(inputs()).square().sum().backward()
-    optimiser.step()
-
-
-@pytest.mark.parametrize("change", sorted(CHANGES))
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
-@pytest.mark.parametrize("lowering", KEPT)
-def test_what_is_kept_is_never_stale(lowering: str, change: str, compiled: bool) -> None:
-    model, x = operated(lowering), inputs()
-    run = torch.compile(model, fullgraph=True) if compiled else model
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with mode():
-            run(x)
-    CHANGES[change](model)
-    x = x.to(next(model.parameters()).dtype)
-    expected = reference(model, x)
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad, torch.no_grad):
-        with mode():
-            assert (problem := disagreement(run(x), expected)) is None, problem
-
-
-def test_dense_compiled_follows_all_values_without_recompiling() -> None:
-    torch._dynamo.reset()
-    model, x = operated("dense"), inputs()
-    counter = CompileCounterWithBackend("inductor")
-    run = torch.compile(model, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        run(x)
-        for change in ("coeff", "data", "state dict", "new data"):
-            CHANGES[change](model)
-            assert disagreement(run(x), reference(model, x)) is None, change
-        assert counter.frame_count == 1
-    other = copy.deepcopy(model)
-    for site in sites(other).values():
-        site.core.g.data.zero_()
-    with torch.no_grad():
-        assert disagreement(run(x), reference(model, x)) is None
-        assert disagreement(torch.compile(other)(x), reference(other, x)) is None
-
-
-def test_copies_and_models_on_one_base_keep_weights_apart() -> None:
-    model, x = operated("dense"), inputs()
-    with torch.no_grad():
-        first = model(x)
-        twin = copy.deepcopy(model)
-        for site in sites(twin).values():
-            site.core.g.data.zero_()
-        assert torch.equal(model(x), first)
-        assert torch.equal(twin(x), model_of()(x))
-        base = model_of()
-        one, two = (copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(2))
-        for shared, coeff in ((one, 1.0), (two, -1.0)):
-            apply_surgery(shared, "antipasto", r=8, lowering="dense", progress=False)
-            set_coeff(shake(shared), coeff)
-        for _, shared in itertools.product(range(2), (one, two)):
-            assert disagreement(shared(x), reference(shared, x)) is None
-
-
 def test_two_coeffs_before_one_backward() -> None:
     grads = {}
     for name in ("dense", "lowrank"):
@@ -381,6 +281,15 @@ def test_more_work_is_never_predicted_to_cost_less() -> None:
     for name, training in itertools.product(NAMES, (False, True)):
         small = predicted(name, Size(512, 1024, 1024, 64, 0, 4), "cpu", training=training)
         assert small < predicted(name, Size(512, 1024, 1024, 256, 0, 4), "cpu", training=training)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "output", "pair"])
+def test_operations_of_a_core_cost_launches_in_inference(name: str) -> None:
+    few, many = (Size(1, 1024, 1024, 64, 0, 4, launches) for launches in (4, 28))
+    cost = {size: predicted(name, size, "cpu", training=False) for size in (few, many)}
+    assert cost[few] < cost[many]
+    assert predicted(name, few, "cpu", training=True) == predicted(name, many, "cpu", training=True)
+    assert cheapest(("lowrank", "pair"), many, "cpu", False)[0] == (0, "pair")
 
 
 def test_what_is_traced_shows_the_low_rank_form() -> None:
