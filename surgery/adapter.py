@@ -99,6 +99,12 @@ class SSpaceLinear(nn.Module):
             self.schedule = schedule_of(self, "auto")  # for the dtype and the device that it has now
         return self
 
+    def train(self, mode: bool = True) -> Any:
+        """Change the mode; on an accelerator, where values are not compared, what is kept is made anew."""
+        if self.factors.U.device.type != "cpu":
+            self.forget()
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_kept", "handle")}
 

@@ -176,7 +176,8 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 def refresh(model: Model) -> Model:
     """Drop what is kept of the cores and the weights made with them, so that the next forward makes them anew.
 
-    Only needed after a write to ``.data`` on an accelerator, or to the ``.data`` of a frozen tensor.
+    Only needed after a write to ``.data`` on an accelerator, where ``eval()`` does it too, or to the ``.data`` of a
+    frozen tensor.
 
     Raises:
         SurgeryError: the model carries no surgery.

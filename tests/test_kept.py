@@ -97,6 +97,21 @@ def test_dense_compiled_follows_all_values_without_recompiling() -> None:
         assert disagreement(torch.compile(other)(x), reference(other, x)) is None
 
 
+def test_dense_compiled_stays_out_of_cuda_graphs() -> None:
+    model, x, found = operated("dense"), inputs(), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.extend(n.target for n in graph.graph.nodes if getattr(n.target, "__module__", "") == "torch._ops.surgery")
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert len(found) == 2
+    for operator in found:
+        packet = operator if isinstance(operator, torch._ops.OpOverload) else operator.default
+        assert torch.Tag.cudagraph_unsafe in packet.tags
+
+
 def test_copies_and_models_on_one_base_keep_weights_apart() -> None:
     model, x = operated("dense"), inputs()
     with torch.no_grad():

@@ -70,7 +70,7 @@ def product(site: SSpaceLinear, x: torch.Tensor, weight: torch.Tensor) -> torch.
     if site.layout == "out_in":
         return F.linear(x, weight, site.bias)
     assert site.bias is not None  # Conv1D always has one
-    return torch.addmm(site.bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+    return torch.addmm(site.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 def changed(site: SSpaceLinear) -> torch.Tensor:
@@ -102,7 +102,11 @@ def give_handle(site: SSpaceLinear) -> None:
 
 
 OPERATORS = torch.library.Library("surgery", "FRAGMENT")
-OPERATORS.define("dense_linear(Tensor x, Tensor handle, Tensor[] reads, SymInt d_out) -> Tensor")
+OPERATORS.define(
+    "dense_linear(Tensor x, Tensor handle, Tensor[] reads, SymInt d_out) -> Tensor",
+    # a CUDA graph would replay the weight of its recording; and x is read as it lies, where it would be copied
+    tags=(torch.Tag.cudagraph_unsafe, torch.Tag.flexible_layout),
+)
 
 
 def _dense_linear(x: torch.Tensor, handle: torch.Tensor, reads: list[torch.Tensor], d_out: int) -> torch.Tensor:

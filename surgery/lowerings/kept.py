@@ -2,7 +2,7 @@
 
 It is never stale. On the CPU the values of the core and of coeff are compared with those that it was made from, as
 ``.data`` may be written unnoticed; on an accelerator, where that would synchronise, version counters are, and
-``surgery.refresh`` is for such writes there. Of the frozen tensors, identity and version are compared.
+``surgery.refresh`` and ``eval()`` are for such writes there. Of the frozen tensors, identity and version are compared.
 
 All this is asked in each forward, where an attribute of a module costs a microsecond and a generator another.
 """
