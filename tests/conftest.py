@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,13 @@ torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("full", settings.get_profile("fast"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is there already is no more looked through for garbage: benchmarks collect before each run they time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 
 from passes.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
@@ -95,6 +96,27 @@ def test_dense_compiled_follows_all_values_without_recompiling() -> None:
     with torch.no_grad():
         assert disagreement(run(x), reference(model, x)) is None
         assert disagreement(torch.compile(other)(x), reference(other, x)) is None
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_dense_compiled_takes_inputs_of_any_layout(kind: type[nn.Module]) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (kind(24, 24) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(x).transpose(0, 1)
+            y = self.first(x if kind is nn.Linear else x.contiguous())  # which takes no other
+            y = torch.relu(y).mT
+            return self.second(y if kind is nn.Linear else y.contiguous())
+
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(24, 5, 24)
+    apply_surgery(model, "antipasto", r=8, lowering="dense", example_inputs=x, progress=False)
+    with torch.no_grad():
+        expected = shake(model)(x)
+        assert (problem := disagreement(torch.compile(model, fullgraph=True)(x), expected)) is None, problem
 
 
 def test_dense_compiled_stays_out_of_cuda_graphs() -> None:

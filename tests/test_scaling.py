@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "TOKENS", 32)
     monkeypatch.setattr(scaling, "RANK", 8)
     monkeypatch.setattr(scaling, "SECONDS", 0.01)
+    for axis, size in {"factorisation": 48, "calibration, tokens": 512, "calibration, width": 64}.items():
+        monkeypatch.setitem(scaling.CURVES, axis, replace(scaling.CURVES[axis], sizes=(size,)))
 
 
 @pytest.mark.parametrize("axis", scaling.CURVES)

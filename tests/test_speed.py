@@ -112,7 +112,7 @@ def test_inductors_code_is_checked_and_timed(tmp_path: Path) -> None:
     chosen = {"runtimes": ("compile",), "shapes": ("prefill",), "contenders": ("live lowrank",)}
     row = measured(settings(tmp_path / "a", **chosen))["compile", "prefill", "live lowrank"]
     assert row["status"] == "ok"
-    assert row["first_seconds"] > 0.5  # the compilation is apart from what is timed
+    assert 1000 * row["first_seconds"] > 10 * row["milliseconds"]["q3"]  # compiling is apart from what is timed
     assert row["milliseconds"]["median"] < 500
 
 

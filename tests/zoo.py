@@ -6,8 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+
+
+def later(*names: str) -> list[Any]:
+    """Parameters that only ``make test-full`` takes."""
+    return [pytest.param(name, marks=pytest.mark.full) for name in names]
+
 
 PYTORCH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}
 HUB: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}

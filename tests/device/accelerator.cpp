@@ -171,6 +171,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  for (auto name : {"frexp.Tensor", "ldexp.Tensor"})  // they are composites of kernels that the stand-in lacks
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("as_strided", &strided);
