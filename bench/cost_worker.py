@@ -23,7 +23,7 @@ from torch import nn
 from bench.loading import device_name, device_of, inputs_for, load, varied
 from bench.memory import Meter, held_by
 from bench.runs import forward, lowerings, products, shadow, step
-from bench.timing import milliseconds, paired
+from bench.timing import milliseconds, paired, settled
 from passes.capture import default_inputs
 from passes.forward import Call
 from surgery import Contrast, apply_surgery, inspect_sites, merge, report, save_adapter, sites
@@ -63,6 +63,7 @@ class Measurement:
         self.settings, self.name = settings, name
         self.row: dict[str, Any] = {"variant": name, "settings": asdict(settings)}
 
+    @settled()
     def run(self, tell: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
         """Measure everything; what fails is named in ``row["error"]``, and what does not need it still runs.
 
@@ -81,7 +82,6 @@ class Measurement:
                     break
         else:
             self.row["stage"] = "done"
-        gc.unfreeze()
         if errors:
             self.row["error"] = "; ".join(errors)
         return self.row

@@ -7,7 +7,6 @@ counts in full, although a causal kernel may skip half of it: so the least time 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from bench.runs import products
 from bench.speed_model import Sizes
 from bench.speed_timing import repeated
-from bench.timing import Run, milliseconds
+from bench.timing import Run, milliseconds, settled
 
 SAMPLE_MS = 20.0  # of a sample at least: beside it, launching and waiting once take next to nothing
 MOST_LOOPS = 2**16
@@ -60,6 +59,7 @@ def work(run: Run, output: Tensor, device: torch.device) -> dict[str, int]:
     return {"flops": products(run, device), "bytes": sum(mode.read.values()) + output.nbytes}
 
 
+@settled()
 def ceilings(
     sizes: Sizes,
     tokens: int,
@@ -82,21 +82,16 @@ def ceilings(
     """
     limit = LARGE.get(device.type, 2**30)
     rates = []
-    gc.collect()
-    gc.freeze()  # so that collecting between samples has nothing to look through
-    try:
-        columns = min(sizes.vocabulary, limit // ((tokens + sizes.hidden) * dtype.itemsize))
-        for wide in filter(None, (sizes.mlp, columns)):
-            a = torch.randn(tokens, sizes.hidden, device=device, dtype=dtype)
-            b = torch.randn(sizes.hidden, wide, device=device, dtype=dtype)
-            seconds = _seconds(lambda a=a, b=b: multiply(a, b), device, repeats, time)  # type: ignore[misc]
-            rates.append(2 * tokens * sizes.hidden * wide / seconds)
-        large = torch.ones(limit // 4, device=device)
-        copy = torch.empty_like(large)
-        moved = 2 * large.nbytes / _seconds(lambda: copy.copy_(large), device, repeats, time)
-        read = large.nbytes / _seconds(large.sum, device, repeats, time)
-    finally:
-        gc.unfreeze()
+    columns = min(sizes.vocabulary, limit // ((tokens + sizes.hidden) * dtype.itemsize))
+    for wide in filter(None, (sizes.mlp, columns)):
+        a = torch.randn(tokens, sizes.hidden, device=device, dtype=dtype)
+        b = torch.randn(sizes.hidden, wide, device=device, dtype=dtype)
+        seconds = _seconds(lambda a=a, b=b: multiply(a, b), device, repeats, time)  # type: ignore[misc]
+        rates.append(2 * tokens * sizes.hidden * wide / seconds)
+    large = torch.ones(limit // 4, device=device)
+    copy = torch.empty_like(large)
+    moved = 2 * large.nbytes / _seconds(lambda: copy.copy_(large), device, repeats, time)
+    read = large.nbytes / _seconds(large.sum, device, repeats, time)
     return {"flops_per_second": max(rates), "bytes_per_second": max(moved, read)}
 
 

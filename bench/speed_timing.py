@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 from collections.abc import Mapping
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.speed_check import cotangent
-from bench.timing import Run, milliseconds, paired, quartiles
+from bench.timing import Run, milliseconds, paired, quartiles, settled
 
 SAMPLE_MS = 5.0  # a sample is at least so long: short runs are repeated in it
 MOST_LOOPS = 200
 LEAST = 5  # pairs
 
 
+@settled()
 def timed(run: Run, base: Run, repeats: int, seconds: float, device: torch.device) -> dict[str, Any]:
     """Medians and quartiles of a contender, of the base beside it, and of their paired ratios.
 
@@ -26,16 +26,11 @@ def timed(run: Run, base: Run, repeats: int, seconds: float, device: torch.devic
         repeats: pairs at most.
         seconds: that the pairs may take, if that leaves enough of them.
     """
-    gc.collect()
-    gc.freeze()  # so that collecting between samples has nothing to look through
-    try:
-        one = statistics.median(milliseconds(base, device) for _ in range(3))
-        loops = min(MOST_LOOPS, max(1, math.ceil(SAMPLE_MS / one)))
-        pair = milliseconds(repeated(run, loops), device) + one * loops
-        pairs = int(min(repeats, max(LEAST, 1000 * seconds / pair)))
-        sampled = paired({"base": repeated(base, loops), "it": repeated(run, loops)}, pairs, device)["it"]
-    finally:
-        gc.unfreeze()
+    one = statistics.median(milliseconds(base, device) for _ in range(3))
+    loops = min(MOST_LOOPS, max(1, math.ceil(SAMPLE_MS / one)))
+    pair = milliseconds(repeated(run, loops), device) + one * loops
+    pairs = int(min(repeats, max(LEAST, 1000 * seconds / pair)))
+    sampled = paired({"base": repeated(base, loops), "it": repeated(run, loops)}, pairs, device)["it"]
     mine, its = ([pair[i] / loops for pair in sampled] for i in (0, 1))
     low, middle, high = quartiles(sampled)
     ratio = {"q1": low, "median": middle, "q3": high, "n": len(sampled)}

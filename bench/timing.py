@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ Run = Callable[[], Any]
 CPU = torch.device("cpu")
 
 
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Let the collections before each run look only at what is made from here on, and not at all that was imported."""
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:  # else it is another's
+            gc.unfreeze()
+
+
+@settled()
 def paired(contenders: dict[str, Run], repeats: int, device: torch.device = CPU) -> dict[str, list[list[float]]]:
     """Milliseconds of each contender and of the base next to it, after two runs of each.
 
@@ -35,6 +50,7 @@ def paired(contenders: dict[str, Run], repeats: int, device: torch.device = CPU)
     return times
 
 
+@settled()
 def alternate(contenders: dict[str, Run], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each contender, taken in turn after one run that does not count."""
     times: dict[str, list[float]] = {name: [] for name in contenders}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ from tests.test_exporters_cli import application
 from tests.zoo import HUB, patient
 
 HERE = "tests.cost_models"
-
-
-@pytest.fixture(autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Let ``gc.collect``, which comes before each timed run, leave out what the whole suite has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def measured(name: str, source: str = f"{HERE}:residual", **options: Any) -> dict[str, Any]:

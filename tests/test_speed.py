@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bench import rows, speed, speed_contenders
 from bench.speed import Settings, cells, run
 from bench.speed_check import Answer, errors
 from bench.speed_contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
+from bench.timing import settled
 
 QUICK = {"config": "tiny", "layers": 1, "r": 8, "tokens": 6, "repeats": 3, "cell_seconds": 0.0}
 
@@ -247,3 +249,16 @@ def test_the_most_important_cells_come_first(tmp_path: Path) -> None:
     assert order.index(("compile", "prefill", "LoRA")) < order.index(("eager", "prefill", "PSOFT"))
     assert not any(shape == "training" for runtime, shape, _ in order if runtime in ("aoti", "onnx"))
     assert not any(name in PEERS for runtime, _, name in order if runtime in ("aoti", "onnx"))
+
+
+def test_what_another_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    with settled():
+        made = [[]]
+    assert gc.get_freeze_count()
+    gc.unfreeze()
+    with settled():
+        assert gc.get_freeze_count()
+        assert made not in gc.get_objects()
+    assert not gc.get_freeze_count()
+    gc.freeze()
