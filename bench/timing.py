@@ -21,12 +21,13 @@ CPU = torch.device("cpu")
 def settled() -> Iterator[None]:
     """Let the collections before each run look only at what is made from here on, and not at all that was imported."""
     frozen = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()
+    if not frozen:  # else it is another's
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
-        if not frozen:  # else it is another's
+        if not frozen:
             gc.unfreeze()
 
 

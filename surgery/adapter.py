@@ -100,8 +100,8 @@ class SSpaceLinear(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Any:
-        """Change the mode; on an accelerator, where values are not compared, what is kept is made anew."""
-        if self.factors.U.device.type != "cpu":
+        """Change the mode; on an accelerator, where values are not compared, ``eval()`` drops what is kept."""
+        if self.factors.U.device.type != "cpu" and not mode:
             self.forget()
         return super().train(mode)
 

@@ -18,4 +18,4 @@ def test_on_a_stand_in_for_an_accelerator(which: str) -> None:
     command = [sys.executable, "-m", "pytest", "tests/device", "-m", which, "-p", "no:cacheprovider"]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
-    assert " passed" in found.stdout or "%]" in found.stdout
+    assert " skipped" not in found.stdout

@@ -1,6 +1,6 @@
 // A device of its own for tests: it keeps tensors in the machine's memory and computes on the CPU, but what lies on it
-// and what lies on the CPU do not mix, as on any accelerator. A 0-dimensional CPU tensor is taken, as there, by
-// arithmetic alone.
+// and what lies on the CPU do not mix, as on any accelerator. A 0-dimensional CPU tensor is taken by every operator,
+// where a real one lets arithmetic alone take it.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -60,6 +60,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 Hooks hooks;
 const bool registered = (at::RegisterPrivateUse1HooksInterface(&hooks), true);
 
+void same_device(const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.defined() || tensor.device().type() == kind,
+              "Expected all tensors to be on the same device: a tensor of the CPU meets one of the accelerator");
+}
+
 // the same memory, as a tensor of the CPU
 at::Tensor host(const at::Tensor& tensor) {
   if (!tensor.defined() || tensor.device().type() != kind) return tensor;
@@ -104,6 +109,9 @@ at::Tensor unfold(const at::Tensor& self, int64_t dim, int64_t size, int64_t ste
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                        bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  same_device(x);
+  same_device(weight);
+  if (bias.has_value()) same_device(*bias);
   auto added = bias.has_value() ? host(*bias) : at::Tensor();
   return at::convolution_symint(host(x), host(weight), added, stride, padding, dilation, transposed, output_padding,
                                 groups).to(x.device());
@@ -111,6 +119,7 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std:
 
 // torch's fallback does not find the indices that TorchScript gives
 at::Tensor index(const at::Tensor& self, const c10::List<std::optional<at::Tensor>>& indices) {
+  same_device(self);
   c10::List<std::optional<at::Tensor>> found;
   for (const std::optional<at::Tensor>& each : indices)
     found.push_back(each.has_value() ? std::optional(host(*each)) : std::nullopt);

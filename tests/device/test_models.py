@@ -225,7 +225,8 @@ def test_merge_and_undo(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["delta", "residual"])
 def test_dtypes_and_forms(form: str, dtype: torch.dtype, device: torch.device) -> None:
-    here, found = (operated(p, form=form) for p in (patient("qwen3", dtype), there(device, "qwen3", dtype)))
+    name = "mlp" if dtype == torch.float64 else "qwen3"  # whose norms are float32 throughout
+    here, found = (operated(p, form=form) for p in (patient(name, dtype), there(device, name, dtype)))
     all_on(found.model, device)
     assert_close(found.run().cpu(), here.run())
     undo_surgery(found.model)
