@@ -83,7 +83,9 @@ class SSpaceLinear(nn.Module):
         """Name of the lowering for an input; what is traced or exported always shows the low-rank form."""
         core = self.core
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+            if torch.compiler._is_exporting_flag or torch.is_autocast_enabled(
+                x.device.type
+            ):  # is_exporting() is true in all that Dynamo of 2.11 compiles
                 return "lowrank"
         elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):
             return "lowrank"
