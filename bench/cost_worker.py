@@ -6,7 +6,6 @@ frozen copy of the model's modules on the same weights, so that it takes no memo
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -63,7 +62,6 @@ class Measurement:
         self.settings, self.name = settings, name
         self.row: dict[str, Any] = {"variant": name, "settings": asdict(settings)}
 
-    @settled()
     def run(self, tell: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
         """Measure everything; what fails is named in ``row["error"]``, and what does not need it still runs.
 
@@ -110,8 +108,6 @@ class Measurement:
         rehearse(config, self.device, next(self.model.parameters()).dtype)
         for run in (self.base_forward, self.base_step):
             run()
-        gc.collect()
-        gc.freeze()  # collecting before each timed run would look at all that was imported
         parameters = {id(p): p for p in self.model.parameters()}.values()
         self.row["model"] = {
             "class": type(self.model).__name__,
@@ -137,6 +133,7 @@ class Measurement:
             self.row["file_bytes"] = self.row["model"]["bytes"]
         self.row |= {"sites": 0, "trainable": trainable_parameters(self.model)[0]}
 
+    @settled()
     def _operate(self) -> None:
         s, config = self.settings, REGISTRY[self.name](r=self.settings.r)
         calibration = calibration_for(config, self.call, s.seed)
@@ -169,6 +166,7 @@ class Measurement:
     def _step(self) -> None:
         self._measure("step", step(self.model, self.call), self.base_step)
 
+    @settled()
     def _measure(self, kind: str, run: Callable[[], Any], base: Callable[[], Any]) -> None:
         """Peak, lowerings, time beside the base, and products."""
         with self.meter.peak(kind):
@@ -181,6 +179,7 @@ class Measurement:
         if self.name in REGISTRY:
             self.row["held_bytes"] = held_by(self.model)  # last of the two kinds: with what both keep
 
+    @settled()
     def _merge(self) -> None:
         self.row["milliseconds"]["merge"] = milliseconds(lambda: merge(self.model) and None, self.device)
 

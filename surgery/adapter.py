@@ -83,9 +83,7 @@ class SSpaceLinear(nn.Module):
         """Name of the lowering for an input; what is traced or exported always shows the low-rank form."""
         core = self.core
         if torch.compiler.is_compiling():
-            if torch.compiler._is_exporting_flag or torch.is_autocast_enabled(
-                x.device.type
-            ):  # is_exporting() is true in all that Dynamo of 2.11 compiles
+            if _is_exporting() or torch.is_autocast_enabled(x.device.type):
                 return "lowrank"
         elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):
             return "lowrank"
@@ -170,7 +168,7 @@ class SSpaceLinear(nn.Module):
 
         if factors.stack is None:
             return factor(U, S, tensors)
-        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        if _is_exporting() or torch._C._get_tracing_state() is not None:
             # levels of vmap neither decompose nor trace
             each = [{name: p[i] for name, p in tensors.items()} for i in range(factors.stack)]
             return torch.stack([factor(*parts) for parts in zip(U, S, each, strict=True)])
@@ -230,6 +228,11 @@ class SSpaceWeight(SSpaceLinear):
             return changed_weight(self, weight)
         start, stop = self.rows
         return torch.cat([weight[:start], changed_weight(self, weight[start:stop]), weight[stop:]])
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` runs: Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for always true."""
+    return torch.compiler._is_exporting_flag
 
 
 def matrices_of(weight: torch.Tensor, layout: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -109,7 +109,7 @@ class Core(nn.Module):
 
         It is kept until the values of the core change. On the CPU they are compared, since ``.data`` may be written
         unnoticed; on an accelerator, where that would synchronise, the tensors' version counters are, and
-        ``surgery.refresh`` is for such writes.
+        ``surgery.refresh`` and ``eval()`` are for such writes.
         """
         if type(variant).prepare is Variant.prepare or torch.is_grad_enabled():
             return self

@@ -17,7 +17,7 @@ from torch import nn
 from exporters import ExportError, export, formats
 from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
 from tests.tolerance import assert_close
-from tests.zoo import Patient, later, patient
+from tests.zoo import Patient, full, patient
 
 
 def operated(name: str, dtype: torch.dtype = torch.float32) -> Patient:
@@ -46,7 +46,7 @@ def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray)
     return torch.from_numpy(running.run(None, {**feed, **knob})[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", *later("qwen3")])
+@pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
 def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs)
@@ -60,7 +60,7 @@ def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "raw", "attention", "qwen3", *later("encoder_layer", "gpt2", "bert", "vit", "t5")]
+    "name", ["mlp", "raw", "attention", "qwen3", *full("encoder_layer", "gpt2", "bert", "vit", "t5")]
 )
 def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path) -> None:
     p = operated(name)
@@ -74,7 +74,7 @@ def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "raw", "encoder_layer", "gpt2", "bert", "t5", "vit", *later("attention", "qwen3")]
+    "name", ["mlp", "raw", "encoder_layer", "gpt2", "bert", "t5", "vit", *full("attention", "qwen3")]
 )
 def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None:
     p = operated(name)
@@ -88,7 +88,7 @@ def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None
         assert_close(first_output(path, p, coeff=np.array([coeff], np.float32)), expected)
 
 
-@pytest.mark.parametrize("name", ["mlp", "qwen3", *later("t5")])
+@pytest.mark.parametrize("name", ["mlp", "qwen3", *full("t5")])
 def test_live_steers_rows_apart(name: str, tmp_path: Path) -> None:
     p = operated(name)
     path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
@@ -135,7 +135,7 @@ def test_float16_keeps_the_knob_in_float32(tmp_path: Path) -> None:
         assert_close(first_output(path, p, coeff=np.array(0.5, np.float32)), p.run(), torch.float16)
 
 
-@pytest.mark.parametrize("mode", ["merged", *later("live")])
+@pytest.mark.parametrize("mode", ["merged", *full("live")])
 def test_export_leaves_the_model_as_it_was(mode: str, tmp_path: Path) -> None:
     p = operated("qwen3")
     set_coeff(p.model, 0.7)
@@ -252,7 +252,7 @@ def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
     assert_close(first_output(report.path, p), p.run())
 
 
-@pytest.mark.parametrize("name", ["mlp", "qwen3", *later("gpt2", "t5")])
+@pytest.mark.parametrize("name", ["mlp", "qwen3", *full("gpt2", "t5")])
 def test_graph_patients_steer_rows_apart(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs)
@@ -269,8 +269,8 @@ def tensors_of(path: Path) -> list[np.ndarray]:
     return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
 
 
-@pytest.mark.parametrize("mode", [*later("merged", "live"), "swappable"])
-@pytest.mark.parametrize("name", ["raw", "attention", "qwen3", *later("gpt2", "t5")])
+@pytest.mark.parametrize("mode", [*full("merged", "live"), "swappable"])
+@pytest.mark.parametrize("name", ["raw", "attention", "qwen3", *full("gpt2", "t5")])
 def test_no_tensor_is_stored_twice(name: str, mode: str, tmp_path: Path) -> None:
     p = operated(name)
     found = tensors_of(export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs).path)
@@ -290,7 +290,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     assert sum(tensor.size for tensor in tensors_of(report.path) if tensor.dtype == np.float32) < held + 200
 
 
-@pytest.mark.parametrize("name", ["mlp", *later("gpt2", "qwen3", "bert")])
+@pytest.mark.parametrize("name", ["mlp", *full("gpt2", "qwen3", "bert")])
 def test_merged_is_no_larger_than_the_base(name: str, tmp_path: Path) -> None:
     p = operated(name)
     base = export(patient(name).model, "onnx", tmp_path / "base.onnx", example_inputs=p.inputs)

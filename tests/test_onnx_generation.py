@@ -15,7 +15,7 @@ from exporters import ExportError, export, export_core
 from surgery import apply_surgery, sites, steer
 from tests.test_onnx import operated, session
 from tests.test_onnx_swappable import train
-from tests.zoo import HUB, Patient, later, patient
+from tests.zoo import HUB, Patient, full, patient
 
 TOKENS = 8
 
@@ -120,7 +120,7 @@ def in_onnxruntime(
     return torch.from_numpy(np.concatenate(made, axis=1))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3", "bloom", *later("llama", "opt", "gpt_neox")])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3", "bloom", *full("llama", "opt", "gpt_neox")])
 def test_generation_is_pytorchs_token_for_token(name: str, tmp_path: Path) -> None:
     p = language_model(name)
     report = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", use_cache=True, example_inputs=p.inputs)
@@ -136,7 +136,7 @@ def test_generation_is_pytorchs_token_for_token(name: str, tmp_path: Path) -> No
     assert len({tokens for _, tokens in seen}) > 4  # coeff and prompt matter
 
 
-@pytest.mark.parametrize("name", ["qwen3", *later("gpt2")])
+@pytest.mark.parametrize("name", ["qwen3", *full("gpt2")])
 def test_rows_are_steered_apart_while_generating(name: str, tmp_path: Path) -> None:
     p = language_model(name)
     path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", use_cache=True, example_inputs=p.inputs).path

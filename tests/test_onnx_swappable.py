@@ -19,7 +19,7 @@ from surgery import Contrast, apply_surgery, recalibrate, sites, steer, to_graph
 from surgery.variants import REGISTRY, Variant
 from tests.test_onnx import operated, session
 from tests.tolerance import assert_close
-from tests.zoo import Patient, later, patient
+from tests.zoo import Patient, full, patient
 
 
 def train(model: nn.Module, seed: int) -> None:
@@ -63,7 +63,7 @@ def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) ->
     return torch.from_numpy(running.run(None, {**feed, **knob}, options)[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "raw", "attention", "qwen3", "gpt2", *later("bert", "t5")])
+@pytest.mark.parametrize("name", ["mlp", "raw", "attention", "qwen3", "gpt2", *full("bert", "t5")])
 def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path) -> None:
     p = operated(name)
     report = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)

@@ -34,9 +34,9 @@ from tests.test_onnx import operated
 from tests.test_stacked import IDS
 from tests.test_stacked import operated as stacked
 from tests.tolerance import assert_close, relative_error
-from tests.zoo import Forward, Patient, later, patient
+from tests.zoo import Forward, Patient, full, patient
 
-NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", *later("gpt2", "bert", "vit", "t5", "llama")]
+NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", *full("gpt2", "bert", "vit", "t5", "llama")]
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls.linear)
 
 
@@ -93,7 +93,7 @@ def test_agrees_and_steers(name: str, mode: str, tmp_path: Path) -> None:
             assert_close(first(program, p.inputs), p.run())
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", *later("qwen3")])
+@pytest.mark.parametrize("name", ["mlp", "attention", *full("qwen3")])
 def test_merged_has_no_trace_of_the_adapter(name: str, tmp_path: Path) -> None:
     p = operated(name)
     path = export(p.model, "pt2", tmp_path / "m.pt2", example_inputs=p.inputs).path
@@ -116,7 +116,7 @@ def test_holds_no_path_no_example_and_is_reproducible(mode: str, tmp_path: Path)
     assert p.inputs.numpy().tobytes() not in everything
 
 
-@pytest.mark.parametrize("name", ["mlp", *later("qwen3")])
+@pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
 def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs, fuse=True)
@@ -150,14 +150,14 @@ def test_every_variant_lives_and_takes_another_core(variant: str, tmp_path: Path
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["mlp", *later("gpt2")])
+@pytest.mark.parametrize("name", ["mlp", *full("gpt2")])
 def test_dtypes(name: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
     p = operated(name, dtype)
     path = export(p.model, "pt2", tmp_path / "m.pt2", mode=mode, example_inputs=p.inputs).path
     assert_close(first(load(path), p.inputs), p.run(), dtype)
 
 
-@pytest.mark.parametrize("name", ["mlp", "qwen3", *later("t5")])
+@pytest.mark.parametrize("name", ["mlp", "qwen3", *full("t5")])
 def test_loads_with_torch_alone_and_takes_a_core_there(name: str, tmp_path: Path) -> None:
     p = operated(name)
     export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 from bench import rows, speed, speed_contenders
 from bench.speed import Settings, cells, run
@@ -112,9 +113,10 @@ def test_errors_are_over_the_adapters_effect() -> None:
 
 def test_inductors_code_is_checked_and_timed(tmp_path: Path) -> None:
     chosen = {"runtimes": ("compile",), "shapes": ("prefill",), "contenders": ("live lowrank",)}
-    row = measured(settings(tmp_path / "a", **chosen))["compile", "prefill", "live lowrank"]
+    with fresh_cache():  # what an earlier run has compiled would be loaded
+        row = measured(settings(tmp_path / "a", **chosen))["compile", "prefill", "live lowrank"]
     assert row["status"] == "ok"
-    assert 1000 * row["first_seconds"] > 10 * row["milliseconds"]["q3"]  # compiling is apart from what is timed
+    assert row["first_seconds"] > 0.5  # the compilation is apart from what is timed
     assert row["milliseconds"]["median"] < 500
 
 
@@ -254,11 +256,11 @@ def test_the_most_important_cells_come_first(tmp_path: Path) -> None:
 def test_what_another_has_frozen_stays_frozen() -> None:
     gc.freeze()
     with settled():
-        made = [[]]
+        made: list[Any] = [[]]
     assert gc.get_freeze_count()
     gc.unfreeze()
     with settled():
         assert gc.get_freeze_count()
-        assert made not in gc.get_objects()
+        assert not any(each is made for each in gc.get_objects())
     assert not gc.get_freeze_count()
     gc.freeze()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def later(*names: str) -> list[Any]:
+def full(*names: str) -> list[Any]:
     """Parameters that only ``make test-full`` takes."""
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 

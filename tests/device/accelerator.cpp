@@ -1,8 +1,7 @@
 // A device of its own for tests: it keeps tensors in the machine's memory and computes on the CPU, but what lies on it
-// and what lies on the CPU do not mix, as on any accelerator. A 0-dimensional CPU tensor is taken by every operator,
-// where a real one lets arithmetic alone take it.
+// and what lies on the CPU do not mix, as on any accelerator. A 0-dimensional CPU tensor is read by every operator,
+// where a real one lets arithmetic alone read it.
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/InferSize.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -65,6 +64,17 @@ void same_device(const at::Tensor& tensor) {
               "Expected all tensors to be on the same device: a tensor of the CPU meets one of the accelerator");
 }
 
+void same_device(const c10::IValue& value, bool written) {
+  auto check = [&](const at::Tensor& tensor) {
+    if (written || !tensor.defined() || tensor.dim()) same_device(tensor);
+  };
+  if (value.isTensor()) check(value.toTensor());
+  if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorList()) check(tensor);
+  if (value.isOptionalTensorList())
+    for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList())
+      if (tensor.has_value()) check(*tensor);
+}
+
 // the same memory, as a tensor of the CPU
 at::Tensor host(const at::Tensor& tensor) {
   if (!tensor.defined() || tensor.device().type() != kind) return tensor;
@@ -83,7 +93,7 @@ at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::op
 }
 
 at::Tensor strided(const at::Tensor& self, c10::IntArrayRef size, c10::IntArrayRef stride,
-                      std::optional<int64_t> offset) {
+                   std::optional<int64_t> offset) {
   auto view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(self.storage()),
                                                        self.key_set(), self.dtype());
   view.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset.value_or(self.storage_offset()));
@@ -162,18 +172,9 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 
 // every other operator: refused where tensors of two devices meet, computed on the CPU otherwise
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  auto check = [&](const at::Tensor& tensor) {
-    TORCH_CHECK(!tensor.defined() || tensor.dim() == 0 || tensor.device().type() == kind,
-                "Expected all tensors to be on the same device: a tensor of the CPU meets one of the accelerator in ",
-                op.schema().name());
-  };
-  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (value.isTensor()) check(value.toTensor());
-    if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorList()) check(tensor);
-    if (value.isOptionalTensorList())
-      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList())
-        if (tensor.has_value()) check(*tensor);
-  }
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i)
+    same_device(torch::jit::peek(*stack, i, arguments.size()), arguments[i].alias_info() != nullptr);
   at::native::cpu_fallback(op, stack);
 }
 

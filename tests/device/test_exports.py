@@ -14,10 +14,10 @@ from surgery import set_coeff
 from tests.device.conftest import NAME
 from tests.device.test_models import all_on, operated, there
 from tests.tolerance import assert_close
-from tests.zoo import later, patient
+from tests.zoo import full, patient
 
 HOSTS = ("mlp", pytest.param("qwen3", marks=pytest.mark.full), pytest.param("gpt2", marks=pytest.mark.full))
-FORMATS = [*(name for name in formats() if name != "aoti"), *later("aoti")[: NAME == "cuda"]]  # it knows no stand-in
+FORMATS = [*(name for name in formats() if name != "aoti"), *full("aoti")[: NAME == "cuda"]]  # it knows no stand-in
 
 
 @pytest.mark.parametrize("name", ["mlp", "qwen3", pytest.param("gpt2", marks=pytest.mark.full)])

@@ -20,6 +20,17 @@ def test_tensors_of_two_devices_do_not_meet(operation, device):
             operation(*pair)
 
 
+def test_nothing_is_written_to_the_cpu_or_looked_up_in_it(device):
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.tensor(1.0).add_(x.to(device).sum())
+    with pytest.raises(RuntimeError, match="same device"):
+        x[torch.tensor([0, 2]).to(device)]
+    with pytest.raises(RuntimeError, match="same device"):
+        F.conv2d(x.to(device)[None, None], torch.randn(1, 1, 2, 2))
+    assert torch.equal((x.to(device) * torch.tensor(2.0)).cpu(), x * 2)
+
+
 def test_views_share_memory_and_gradients_are_torchs(device):
     x = torch.randn(4, 6, device=device, requires_grad=True)
     copy = x.detach().clone()
