@@ -61,7 +61,7 @@ def cost(
     from bench.cost import run
     from bench.cost_worker import Settings
     from passes.errors import InputError
-    from surgery.cli import patterns
+    from surgery.cli.main import patterns
 
     if resume and out is None:
         raise InputError("--resume needs --out, the directory with the rows of the earlier run")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.steps import Results, bits, logits
 from surgery import fold, merge, steer, to_graph
-from surgery.base_graph import capture_base
+from surgery.verbs.capture_base import capture_base
 
 
 def through_the_compiler(model: nn.Module, probe: Tensor, base: Tensor, results: Results) -> None:

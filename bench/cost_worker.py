@@ -23,11 +23,11 @@ from bench.loading import device_name, device_of, inputs_for, load, varied
 from bench.memory import Meter, held_by
 from bench.runs import forward, lowerings, products, shadow, step
 from bench.timing import milliseconds, paired, settled
-from passes.capture import default_inputs
-from passes.forward import Call
+from passes.capture.capture import default_inputs
+from passes.ir.forward_context import Call
 from surgery import Contrast, apply_surgery, inspect_sites, merge, report, save_adapter, sites
 from surgery.variants import REGISTRY, Variant
-from surgery.verbs import trainable_parameters
+from surgery.verbs.steer_and_merge import trainable_parameters
 
 BASE, FULL = "base", "full fine-tuning"
 CALIBRATION = 2  # batches

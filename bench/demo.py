@@ -22,7 +22,7 @@ from bench.record import environment
 from bench.steps import Results, Settings, bits, frozen_logits, logits
 from exporters import export
 from passes.errors import InputError
-from passes.tolerance import relative_error
+from passes.infra.tolerance import relative_error
 from surgery import (
     apply_surgery,
     load_adapter,
@@ -33,8 +33,8 @@ from surgery import (
     steer,
     undo_surgery,
 )  # fmt: skip
-from surgery.progress import track
-from surgery.verbs import trainable_parameters
+from surgery.support.progress_bar import track
+from surgery.verbs.steer_and_merge import trainable_parameters
 
 COEFFS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 

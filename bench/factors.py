@@ -34,11 +34,11 @@ from bench.record import environment
 from bench.runs import step
 from bench.timing import alternate
 from surgery import apply_surgery, calibrate, sites
-from surgery.fingerprint import fingerprint
-from surgery.oriented import oriented
-from surgery.statistics import Statistic
-from surgery.statistics_file import Statistics
-from surgery.svd import factorise
+from surgery.factors.oriented_svd import oriented
+from surgery.factors.statistic import Statistic
+from surgery.factors.statistics_file import Statistics
+from surgery.factors.svd import factorise
+from surgery.support.fingerprint import fingerprint
 from surgery.variants import REGISTRY
 
 SHAPES = ((1024, 1024), (3072, 1024), (1024, 3072))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from passes.capture import default_inputs, forward_call, is_pretrained, keyword_inputs
+from passes.capture.capture import default_inputs, forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
-from passes.forward import Call, quiet
-from surgery.configurations import first_line, hub_config, model_class
-from surgery.inspecting import is_callable, load_model
+from passes.ir.forward_context import Call, quiet
+from surgery.cli.inspect import is_callable, load_model
+from surgery.support.hf_config import first_line, hub_config, model_class
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 

@@ -25,7 +25,7 @@ from bench.record import environment
 from bench.rows import Store, lines
 from bench.timing import Run, paired, quartiles
 from surgery import merge, set_coeff, sites
-from surgery.costs import schedule_of
+from surgery.lowerings._cost_model import schedule_of
 
 KEY = ("kind", "mode", "r", "tokens")
 NEAR = ("base again", "merged", "dense", "auto")  # to the base: it takes more pairs to tell them from it

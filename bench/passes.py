@@ -18,7 +18,7 @@ import torch
 
 from bench.record import environment
 from bench.timing import power
-from passes import trace
+from passes.ir import adapter_trace as trace
 from surgery import apply_surgery, pipeline
 
 LAYERS = (2, 4, 8, 16, 28)

@@ -24,7 +24,7 @@ from bench.quality_report import quality_markdown
 from bench.record import environment
 from bench.training import Settings, Task, runner
 from passes.errors import InputError
-from surgery.progress import track
+from surgery.support.progress_bar import track
 
 Row = dict[str, Any]
 Rows = dict[Task, Row]

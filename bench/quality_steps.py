@@ -15,7 +15,7 @@ from bench.record import environment
 from bench.speed_timing import spread
 from bench.timing import alternate
 from bench.training import Settings, Trainer, prepare
-from surgery.threads import one_thread
+from surgery.support.determinism import one_thread
 
 ROUNDS = 15
 Row = dict[str, Any]

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import Run
 from passes.errors import InputError
-from passes.forward import Call
+from passes.ir.forward_context import Call
 from surgery import sites
-from surgery.hosts import host_of
+from surgery.hosting.hosts import host_of
 
 
 def shadow(model: nn.Module) -> nn.Module:

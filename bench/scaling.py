@@ -31,9 +31,9 @@ from bench.speed_timing import run_of, spread, timed
 from bench.timing import alternate
 from passes.errors import InputError
 from surgery import apply_surgery, calibrate, sites
-from surgery.progress import track
-from surgery.svd import factorise
-from surgery.threads import one_thread
+from surgery.factors.svd import factorise
+from surgery.support.determinism import one_thread
+from surgery.support.progress_bar import track
 
 KEY = ("axis", "line", "x", "device", "threads", "seed", "repeats")
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.contenders import PROJECTIONS, Naive
 from passes.errors import InputError
 from surgery import apply_surgery, merge, pipeline, sites, to_graph
-from surgery.costs import schedule_of
+from surgery.lowerings._cost_model import schedule_of
 
 GAIN = 0.5  # standard deviation of the gains
 BASE, HOOKS, BESIDE = "base", "residual hooks", "residual hooks compiled after the base"

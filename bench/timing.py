@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.measure import now
+from surgery.planning.lowering_autotune import now
 
 Run = Callable[[], Any]
 CPU = torch.device("cpu")

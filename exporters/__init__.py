@@ -1,4 +1,4 @@
-"""Everything that leaves PyTorch eager. One file per format, found by its name: ``exporters/onnx.py`` is "onnx".
+"""Everything that leaves PyTorch eager. One file per format, found by its name (``formats/onnx.py`` is "onnx").
 
 from exporters import export
 export(model, "onnx", "model.onnx", mode="live")
@@ -14,15 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from exporters._base import Exported, ExportReport
-from exporters._checkpoint import merge_checkpoint
-from exporters._compiled import compiled
-from exporters._onnx_cores import check_core, export_core
-from exporters._place import publish, staged
-from exporters._swap import swap
+from exporters import formats as _formats
+from exporters.checkpoint.merge import merge_checkpoint
+from exporters.compile import compiled
+from exporters.onnx.cores import check_core, export_core
+from exporters.program.swap import swap
+from exporters.shared.publish import publish, staged
+from exporters.shared.report import Exported, ExportReport
 from passes.errors import ExportError
-from surgery.operate import unwrap
-from surgery.transaction import transaction
+from surgery.hosting.transaction import transaction
+from surgery.verbs.apply import unwrap
 
 __all__ = [
     "ExportError",
@@ -40,7 +41,7 @@ __all__ = [
 
 def formats() -> list[str]:
     """Names of the formats that there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(module.name for module in pkgutil.iter_modules(_formats.__path__))
 
 
 def export(
@@ -64,7 +65,7 @@ def export(
         raise ExportError(f"an nn.Module is exported, found {type(model).__name__}")
     if not isinstance(format, str) or format not in formats():
         raise ExportError(f"unknown format {format!r:.80} (known: {', '.join(formats())})")
-    exporter = importlib.import_module(f"exporters.{format}")
+    exporter = importlib.import_module(f"exporters.formats.{format}")
     known = list(inspect.signature(exporter.write).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):
         raise ExportError(f"format {format!r} has no option {', '.join(unknown)} (known: {', '.join(known)})")

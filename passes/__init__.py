@@ -1,7 +1,8 @@
 """FX graphs and nothing else: capture a model, find its linear sites, insert, fold, merge, and check every step."""
 
-from passes.base import Pass, PassResult
-from passes.capture import Capture, capture, forward_call
+from passes.analysis.linear_sites import Site, Skipped
+from passes.capture.capture import Capture, capture, forward_call
+from passes.capture.inspect_model import Inspection, inspect_model
 from passes.errors import (
     AdapterError,
     CaptureError,
@@ -14,8 +15,7 @@ from passes.errors import (
     VariantError,
     WeightError,
 )
-from passes.inspection import Inspection, inspect_model
-from passes.sites import Site, Skipped
+from passes.infra.pass_base import Pass, PassResult
 
 __all__ = [
     "AdapterError",

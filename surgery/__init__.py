@@ -16,17 +16,17 @@ from passes.errors import (
     VariantError,
     WeightError,
 )
-from surgery.adapter import SSpaceLinear
-from surgery.calibrate import Contrast
-from surgery.compiler import Compiled, fold, fuse, pipeline, to_graph
-from surgery.files import load_adapter, save_adapter
-from surgery.hub import pull_adapter, push_adapter
-from surgery.operate import apply_surgery, inspect_sites, undo_surgery
-from surgery.recalibrate import calibrate, recalibrate
-from surgery.report import Report, report
-from surgery.statistics_file import Statistics
+from surgery.factors.statistics_file import Statistics
+from surgery.modules.adapter import SSpaceLinear
+from surgery.planning.calibration_run import Contrast
+from surgery.storage.hub import pull_adapter, push_adapter
 from surgery.variants import REGISTRY, Variant
-from surgery.verbs import merge, print_trainable_parameters, refresh, set_coeff, sites, steer
+from surgery.verbs.apply import apply_surgery, inspect_sites, undo_surgery
+from surgery.verbs.calibrate import calibrate, recalibrate
+from surgery.verbs.graph import Compiled, fold, fuse, pipeline, to_graph
+from surgery.verbs.report import Report, report
+from surgery.verbs.save_load import load_adapter, save_adapter
+from surgery.verbs.steer_and_merge import merge, print_trainable_parameters, refresh, set_coeff, sites, steer
 
 # Every variant's configuration is public under its own name, without a list of them here.
 globals().update({cls.__name__: cls for cls in REGISTRY.values()})

@@ -1,5 +1,5 @@
 """``python -m surgery`` is the console command."""
 
-from surgery.cli import main
+from surgery.cli.main import main
 
 main()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from surgery.lowerings import Size, Work, register
-from surgery.lowerings.kept import kept
-from surgery.lowerings.parts import with_gradient_of
+from surgery.lowerings._shared import with_gradient_of
+from surgery.lowerings._weight_cache import kept
 
 if TYPE_CHECKING:
-    from surgery.adapter import SSpaceLinear
+    from surgery.modules.adapter import SSpaceLinear
 
 COUNTER = itertools.count(1)
 SITES: weakref.WeakValueDictionary[int, SSpaceLinear] = weakref.WeakValueDictionary()

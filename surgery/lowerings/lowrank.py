@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.lowerings import Size, Work, register
-from surgery.lowerings.parts import add_term
+from surgery.lowerings._shared import add_term
 
 if TYPE_CHECKING:
-    from surgery.adapter import SSpaceLinear
+    from surgery.modules.adapter import SSpaceLinear
 
 
 @register

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from passes.tolerance import RELATIVE
+from passes.infra.tolerance import RELATIVE
 from surgery.lowerings import Size, Work, register
-from surgery.lowerings.parts import add_term
+from surgery.lowerings._shared import add_term
 
 if TYPE_CHECKING:
-    from surgery.adapter import SSpaceLinear
+    from surgery.modules.adapter import SSpaceLinear
 
 PROBES = 8
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from surgery.lowerings import REGISTRY, Size, Work, register
-from surgery.lowerings.kept import kept
-from surgery.lowerings.parts import add_term
+from surgery.lowerings._shared import add_term
+from surgery.lowerings._weight_cache import kept
 
 if TYPE_CHECKING:
-    from surgery.adapter import SSpaceLinear
+    from surgery.modules.adapter import SSpaceLinear
 
 
 @register

@@ -2,7 +2,7 @@
 
 It costs what ``lowrank`` costs and computes in the remainder's dtype, float32 or better. The one lowering whose
 ``coeff = 0`` is the base up to rounding, and not bit for bit: there to be compared with, and for a base that is not
-kept. The site is then a :class:`surgery.residual.SSpaceResidual`.
+kept. The site is then a :class:`surgery.modules.residual_host.SSpaceResidual`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from surgery.lowerings import REGISTRY, Size, Work, register
 
 if TYPE_CHECKING:
-    from surgery.adapter import SSpaceLinear
+    from surgery.modules.adapter import SSpaceLinear
 
 
 @register

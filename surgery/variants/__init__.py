@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from passes.errors import RankError, VariantError
-from surgery.oriented import oriented
-from surgery.statistics import POOLS, Statistic, required, reranked
-from surgery.svd import METHODS, Factorisation, factorise
+from surgery.factors.oriented_svd import oriented
+from surgery.factors.statistic import POOLS, Statistic, required, reranked
+from surgery.factors.svd import METHODS, Factorisation, factorise
 
 REGISTRY: dict[str, type[Variant]] = {}
 
@@ -97,7 +97,7 @@ class Variant:
 
     @property
     def statistic(self) -> str:
-        """What calibration collects for this variant (see ``surgery.statistics``)."""
+        """What calibration collects for this variant (see ``surgery.factors.statistic``)."""
         return "moment"
 
     @property

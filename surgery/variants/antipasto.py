@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 
-from surgery.gain import diagonal_gain
 from surgery.variants import CoreTensors, Reranked
+from surgery.variants._gains import diagonal_gain
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from surgery.oriented import oriented
-from surgery.statistics import Statistic, required
-from surgery.svd import Factorisation
+from surgery.factors.oriented_svd import oriented
+from surgery.factors.statistic import Statistic, required
+from surgery.factors.svd import Factorisation
 from surgery.variants import CoreTensors, Reranked
 
 

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import torch
 
-from surgery.gain import diagonal_gain, steered
 from surgery.variants import CoreTensors, Reranked
+from surgery.variants._gains import diagonal_gain, steered
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from surgery.gain import diagonal_gain, saturated, steered
 from surgery.variants import CoreTensors, Reranked
+from surgery.variants._gains import diagonal_gain, saturated, steered
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 
-from surgery.gain import steered
 from surgery.variants import CoreTensors, Reranked
+from surgery.variants._gains import steered
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import torch
 
-from surgery.statistics import Statistic, contrasted, required
-from surgery.svd import Factorisation
+from surgery.factors.statistic import Statistic, contrasted, required
+from surgery.factors.svd import Factorisation
 from surgery.variants import CoreTensors, Variant
 
 

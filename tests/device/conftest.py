@@ -1,7 +1,7 @@
 """The accelerator of these tests: ``DEVICE=cuda`` takes a real one, by default a stand-in is compiled.
 
 The stand-in, ``accelerator.cpp``, computes on the CPU, and refuses what mixes its tensors with those of the CPU. It is
-a device of the whole process, so that these tests run in one of their own: ``tests/test_device.py``.
+a device of the whole process, so that these tests run in one of their own: ``tests/system/test_device.py``.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from exporters import compiled, export, export_core, formats
 from surgery import set_coeff
 from tests.device.conftest import NAME
 from tests.device.test_models import all_on, operated, there
-from tests.tolerance import assert_close
-from tests.zoo import full, patient
+from tests.support.tolerance import assert_close
+from tests.support.zoo import full, patient
 
 HOSTS = ("mlp", pytest.param("qwen3", marks=pytest.mark.full), pytest.param("gpt2", marks=pytest.mark.full))
 FORMATS = [*(name for name in formats() if name != "aoti"), *full("aoti")[: NAME == "cuda"]]  # it knows no stand-in

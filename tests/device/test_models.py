@@ -29,9 +29,9 @@ from surgery import (
     undo_surgery,
 )  # fmt: skip
 from surgery.variants import REGISTRY
-from tests.test_lowerings import KEPT, possible
-from tests.tolerance import assert_close
-from tests.zoo import ALL_NAMES, Patient, patient
+from tests.support.tolerance import assert_close
+from tests.support.zoo import ALL_NAMES, Patient, patient
+from tests.surgery.test_lowerings import KEPT, possible
 
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear]
 LOWERINGS = ("auto", "lowrank", "output", "dense", "pair")

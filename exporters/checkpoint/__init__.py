@@ -1,0 +1,1 @@
+"""Merge Hugging Face checkpoints, shard by shard."""

@@ -1,0 +1,113 @@
+"""Commands of the exporters: ``surgery export``, ``surgery merge``. Formats and their options are found, not listed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from exporters import export, formats, merge_checkpoint
+
+SIMPLE = (bool, int, float, str)
+
+
+def options() -> dict[str, tuple[Any, str]]:
+    """All options of all formats that a command line can give: type, and what it is for by format."""
+    found: dict[str, tuple[Any, str]] = {}
+    for format in formats():
+        write = importlib.import_module(f"exporters.formats.{format}").write
+        kinds, about = typing.get_type_hints(write), described(write)
+        for name, parameter in list(inspect.signature(write).parameters.items())[3:]:
+            kind = _simple(kinds.get(name))
+            if kind is not None:
+                default = "" if parameter.default in (None, False) else f" (default: {parameter.default})"
+                line = f"{format}: {about.get(name, '').rstrip('.')}{default}."
+                before = found.get(name)
+                found[name] = (before[0] if before else kind, f"{before[1]} {line}" if before else line)
+    return found
+
+
+def described(function: Callable[..., Any]) -> dict[str, str]:
+    """What a docstring says of each argument."""
+    lines = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", lines, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _simple(kind: Any) -> Any:
+    """The type that a flag of an option has: of a union the last simple one; None where there is none."""
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next((member for member in reversed(members) if member in SIMPLE), None)
+
+
+def export_model(
+    model: str = typer.Argument(help="A folder or a hub id, loaded with the class that its configuration names."),
+    out: Path = typer.Argument(help="A file, or a new or empty folder."),
+    format: str = typer.Option(..., help=f"One of {', '.join(formats())}."),
+    adapter: Path | None = typer.Option(None, help="A folder that save_adapter wrote; the plain model by default."),
+    coeff: float = typer.Option(1.0, help="The coefficient to steer the adapter with."),
+    **given: Any,
+) -> None:
+    """Export a model, with an adapter or without, and compare the result with PyTorch."""
+    from surgery import load_adapter, set_coeff
+
+    loaded = _load(model)
+    if adapter is not None:
+        set_coeff(load_adapter(loaded, adapter), coeff)
+    report = export(loaded, format, out, **{name: value for name, value in given.items() if value is not None})
+    typer.echo(f"wrote {report.path} ({len(report.files)} files); largest deviation {report.max_error:.2g}")
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for each option of a format, in place of its ``**given``."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, (kind, about) in options().items():
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, help=about), annotation=kind | None
+            )
+        )
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+export_command = _with_flags(export_model)
+
+
+def merge_command(
+    base_dir: Path = typer.Argument(help="A checkpoint folder with safetensors."),
+    adapter_dir: Path = typer.Argument(help="A folder that save_adapter wrote."),
+    out_dir: Path = typer.Argument(help="A new or empty folder."),
+    coeff: float = typer.Option(1.0, help="The coefficient to merge at."),
+    untie: bool = typer.Option(False, "--untie", help="Give tied weights tensors of their own."),
+    progress: bool = typer.Option(True, help="Show a progress bar."),
+) -> None:
+    """Merge an adapter into a checkpoint tensor by tensor, without loading the model; a killed run can be resumed."""
+    report = merge_checkpoint(base_dir, adapter_dir, out_dir, coeff=coeff, untie=untie, progress=progress)
+    sites, files = report.details["sites"], len(report.details["rewritten"])
+    typer.echo(f"wrote {report.path}: {sites} sites in {files} files; largest deviation {report.max_error:.2g}")
+
+
+def _load(source: str) -> Any:
+    """Load a model from a folder or the hub, with the class that its configuration names."""
+    import transformers
+
+    from passes.errors import InputError
+    from passes.ir.forward_context import quiet
+    from surgery.support.hf_config import first_line, hub_config, model_class
+
+    cls = model_class(hub_config(source), transformers.AutoModel)
+    try:
+        with quiet("transformers"):
+            return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False).eval()
+    except Exception as error:  # damaged weights fail in many ways
+        raise InputError(f"cannot load a model from {source!r} (a folder, or a hub id): {first_line(error)}") from error

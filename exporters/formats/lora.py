@@ -1,0 +1,168 @@
+"""LoRA: a PEFT directory, ``B A = U D^T Vh`` at the numerical rank of the change, with a scaling of 1 at every site.
+
+Where D has full rank, ``A = Vh`` and ``B = U D^T``; ablation of k directions has rank k; a core at identity has rank 1
+and ``B = 0``, so that every site stays in the adapter. ``max_rank`` leaves out the smallest singular values of the
+change itself, which is the best that a LoRA of that rank can do, for oblique factors (CorDA) too. Linear modules,
+``Conv1D`` and 1x1 convolutions are PEFT's ``target_modules``; weights that a called module reads, such as stacked
+experts, are its ``target_parameters``. Names of tensors are PEFT's own, and what it loads is compared with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from exporters.peft.check import check_sites, deviation, outputs_of, wrapped_outputs
+from exporters.peft.layers import Place, config_as_written, fill, layers, lora_config, places
+from exporters.peft.low_rank import LowRank, low_rank
+from exporters.shared.report import Exported, inputs_for, need, working_copy
+from passes.capture.capture import hub_inputs, is_pretrained
+from passes.errors import ExportError, InputError, VariantError
+from passes.infra.tolerance import RELATIVE
+from passes.ir.forward_context import quiet
+from surgery.hosting.hosts import replace_weight
+from surgery.modules.adapter import SSpaceLinear, of_weight
+from surgery.verbs.apply import undo_surgery
+from surgery.verbs.steer_and_merge import sites
+
+DEFAULT_NAME = None
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+NOISY = ("peft", "transformers")
+
+
+def write(
+    model: nn.Module,
+    path: Path,
+    example_inputs: Any,
+    max_rank: int | None = None,
+    prune_tol: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Exported:
+    """Write a PEFT directory and compare the model that PEFT makes of it with this one.
+
+    Args:
+        max_rank: upper bound of the rank, such as vLLM's default of 16; the errors are in the report's details.
+        prune_tol: leave out directions whose singular value is at most this share of their site's largest.
+        dtype: of the written factors; float32, of a float64 model float64, if None.
+
+    Raises:
+        ExportError: the model carries no surgery, PEFT has no place for a site, or its results differ.
+        VariantError: a variant is not linear in its input.
+        InputError: coeff steers rows, or the model does not run on the example inputs.
+    """
+    peft = need("peft", "lora")
+    _check_options(max_rank, prune_tol, dtype)
+    found = sites(model)
+    if not found:
+        raise ExportError(f"a LoRA needs an adapter, and {type(model).__name__} carries none")
+    where = places(model, found)
+    wide = torch.float64 if any(site.weight.dtype == torch.float64 for site in found.values()) else torch.float32
+    written = dtype or wide
+    call = inputs_for(model, example_inputs)
+    call = ((), hub_inputs(model, call)) if is_pretrained(model) else call
+    expected = outputs_of(working_copy(model), call)
+    factors = {key: _factors(key, site, written, max_rank, prune_tol) for key, site in found.items()}
+    config = lora_config(_base(model), {place: factors[key].rank for key, place in where.items()})
+    with torch.random.fork_rng(devices=[]), quiet(*NOISY), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT tells what it decides, layer by layer
+        _save(peft, model, path, config, {where[key]: factors[key] for key in found})
+        base = _base(model)
+        before = {place: base.get_submodule(place.module) for place in where.values()}
+        loaded = peft.PeftModel.from_pretrained(base, path).eval()
+        adapted = layers(loaded, before)
+    check_sites(found, {key: adapted[where[key]] for key in found}, factors)
+    outputs = wrapped_outputs(loaded.get_base_model(), call, {where[key]: adapted[where[key]] for key in found})
+    limit = max(RELATIVE[d] for d in {written, *(site.weight.dtype for site in found.values())})
+    lossy = written.itemsize < wide.itemsize or any(factor.pruned for factor in factors.values())
+    target = outputs_of(_written_model(model, factors), call) if lossy else expected
+    if not (error := deviation(outputs, target)) <= limit:
+        whose = "a model of the pruned or rounded weights" if lossy else "the model"
+        raise ExportError(
+            f"PEFT's outputs differ from those of {whose} by {error:.3g} of the largest, allowed {limit:.0e}"
+        )
+    return Exported(deviation(outputs, expected), _details(path, found, factors, written))
+
+
+def _check_options(max_rank: Any, prune_tol: Any, dtype: Any) -> None:
+    if max_rank is not None and (type(max_rank) is not int or max_rank < 1):
+        raise ExportError(f"max_rank must be a whole number of at least 1, found {max_rank!r}")
+    if isinstance(prune_tol, bool) or not isinstance(prune_tol, (int, float)) or not 0 <= prune_tol < 1:
+        raise ExportError(f"prune_tol must be a number from 0 to below 1, found {prune_tol!r}")
+    if dtype is not None and dtype not in RELATIVE:
+        names = ", ".join(str(d) for d in RELATIVE)
+        raise ExportError(f"dtype must be one of {names}, found {dtype!r}")
+
+
+def _factors(key: str, site: SSpaceLinear, dtype: torch.dtype, max_rank: int | None, prune_tol: float) -> LowRank:
+    with torch.no_grad():
+        try:
+            B = site.delta_factor(torch.float64)
+        except (VariantError, InputError) as error:
+            raise type(error)(f"site {key!r}: {error}") from error
+        A = site.factors.Vh.to(torch.float64)
+        if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+            raise ExportError(f"site {key!r}: the change of its weight is not finite; lower coeff or the gains")
+        made = low_rank(B, A, dtype, max_rank, prune_tol)
+    if not (torch.isfinite(made.B).all() and torch.isfinite(made.A).all()):
+        raise ExportError(f"site {key!r}: its factors overflow {dtype}; use a wider dtype")
+    return made
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model without its adapters, on the same memory."""
+    return undo_surgery(working_copy(model))
+
+
+def _save(peft: Any, model: nn.Module, path: Path, config: Any, factors: Mapping[Place, LowRank]) -> None:
+    """Write what PEFT would write of a model that has these factors: it names the tensors."""
+    text = json.dumps(config_as_written(config), indent=2, sort_keys=True)
+    base = _base(model)
+    before = {place: base.get_submodule(place.module) for place in factors}
+    try:
+        wrapped = peft.get_peft_model(base, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        raise ExportError(f"PEFT cannot wrap {type(base).__name__}: {error}") from error
+    for place, layer in layers(wrapped, before).items():
+        fill(layer, place, factors[place])
+    named = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    save_file({name: t.cpu().contiguous() for name, t in named.items()}, path / TENSORS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(text + "\n")
+
+
+def _written_model(model: nn.Module, factors: Mapping[str, LowRank]) -> nn.Module:
+    """The model with dense weights that hold what was written."""
+    twin = working_copy(model)
+    for key, site in sites(twin).items():
+        change = of_weight(factors[key].product(), site.layout, site.weight.shape)
+        replace_weight(site, (site.weight.detach().to(torch.float64) + change).to(site.weight.dtype))
+    return twin
+
+
+def _details(
+    path: Path, found: Mapping[str, SSpaceLinear], factors: Mapping[str, LowRank], dtype: torch.dtype
+) -> dict[str, Any]:
+    each = {
+        key: {
+            "rank": made.rank,
+            "r": found[key].factors.rank,
+            "pruned": made.pruned,
+            "spectral_error": made.spectral_error,
+            "frobenius_error": made.frobenius_error,
+        }
+        for key, made in factors.items()
+    }
+    return {
+        "rank": max(made.rank for made in factors.values()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": (path / TENSORS).stat().st_size,
+        "spectral_error": max(made.spectral_error for made in factors.values()),
+        "frobenius_error": max(made.frobenius_error for made in factors.values()),
+        "sites": each,
+    }

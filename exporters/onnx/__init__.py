@@ -1,0 +1,1 @@
+"""ONNX graphs: capture, cores, generation, finishing, ONNX Runtime."""

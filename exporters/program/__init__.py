@@ -1,0 +1,1 @@
+"""Exported programs with a live coefficient, and swapping their cores."""

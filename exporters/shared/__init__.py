@@ -1,0 +1,1 @@
+"""What all export formats share: reports, verification, atomic publication."""

@@ -1,0 +1,1 @@
+"""Analyses of a graph: matrix products, weight views, linear sites."""

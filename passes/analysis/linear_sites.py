@@ -1,0 +1,260 @@
+"""Find the linear sites of a model: the matrix products whose one operand is a parameter, and what is known of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from passes.analysis.matmul_rules import Product, aten, read_product
+from passes.analysis.operands import Matrices
+from passes.analysis.residual_stream import residual_writers, strip_views
+from passes.analysis.weight_contractions import pointwise
+from passes.ir.linear_modules import linear_layout
+from passes.ir.module_utils import attribute
+from passes.ir.parameter_names import Names
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear operation of the model, ``y = x W^T + b``.
+
+    Attributes:
+        key: path of the module that owns the weight, or of the parameter where none does.
+        weight: name of the weight parameter, as in ``named_parameters``.
+        bias: name of the bias parameter, or None.
+        layout: "out_in" (``nn.Linear``) or "in_out" (GPT-2's ``Conv1D``, ``x @ w``).
+        d_out, d_in: sizes of the product.
+        group: sites with the same number read the same input.
+        tied: other names or uses of the same weight.
+        residual: whether the output is added to the residual stream; None if unknown.
+        calls: products of this site in one forward.
+        operation: ATen name of the product; None if unknown.
+        stack: number of matrices in the weight (experts, heads), each with factors and a core of its own; None for one.
+        rows: first row, and the one after the last, of a site that is a part of a packed weight; None for a whole one.
+    """
+
+    key: str
+    weight: str
+    bias: str | None
+    layout: str
+    d_out: int
+    d_in: int
+    group: int | None = None
+    tied: tuple[str, ...] = ()
+    residual: bool | None = None
+    calls: int = 1
+    operation: str | None = None
+    stack: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def parameter_of(self, model: nn.Module) -> torch.Tensor:
+        """The parameter of a model that holds the weight, also where it is parametrised."""
+        path, _, local = self.weight.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        if parametrize.is_parametrized(owner, local):
+            return owner.parametrizations[local].original  # type: ignore[no-any-return]
+        return owner.get_parameter(local)  # type: ignore[no-any-return]
+
+    def weight_of(self, model: nn.Module) -> torch.Tensor:
+        """The weight in a model: the parameter, or of a part a view of its rows."""
+        return part_of(self.parameter_of(model), self.rows)
+
+
+def part_of(weight: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
+    """Some rows of a weight, or all of it."""
+    return weight if rows is None else weight[rows[0] : rows[1]]
+
+
+def parts(site: Site, model: nn.Module) -> list[Site]:
+    """The q, k and v of the packed projection of ``nn.MultiheadAttention`` as sites; empty for any other site."""
+    path, _, local = site.weight.rpartition(".")
+    owner = attribute(model, path) if path else model
+    if local != "in_proj_weight" or not isinstance(owner, nn.MultiheadAttention):
+        return []
+    size = owner.embed_dim
+    whole = replace(
+        site, bias=None if owner.in_proj_bias is None else site.weight.removesuffix("weight") + "bias",
+        layout="out_in", d_out=size, d_in=size, stack=None, group=None,
+    )  # fmt: skip
+    return [replace(whole, key=f"{site.key}.{n}", rows=(i * size, (i + 1) * size)) for i, n in enumerate("qkv")]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A product that is no site: where it stands, what it is, and why."""
+
+    where: str
+    operation: str
+    reason: str
+
+
+def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, list[Product]], list[Skipped]]:
+    """Read the products off a normalised graph by the key of their site, and those that are no site.
+
+    Args:
+        graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
+        model: the model itself, for owners.
+    """
+    names = Names(model)
+    products: dict[str, list[Product]] = defaultdict(list)
+    skipped = []
+    for node in graph_module.graph.nodes:
+        product = read_product(node, names.tensors.get)
+        if node.op == "call_module" and isinstance(names.modules.get(str(node.target)), OPAQUE):
+            product = _module_product(node, names)
+        if isinstance(product, Product):
+            products[names.key(product.weight, _module_path(node))].append(product)
+        elif isinstance(product, str):
+            skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
+    for key, found in list(products.items()):
+        reason = ""
+        if len({p.layout for p in found}) > 1:
+            reason = "its weight is used both as it is and transposed"
+        elif len({_matrices(p, names) for p in found}) > 1:
+            reason = "its products see its weight as different matrices"
+        if reason:
+            skipped.append(Skipped(key, "linear", reason))
+            del products[key]
+    return products, skipped
+
+
+def _matrices(product: Product, names: Names) -> Matrices:
+    """How a product sees its weight."""
+    if product.matrices is not None:
+        return product.matrices
+    rows, columns = names.tensors[product.weight].shape
+    return Matrices(None, *((rows, columns) if product.layout == "out_in" else (columns, rows)), product.layout)
+
+
+def _module_product(node: fx.Node, names: Names) -> Product | str:
+    """The product of a module that a symbolic trace does not look into, or why there is none."""
+    path = str(node.target)
+    module, weight = names.modules[path], f"{path}.weight"
+    found = pointwise(module)
+    if found is not True:
+        return found or f"{type(module).__name__.lower()} with a parameter: its products are inside one module"
+    if weight not in names.tensors or nn.parameter.is_lazy(names.tensors[weight]):
+        return "its weight is not a parameter, or not initialised yet"
+    x = (*node.args, *node.kwargs.values())[0]
+    assert isinstance(x, fx.Node)
+    bias = f"{path}.bias" if f"{path}.bias" in names.tensors else None
+    d_out, d_in = names.tensors[weight].shape[:2]
+    return Product(node, x, weight, "out_in", bias, None, Matrices(None, d_out, d_in, "out_in"))
+
+
+def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
+    """Read the sites off a normalised graph, in the order of execution.
+
+    Args:
+        graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
+        model: the model itself, for ties and owners.
+    """
+    names = Names(model)
+    products, skipped = products_by_site(graph_module, model)
+    writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
+    uses = _other_uses(graph_module.graph, names, products)
+    groups: dict[tuple[Any, ...], int] = {}
+    sites = []
+    for key, found in products.items():
+        first = found[0]
+        weight = names.alias(first.weight, key)
+        matrices = _matrices(first, names)
+        d_out, d_in, stack = matrices.d_out, matrices.d_in, matrices.stack
+        read = (*dict.fromkeys(strip_views(p.input) for p in found), d_in)
+        group = groups.setdefault(read, len(groups))
+        others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
+        tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
+        bias = names.alias(first.bias, key) if first.bias else None
+        residual = any(p.node in writers for p in found)
+        operation = _operation(first.node)
+        roles = (group, tied, residual, len(found), operation)
+        sites.append(Site(key, weight, bias, first.layout, d_out, d_in, *roles, stack))
+    return sites, skipped
+
+
+def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
+    """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
+    names = Names(model)
+    sites, skipped = [], []
+    for path, module, layout, local in _linear_weights(model):
+        if layout is None:
+            skipped.append(Skipped(path, type(module).__name__, "a subclass of nn.Linear with its own forward"))
+            continue
+        weight = f"{path}.{local}".lstrip(".")
+        if weight not in names.tensors:
+            skipped.append(Skipped(path, type(module).__name__, "its weight is not a parameter"))
+            continue
+        if nn.parameter.is_lazy(names.tensors[weight]):
+            skipped.append(
+                Skipped(path, type(module).__name__, "its weight is not initialised yet: run the model once")
+            )
+            continue
+        rows, columns = names.tensors[weight].shape[:2]
+        d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
+        bias = weight.removesuffix("weight") + "bias"
+        bias_name = bias if bias in names.tensors else None
+        sites.append(Site(names.key(weight, path), weight, bias_name, layout, d_out, d_in, tied=names.ties(weight)))
+    return sites, skipped
+
+
+def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, str]]:
+    for path, module in model.named_modules():
+        layout = linear_layout(module)
+        if isinstance(module, nn.MultiheadAttention):
+            separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            for local in ("in_proj_weight",) if module.in_proj_weight is not None else separate:
+                yield path, module, "out_in", local
+        elif layout is not None or isinstance(module, nn.Linear):
+            yield path, module, layout, "weight"
+        elif pointwise(module) is True:
+            yield path, module, "out_in", "weight"
+
+
+OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+
+def _module_path(node: fx.Node) -> str | None:
+    if "called_module" in node.meta:
+        return str(node.meta["called_module"])
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        return str(next(reversed(stack.values()))[0])
+    return str(node.target) if node.op == "call_module" else None
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        return type(node.graph.owning_module.get_submodule(str(node.target))).__name__.lower()
+    if node.op != "call_function":
+        return str(node.op)
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]]) -> dict[str, list[str]]:
+    """Uses of a weight that are no product of it, such as an embedding look-up, by the weight's first name."""
+    counted = {p.node for found in products.values() for p in found}
+    uses: dict[str, list[str]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in names.modules and node not in counted:
+            called = names.modules[node.target]
+            for local, _ in called.named_parameters(remove_duplicate=False):
+                name = f"{node.target}.{local}"
+                uses[names.canonical(name)].append(f"{node.target} ({type(called).__name__.lower()})")
+        if node.op != "get_attr" or node.target not in names.tensors:
+            continue
+        pending: list[Any] = list(node.users)
+        while pending:
+            user = pending.pop()
+            if user in counted:
+                continue
+            if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.to.dtype):
+                pending.extend(user.users)
+            elif _operation(user) == "embedding" or user.op == "call_module":
+                uses[names.canonical(node.target)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
+    return uses

@@ -1,0 +1,196 @@
+"""Rules that read a matrix product off one normalised node: ``y = x W^T + b`` with a parameter ``W``.
+
+One rule per ATen operation, registered by :func:`rule`. A rule returns a :class:`Product`, or a sentence that says why
+the node is none; it never guesses. Adding coverage is adding a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.analysis.operands import Lookup, Matrices
+from passes.analysis.weight_contractions import RULES as WHOLE_RULES
+from passes.analysis.weight_contractions import Whole, read_whole
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product: its node, the node that is multiplied, the parameter and its layout, what is added to it.
+
+    ``matrices`` is None where an adapter's term can be added to the product, ``y = x W^T``; else the weight is changed
+    as a whole, and they say how it is seen as a matrix or a stack of matrices.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: str
+    layout: str  # "out_in": y = x W^T (nn.Linear);  "in_out": y = x W (GPT-2's Conv1D, raw x @ w)
+    bias: str | None
+    added: fx.Node | None = None
+    matrices: Matrices | None = None
+
+
+RULES: dict[Any, Callable[[fx.Node, Lookup], Product | str]] = {}
+UNCOVERED = {
+    **dict.fromkeys(["bilinear", "addbilinear"], "it multiplies two inputs"),
+    **dict.fromkeys(["chain_matmul", "linalg_multi_dot"], "it multiplies more than two operands at once"),
+    **dict.fromkeys(
+        ["lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"],
+        "its products are inside one fused operation",
+    ),
+}
+
+
+TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default, aten.adjoint.default)
+CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default, aten.detach.default,
+    aten.type_as.default, aten.contiguous.default, aten.clone.default,
+)  # fmt: skip
+
+
+DTYPE_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+
+
+def rule(*targets: Any) -> Callable[[Callable[[fx.Node, Lookup], Product | str]], Any]:
+    """Register a rule for ATen overloads."""
+
+    def register(function: Callable[[fx.Node, Lookup], Product | str]) -> Any:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
+    """Read a node as a product.
+
+    Args:
+        node: a node of a normalised graph.
+        parameter: gives the patient's parameter of a name, or None.
+
+    Returns:
+        The product, or the reason why this product is not a site, or None if the node is no product at all.
+    """
+    if node.op != "call_function":
+        return None
+    plain = RULES[node.target](node, parameter) if node.target in RULES else None
+    if isinstance(plain, Product):
+        return plain
+    whole = read_whole(node, parameter)
+    if isinstance(whole, Whole):
+        return whole_product(node, whole, parameter)
+    if whole is not None or plain is not None:
+        return whole or plain
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = str(getattr(packet, "__name__", packet))
+    if name in UNCOVERED:
+        held = any(_parameter(n, parameter) for n in node.all_input_nodes)
+        return f"{name} with a parameter: {UNCOVERED[name]}" if held else "both operands are activations"
+    if name not in WHOLE_RULES and "grouped_mm" not in name:
+        return None
+    reasons = [_not_a_parameter(n, parameter) for n in node.all_input_nodes]
+    return next((reason for reason in reasons if "parameter '" in reason), "both operands are activations")
+
+
+def whole_product(node: fx.Node, whole: Whole, parameter: Lookup) -> Product:
+    """The product of a weight that is changed as a whole."""
+    bias = _parameter(whole.bias, parameter)
+    name = bias[0] if bias else None
+    return Product(node, whole.input, whole.weight, whole.matrices.layout, name, None, whole.matrices)
+
+
+def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
+    """Follow transposes, casts and aliases from an operand to a parameter: its name, and whether it is transposed."""
+    transposed = False
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            name = str(node.target)
+            return (name, transposed) if parameter(name) is not None else None
+        args: Any = node.args
+        if node.target in TRANSPOSES:
+            transposed = not transposed
+        elif node.target in (aten.transpose.int, aten.swapaxes.default):
+            transposed ^= (args[1] - args[2]) % 2 == 1
+        elif node.target is aten.permute.default:
+            transposed ^= args[1][0] % 2 == 1
+        elif node.target not in CASTS:
+            return None
+        node = node.args[0]
+    return None
+
+
+def casts_its_weight(product: Product, dtype: torch.dtype) -> bool:
+    """Whether the weight of a product, of the given dtype, is cast to another on the way to it."""
+    for node in product.node.all_input_nodes:
+        cast = False
+        while node.op == "call_function" and node.all_input_nodes:
+            wanted = node.args[1] if node.target is aten.to.dtype else node.kwargs.get("dtype")
+            cast |= node.target in DTYPE_CASTS and wanted is not dtype
+            node = node.all_input_nodes[0]
+        if cast and node.op == "get_attr" and node.target == product.weight:
+            return True
+    return False
+
+
+def _product(
+    node: fx.Node, x: Any, weight: Any, bias: Any, *, times_transpose: bool, parameter: Lookup
+) -> Product | str:
+    found = _parameter(weight, parameter)
+    if found is None:
+        return _not_a_parameter(weight, parameter)
+    name, transposed = found
+    tensor = parameter(name)
+    if tensor is None or tensor.dim() != 2:
+        return f"the parameter {name!r} is not a matrix"
+    bias_name = None
+    if isinstance(bias, fx.Node):
+        found_bias = _parameter(bias, parameter)
+        bias_name = found_bias[0] if found_bias else None
+    layout = "out_in" if times_transpose != transposed else "in_out"
+    return Product(node, x, name, layout, bias_name, bias if isinstance(bias, fx.Node) else None)
+
+
+def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
+    """Say what a second operand is that is no parameter: made of one, a constant, or an activation."""
+    pending, seen, sources = [weight], set(), []
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return "both operands are activations"
+        if node.op == "get_attr":
+            sources.append(str(node.target))
+        pending.extend(node.all_input_nodes)
+    named = [name for name in sources if parameter(name) is not None]
+    if named:
+        return f"the operand is computed from the parameter {named[0]!r}"
+    return "the operand is a constant, not a parameter"
+
+
+@rule(aten.linear.default)
+def _linear(node: fx.Node, parameter: Lookup) -> Product | str:
+    x, weight, bias = (*node.args, None)[:3]
+    return _product(node, x, weight, bias, times_transpose=True, parameter=parameter)
+
+
+@rule(aten.mm.default, aten.matmul.default)
+def _matmul(node: fx.Node, parameter: Lookup) -> Product | str:
+    x, weight = node.args[:2]
+    return _product(node, x, weight, None, times_transpose=False, parameter=parameter)
+
+
+@rule(aten.addmm.default)
+def _addmm(node: fx.Node, parameter: Lookup) -> Product | str:
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return "addmm with alpha or beta"
+    bias, x, weight = node.args[:3]
+    return _product(node, x, weight, bias, times_transpose=False, parameter=parameter)

@@ -1,0 +1,1 @@
+"""Capture models as graphs, and inspect them."""

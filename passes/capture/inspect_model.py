@@ -1,0 +1,161 @@
+"""Everything that is known about a model before it is operated on: its capture, its sites, what is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
+from passes.analysis.matmul_rules import Product, casts_its_weight
+from passes.capture.capture import capture, default_inputs, forward_call, normalised
+from passes.capture.module_calls import CallRecord, record_calls
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sites of a model and how they were found.
+
+    Attributes:
+        sites: in order of execution (of registration where the model was not captured).
+        skipped: matrix products that are no sites, with the reason.
+        how: the way of capture; "module walk" means not captured.
+        notes: why it was not captured, what could not be recorded.
+        calls: what a recorded forward showed; None without example inputs.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    how: str
+    notes: tuple[str, ...] = ()
+    calls: CallRecord | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph."""
+        return self.how != "module walk"
+
+
+def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Capture a model and find its sites; the model is left as it was.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+    """
+    given = example_inputs is not None
+    example_inputs = example_inputs if given else default_inputs(model)
+    calls, notes = None, []
+    if example_inputs is not None:
+        try:
+            calls = record_calls(model, forward_call(example_inputs))
+            notes += [calls.note] if calls.note else []
+        except Exception as error:
+            if given:
+                raise
+            notes.append(f"default inputs do not fit: {error}")
+            example_inputs = None
+    found = capture(model, example_inputs)
+    if found.note:
+        notes.append(f"not captured: {found.note}")
+    if found.graph is None:
+        sites, skipped = sites_from_walk(model)
+    else:
+        sites, skipped = sites_from_graph(found.graph, model)
+        refused: list[Skipped] = []
+        if isinstance(model, fx.GraphModule):
+            rewritable, whole, refused = _sorted_products(model, model.graph)
+            skipped = [*skipped, *refused]
+            sites = [site for site in sites if site.key in rewritable or site.key in whole]
+        hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
+        calls = calls or _calls_of(found.graph)
+        known = {site.weight for site in sites}
+        sites += [site for site in hidden if site.weight not in known]
+        hosted = {site.key for site in sites}
+        skipped = [skip for skip in skipped if skip not in refused or skip.where not in hosted]
+    return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+
+
+def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, list[Product]], list[Skipped]]:
+    """The products that can be rewritten in a graph, by the key of their site, and those that cannot, with the reason.
+
+    Args:
+        graph: a graph whose attributes are the model's; the names of the products' nodes are those of this graph.
+    """
+    products, _, refused = _sorted_products(model, graph)
+    return products, refused
+
+
+def _sorted_products(
+    model: fx.GraphModule, graph: fx.Graph
+) -> tuple[dict[str, list[Product]], set[str], list[Skipped]]:
+    """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
+    products, _ = products_by_site(normalised(model, graph), model)
+    nodes = {node.name: node for node in graph.nodes}
+    refused: list[Skipped] = []
+    whole: set[str] = set()
+    for key, found in list(products.items()):
+        reasons = (
+            _elsewhere(nodes.get(p.node.name)) if p.matrices else _why_not(model, p, nodes.get(p.node.name))
+            for p in found
+        )
+        reason = next(filter(None, reasons), None)
+        if not reason and any(p.matrices for p in found) and len({nodes[p.node.name].op for p in found}) > 1:
+            reason = "its weight is read by a module's call, and without one"
+        if reason:
+            refused.append(Skipped(key, "linear", reason))
+        elif any(p.matrices for p in found):
+            whole.add(key)
+        else:
+            continue
+        del products[key]
+    return products, whole, refused
+
+
+def _elsewhere(node: fx.Node | None) -> str | None:
+    if node is None:
+        return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
+    return None
+
+
+def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> str | None:
+    """Why a product cannot be rewritten in a graph, or None."""
+    if node is None:
+        return _elsewhere(node)
+    if casts_its_weight(product, model.get_parameter(product.weight).dtype):
+        return "its weight is cast before the product"
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "its module carries forward hooks, which a rewritten graph would pass by"
+    return None
+
+
+def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:
+    """Sites that ran but that the graph shows in pieces or not at all, such as a packed weight that is cut in three."""
+    found, _ = sites_from_walk(model)
+    return [s for s in found if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
+
+
+def _kept_whole(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
+    """Sites inside the modules that a symbolic trace does not look into."""
+    leaves = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    return [site for site in sites_from_walk(model)[0] if site.weight.startswith(leaves)]
+
+
+def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
+    """What a symbolic trace says of calls: modules it calls, and parameters it reads by name."""
+    called: set[str] = set()
+    read: set[str] = set()
+    for node in graph_module.graph.nodes:
+        path = node.meta.get("called_module")
+        if path is not None:
+            called.add(path)
+            read -= {f"{path}.weight", f"{path}.bias"}
+        elif node.op == "get_attr" and not all("called_module" in user.meta for user in node.users):
+            read.add(str(node.target))
+    return CallRecord(frozenset(called), frozenset(read))

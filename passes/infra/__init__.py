@@ -1,0 +1,1 @@
+"""The pass contract, the pass manager, the dialect, translation validation."""

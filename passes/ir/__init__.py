@@ -1,0 +1,1 @@
+"""Representation: node provenance, names, module utilities, adapter traces."""

@@ -1,0 +1,199 @@
+"""Merge: take adapters out of the graph and put dense weights in; the products are plain ones again."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.analysis.residual_stream import VIEWS, operation
+from passes.ir.module_utils import attribute, set_parameter
+from passes.ir.provenance import META, Occurrence, erase_unread, mark_of, occurrences, put_back
+from passes.transforms.split_packed_weight import is_part
+
+VIEWS_OF_A_WEIGHT = VIEWS | {"t", "transpose", "permute", "numpy_t", "mt", "getattr", "detach", "expand"}
+
+
+class Merge:
+    """Replace adapters by weights.
+
+    Args:
+        weights: the dense weight of each site to merge, by key, in the layout and dtype of its base weight.
+        untie: give a site whose weight has other readers a weight of its own.
+    """
+
+    name = "merge"
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, untie: bool = False) -> None:
+        self.weights = weights
+        self.untie = untie
+
+    def requires(self, graph_module: fx.GraphModule) -> str | None:
+        """Every site stands in the graph, its weight has the right shape, and no other reader unless untied."""
+        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        for key, weight in self.weights.items():
+            if key not in found:
+                return f"site {key!r} is not in the graph"
+            adapter: Any = graph_module.get_submodule(found[key][0].mark.path)
+            if weight.shape != adapter.weight.shape or weight.dtype != adapter.weight.dtype:
+                return (
+                    f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
+                    f"{adapter.weight.dtype}, found {tuple(weight.shape)} and {weight.dtype}"
+                )
+            others = _others(found[key], readers[identity(graph_module, adapter)])
+            if others and not self.untie:
+                return (
+                    f"site {key!r} shares its weight with node {', '.join(repr(node.name) for node in others)}, which "
+                    "merging would change too; untie to give the site a weight of its own"
+                )
+        return None
+
+    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """What translation validation compares: each product, as it was named before surgery."""
+        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.weights)}
+
+    def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
+        """The tensors of the merged adapters, whose values are in the weights."""
+        paths = tuple(f"{place.mark.path}." for place in occurrences(graph_module.graph, self.weights))
+        tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
+        return frozenset(name for name, _ in tensors if name.startswith(paths))
+
+    def call(self, graph_module: fx.GraphModule) -> bool:
+        """Put the plain products back, and then the weights."""
+        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        names = {node.name: node for node in graph_module.graph.nodes}
+        shared = dict(graph_module._modules)
+        for key, places in found.items():
+            adapter: Any = graph_module.get_submodule(places[0].mark.path)
+            weight, name = adapter.weight, adapter.weight_name
+            merged, rows = self.weights[key], getattr(adapter, "rows", None)
+            if rows is not None:
+                whole = attribute(graph_module, name).detach()
+                merged = torch.cat([whole[: rows[0]], merged, whole[rows[1] :]])
+            tied = bool(_others(places, readers[identity(graph_module, adapter)]))
+            nodes = [take_out(place, names) for place in places]
+            # a module that is called gets a copy of its own, in which the weight has its old name
+            if tied and nodes[0].op != "call_module":
+                name = _free_name(graph_module, key)
+                for node in nodes:
+                    _read_instead(graph_module, node, adapter.weight_name, name)
+            set_parameter(graph_module, name, merged, requires_grad=weight.requires_grad, shared=shared)
+        return bool(self.weights)
+
+    def ensures(self, graph_module: fx.GraphModule) -> str | None:
+        """Nothing of the merged adapters is left."""
+        left = occurrences(graph_module.graph, self.weights)
+        return f"site {left[0].mark.key!r} still carries an adapter" if left else None
+
+
+def take_out(place: Occurrence, names: dict[str, fx.Node]) -> fx.Node:
+    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node.
+
+    Args:
+        names: all nodes of the graph by name, brought up to date here.
+    """
+    out, base = place.out, place.base
+    graph, node = out.graph, base
+    if place.mark.form == "residual":
+        current: dict[str, fx.Node] = {place.mark.input: place.input}
+        if place.mark.added is not None and place.added is not None:
+            current[place.mark.added] = place.added
+        node = put_back(place.mark.erased, out, current, names)
+    else:
+        del node.meta[META]
+    out.replace_all_uses_with(node)
+    sources = dict.fromkeys(source for own in place.nodes for source in own.all_input_nodes)
+    shared = [source for source in sources if (mark := mark_of(source)) and mark.role == "shared"]
+    for current_node in reversed(place.nodes):
+        if current_node is not node:
+            graph.erase_node(current_node)
+    erase_unread(graph, shared)
+    return node
+
+
+def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int | str, list[fx.Node]]:
+    """What reads each parameter, by its identity: operations behind its transposes and casts, and module calls."""
+    readers: dict[int | str, list[fx.Node]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            for parameter in graph_module.get_submodule(node.target).parameters():
+                readers[id(parameter)].append(node)
+        if node.op != "get_attr":
+            continue
+        parameter = attribute(graph_module, node.target)
+        if not isinstance(parameter, torch.nn.Parameter):
+            continue
+        if META in node.meta and node.meta[META].role == "base":
+            readers[id(parameter)].append(node)
+            continue
+        pending = list(node.users)
+        while pending:
+            user = pending.pop()
+            if META not in user.meta and operation(user, node.graph) in VIEWS_OF_A_WEIGHT:
+                pending.extend(user.users)
+            elif user not in readers[id(parameter)]:
+                readers[id(parameter)].append(user)
+    for place in occurrences(graph_module.graph):
+        if place.mark.form == "residual":  # reads its weight again when it is taken out
+            readers[identity(graph_module, graph_module.get_submodule(place.mark.path))].append(place.base)
+    return readers
+
+
+def identity(graph_module: fx.GraphModule, adapter: Any) -> int | str:
+    """What tells the weight of an adapter from others: the tensor, or its name where it was not kept."""
+    kept = attribute(graph_module, adapter.weight_name)
+    return adapter.weight_name if kept is None else id(kept)
+
+
+def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """What reads the weight of a site beside the site itself, by the site's key."""
+    readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
+    adapters: dict[str, Any] = {key: graph_module.get_submodule(p[0].mark.path) for key, p in found.items()}
+    return {key: _others(places, readers[identity(graph_module, adapters[key])]) for key, places in found.items()}
+
+
+def _others(places: list[Occurrence], readers: list[fx.Node]) -> list[fx.Node]:
+    own = {place.base for place in places}
+    split = all(is_part(base) for base in own)  # then the other parts are no other readers
+    return [node for node in readers if node not in own and not (split and is_part(node))]
+
+
+def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[Occurrence]]:
+    found: dict[str, list[Occurrence]] = defaultdict(list)
+    for place in occurrences(graph_module.graph, keys):
+        found[place.mark.key].append(place)
+    return found
+
+
+def _free_name(graph_module: fx.GraphModule, key: str) -> str:
+    """A name for a weight of the site's own: that of its module's weight, unless taken."""
+    name, plain = f"{key}.weight", key.replace(".", "_")
+    if isinstance(attribute(graph_module, key), torch.nn.Module) and attribute(graph_module, name) is None:
+        return name
+    return next(n for i in itertools.count(1) if attribute(graph_module, n := f"{plain}_merged_{i}") is None)
+
+
+def _read_instead(graph_module: fx.GraphModule, node: fx.Node, old: str, name: str) -> None:
+    """Let a product read its weight by another name, through copies of the transposes and casts in between."""
+    graph, weight = node.graph, attribute(graph_module, old)
+
+    def renewed(source: fx.Node) -> fx.Node:
+        same = source.target == old or (weight is not None and attribute(graph_module, str(source.target)) is weight)
+        if source.op == "get_attr" and same:
+            new = graph.create_node("get_attr", name, (), {}, f"{source.name}_merged")
+            new.meta = dict(source.meta)
+            return new
+        if source.op not in ("call_function", "call_method") or operation(source, graph) not in VIEWS_OF_A_WEIGHT:
+            return source
+        inner = renewed(source.all_input_nodes[0])
+        if inner is source.all_input_nodes[0]:
+            return source
+        return graph.node_copy(source, lambda n: inner if n is source.all_input_nodes[0] else n)
+
+    with graph.inserting_before(node):
+        arguments: Any = [fx.map_arg(a, renewed) for a in (node.args, node.kwargs)]
+        node.args, node.kwargs = arguments

@@ -1,0 +1,79 @@
+"""Annotate: give inserted nodes the ``val`` that captured nodes carry, a fake tensor of the right sizes and dtype.
+
+What an operation gives depends on the metadata of its inputs alone, so each combination is worked out once for all
+sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensor
+
+from passes.ir.module_utils import attribute
+from passes.ir.provenance import mark_of
+
+
+class Annotate:
+    """Set ``val`` on inserted nodes, where the graph carries it; metadata only, so it never reports a change."""
+
+    name = "annotate"
+
+    def requires(self, graph_module: fx.GraphModule) -> str | None:
+        """Accept any graph."""
+        return None
+
+    def call(self, graph_module: fx.GraphModule) -> bool:
+        """Annotate in the order of execution."""
+        values = (node.meta.get("val") for node in graph_module.graph.nodes)
+        mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+        known: dict[Hashable, Any] = {}
+        for node in graph_module.graph.nodes if mode else ():
+            if mark_of(node) is not None and "val" not in node.meta:
+                _annotate(graph_module, node, mode, known)
+        return False
+
+    def ensures(self, graph_module: fx.GraphModule) -> str | None:
+        """Accept any result: what reads a node without ``val`` has none either."""
+        return None
+
+
+def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dict[Hashable, Any]) -> None:
+    if node.op == "get_attr":
+        tensor = attribute(graph_module, str(node.target))
+        key: Hashable = ("get_attr", *_sizes(tensor))
+        if key not in known:
+            known[key] = mode.from_tensor(tensor.detach(), static_shapes=True)
+        node.meta["val"] = known[key]
+    elif all("val" in source.meta for source in node.all_input_nodes):
+        key = (node.target, _key((node.args, node.kwargs)))
+        if key not in known:
+            values: Any = [fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs)]
+            # by torch's Python kernels: the native one of a linear may ask for sizes as numbers
+            with torch.no_grad(), mode, enable_python_dispatcher():
+                known[key] = node.target(*values[0], **values[1])  # type: ignore[operator]
+        node.meta["val"] = known[key]
+
+
+def _key(value: Any) -> Hashable:
+    """The metadata of what a node reads, as something to look up by."""
+    if isinstance(value, fx.Node):
+        return _key(value.meta["val"])
+    if isinstance(value, torch.Tensor):
+        return ("tensor", *_sizes(value))
+    if isinstance(value, torch.SymInt):
+        return ("size", value.node.expr)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    return (type(value), value)
+
+
+def _sizes(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    sizes = (*tensor.shape, None, *tensor.stride())
+    return (*(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes), tensor.dtype, tensor.device)

@@ -1,0 +1,1 @@
+"""Factorise weights: SVD, data-oriented factors, the statistics they need."""

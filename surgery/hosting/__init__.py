@@ -1,0 +1,1 @@
+"""How adapters meet a model, and what an operated model remembers."""

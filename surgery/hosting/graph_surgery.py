@@ -1,0 +1,223 @@
+"""Graph patients: adapters inlined in the graph of a ``GraphModule``, their tensors in one submodule per site.
+
+The patient's graph object is never changed: surgery builds another one and puts it in its place, so that undoing it,
+or failing half-way, is putting the first one back.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.analysis.matmul_rules import Product
+from passes.capture.inspect_model import graph_products
+from passes.errors import SurgeryError
+from passes.infra.pass_base import PassResult
+from passes.infra.pass_manager import Stages, run_pipeline
+from passes.infra.translation_validation import Validation
+from passes.ir.module_utils import copy_graph
+from passes.transforms.fuse_projections import Rows, forget_rows
+from passes.transforms.insert import Place
+from passes.transforms.split_packed_weight import reads_of_part
+from surgery.hosting.transaction import transaction
+from surgery.modules.graph_host_module import SSpaceNode
+
+CONTAINER = "sspace"
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """What a graph patient was: enough to put it back, since surgery changes no graph and no shared module."""
+
+    graph: fx.Graph
+    modules: dict[str, Any]
+    parameters: dict[str, Any]
+    sites: dict[str, Any]
+    forms: dict[str, str]
+    buffers: list[tuple[nn.Module, dict[str, Any], set[str]]]
+
+
+def graph_state(model: nn.Module) -> GraphState | None:
+    """The state of a graph patient; None for a module that is operated on in place."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    nodes = graph_sites(model)
+    holder = _container(model)
+    inner = dict(holder._modules) if holder is not None else {}
+    forms = {key: site.form for key, site in nodes.items()}
+    rows = [module for module in model.children() if isinstance(module, Rows)]
+    holders = [*nodes.values(), *(site.factors for site in nodes.values()), *rows]
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in holders]
+    return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms, buffers)
+
+
+def restore_state(model: Any, state: GraphState) -> None:
+    """Put a graph patient back."""
+    model._modules.clear()
+    model._modules.update(state.modules)
+    model._parameters.clear()
+    model._parameters.update(state.parameters)
+    holder = _container(model)
+    if holder is not None:
+        holder._modules.clear()
+        holder._modules.update(state.sites)
+    for key, site in graph_sites(model).items():
+        site.form = state.forms[key]
+    for module, buffers, transient in state.buffers:
+        module._buffers.clear()
+        module._buffers.update(buffers)
+        module._non_persistent_buffers_set.clear()
+        module._non_persistent_buffers_set.update(transient)
+    if holder is None:
+        copy_as_ever(model)
+    if model.graph is not state.graph:
+        model.graph = state.graph
+
+
+def graph_sites(model: nn.Module) -> dict[str, SSpaceNode]:
+    """The sites of a graph patient that stand in its graph, by key."""
+    holder = _container(model)
+    return {} if holder is None else {site.key: site for site in holder.children() if isinstance(site, SSpaceNode)}
+
+
+def _container(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model._modules.values() if isinstance(m, _Sites)), None)
+
+
+class _Sites(nn.Module):
+    """Holds the sites of a graph patient."""
+
+
+def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SSpaceNode]) -> list[Place]:
+    """Give a graph module the submodules of sites, and say where their adapters go.
+
+    Args:
+        original: the graph before any surgery, in which the products are looked up.
+    """
+    holder = _container(model)
+    if holder is None:
+        holder = _Sites()
+        model.add_module(_free(model, CONTAINER), holder)
+        copy_whole(model)
+    prefix = next(name for name, module in model._modules.items() if module is holder)
+    products, _ = graph_products(model, original)
+    known = {node.name for node in original.nodes}
+    places = []
+    for site in sites:
+        name = _free(holder, site.key.replace(".", "_"))
+        holder.add_module(name, site)
+        path = f"{prefix}.{name}"
+        if site.kind == "weight":
+            if site.rows is not None:
+                reads = reads_of_part(original, site.weight_name, site.rows)
+            else:
+                reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
+            places += [Place(site.key, path, node.name, node.name) for node in reads]
+            site.in_place_host = site.in_place_host or "weight"
+            continue
+        for p in products[site.key]:
+            if site.in_place_host is None:
+                site.in_place_host = _in_place_host(model, site, p)
+            added = p.added.name if p.added is not None and p.added.name in known else None
+            places.append(Place(site.key, path, p.node.name, p.input.name, added, p.bias))
+    return places
+
+
+def _free(module: nn.Module, name: str) -> str:
+    return next(n for i in itertools.count() if not hasattr(module, n := name + (f"_{i}" if i else "")))
+
+
+def _in_place_host(model: nn.Module, site: SSpaceNode, product: Product) -> str:
+    """Whether the product was that of a linear module that is called, so that an in-place model can host it there."""
+    path = product.node.meta.get("called_module")
+    if path is not None:
+        return "module" if path == site.key else "weight"
+    stack = product.node.meta.get("nn_module_stack") or {"": ("", "")}
+    names = [k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for _, k in reversed(stack.values())]
+    path = next(reversed(stack.values()))[0]
+    plain = names[0].rpartition(".")[2] in ("Linear", "Conv1D") and f"{path}.weight" == site.weight_name
+    # PyTorch's own composite modules may read the weight without the call (TransformerEncoderLayer in eval mode)
+    composite = len(names) > 1 and names[1].startswith("torch.nn.") and ".container." not in names[1]
+    return "module" if plain and not composite else "weight"
+
+
+def rewrite(
+    model: Any, stages: Stages, *, validation: Validation | None = None, debug: bool | None = None
+) -> list[PassResult]:
+    """Run passes on a copy of the graph, which takes the graph's place.
+
+    Raises:
+        PassError: a pass failed; the graph module is what it was.
+    """
+    with transaction(model):
+        model._graph = copy_graph(model.graph)
+        model._graph.owning_module = model
+        return run_pipeline(model, stages, validation=validation, debug=debug)
+
+
+def drop_sites(model: Any, keys: Iterable[str]) -> None:
+    """Forget sites that no longer stand in the graph, and their container with the last of them."""
+    holder, gone = _container(model), set(keys)
+    assert holder is not None
+    for name in [name for name, site in holder.named_children() if getattr(site, "key", None) in gone]:
+        del holder._modules[name]
+    forget_rows(model)
+    if not holder._modules:
+        for name in [name for name, module in model._modules.items() if module is holder]:
+            delattr(model, name)
+        copy_as_ever(model)
+
+
+def original_graph(model: fx.GraphModule) -> fx.Graph:
+    """The graph of a graph patient before any surgery."""
+    record = vars(model).get("_surgery")
+    return record.original.graph if record is not None else model.graph
+
+
+def copy_whole(model: fx.GraphModule) -> None:
+    """Let ``copy.deepcopy`` of an operated graph module copy all of it, and not only what the graph reads; refuse what
+    would leave it broken: a pickle, and a cast to a half dtype.
+
+    PyTorch copies the tensors that the graph names into plain modules, which would lose the sites. Every graph module
+    has a class of its own, so that this changes no other.
+    """
+
+    def deepcopy(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+        twin: fx.GraphModule = super(cls, self).__deepcopy__(memo)
+        for table in ("_modules", "_parameters", "_buffers"):
+            for name, value in vars(self)[table].items():
+                vars(twin)[table][name] = copy.deepcopy(value, memo)
+        if "_surgery" in vars(self):
+            vars(twin)["_surgery"] = copy.deepcopy(vars(self)["_surgery"], memo)
+        copy_whole(twin)
+        return twin
+
+    def refuse(self: fx.GraphModule) -> Any:
+        raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
+
+    def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:
+        for key, site in graph_sites(self).items():
+            dtype = fn(site.factors.S).dtype
+            before, half = site.factors.S.dtype, (torch.float16, torch.bfloat16)
+            if dtype != before and (dtype in half or before in half):
+                raise SurgeryError(
+                    f"site {key!r}: the casts in an operated graph are fixed, so it cannot go from {before} to "
+                    f"{dtype}; cast the model before surgery, or the model that the graph was made from"
+                )
+        return super(cls, self)._apply(fn, recurse)
+
+    cls: Any = type(model)
+    cls.__deepcopy__, cls.__reduce__, cls._apply = deepcopy, refuse, apply
+
+
+def copy_as_ever(model: fx.GraphModule) -> None:
+    """Undo :func:`copy_whole`."""
+    for name in ("__deepcopy__", "__reduce__", "_apply"):
+        if name in vars(type(model)):
+            delattr(type(model), name)

@@ -1,0 +1,1 @@
+"""The modules of an operated model: factors, cores, adapters."""

@@ -1,0 +1,1 @@
+"""Choose sites, collect statistics, build adapters before the model is modified."""

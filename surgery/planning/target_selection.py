@@ -1,0 +1,205 @@
+"""Choose sites by PEFT's rules: suffix lists, full-match regular expressions, layer indices, rank patterns."""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
+
+from torch import fx, nn
+
+from passes.analysis.linear_sites import Site, parts
+from passes.capture.inspect_model import Inspection
+from passes.errors import CaptureError, RankError, TargetError, WeightError
+from surgery.variants import Variant
+
+Patterns = str | Sequence[str]
+GROUPS = ("all-linear", "residual-writers")
+
+
+def matches(pattern: Patterns, key: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole key, a list holds whole keys or their suffixes."""
+    if isinstance(pattern, str):
+        try:
+            return re.fullmatch(pattern, key) is not None
+        except re.error as error:
+            raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
+    return key in pattern or any(key.endswith(f".{suffix}") for suffix in pattern)
+
+
+def _check_patterns(name: str, patterns: Patterns) -> None:
+    texts = [patterns] if isinstance(patterns, str) else patterns
+    listed = isinstance(texts, Sequence | Set | Mapping) and not isinstance(texts, bytes | bytearray | memoryview)
+    if not listed or not all(isinstance(text, str) for text in texts):
+        raise TargetError(f"{name} must be a regular expression or a list of name suffixes, found {patterns!r:.200}")
+
+
+def _layers(layers: int | Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return []
+    try:
+        return [operator.index(layer) for layer in (layers if isinstance(layers, Sequence | Set) else [layers])]
+    except TypeError as error:
+        raise TargetError(f"layers_to_transform must be an index or a list of them, found {layers!r:.200}") from error
+
+
+def layer_index(key: str) -> int | None:
+    """The first number that follows a name in a key, as in ``model.layers.3.mlp``."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{key}")
+    return int(found.group(1)) if found else None
+
+
+def output_head(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Sites of the output head: ``get_output_embeddings()``, and all outside ``model.base_model`` if that is a part."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {paths[id(head)]} if id(head) in paths else set()
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model and paths.get(id(base)):
+        prefix = paths[id(base)] + "."
+        found |= {key for key in keys if not key.startswith(prefix)}
+    return found
+
+
+def why_not_chosen(model: nn.Module, inspection: Inspection, chosen: Container[str]) -> dict[str, str]:
+    """Why each site of a model is not among the chosen ones, by key."""
+    head = output_head(model, [site.key for site in inspection.sites])
+    reasons = {}
+    for site in inspection.sites:
+        if site.key not in chosen:
+            reason = "the output head" if site.key in head else "not selected"
+            reasons[site.key] = f"tied to {', '.join(site.tied)}" if site.tied else reason
+    return reasons
+
+
+def select_sites(
+    model: nn.Module,
+    inspection: Inspection,
+    *,
+    target_modules: Patterns | None,
+    exclude_modules: Patterns | None,
+    layers_to_transform: int | Sequence[int] | None,
+    default: str,
+) -> list[Site]:
+    """Choose the sites to operate on.
+
+    Raises:
+        TargetError: nothing is chosen; the message shows near misses and what exists.
+        CaptureError: residual writers are asked of a model that could not be captured.
+    """
+    target = default if target_modules is None else target_modules
+    _check_patterns("target_modules", target)
+    _check_patterns("exclude_modules", "" if exclude_modules is None else exclude_modules)
+    layers = _layers(layers_to_transform)
+    known = {site.key: site for site in inspection.sites}
+    if not known:
+        if quantised := _quantised(model):
+            raise WeightError(
+                f"{quantised} is quantised; supported are float16, bfloat16, float32 and float64 parameters"
+            )
+        if isinstance(model, fx.GraphModule) and not list(model.parameters()):
+            raise TargetError(
+                "this graph has no parameters: they are among its inputs, as in a graph that torch.compile gives to a "
+                "backend; capture the model with torch.export or torch._dynamo.export"
+            )
+        reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
+        raise TargetError(
+            f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}"
+        )
+    if target in GROUPS:
+        head = output_head(model, known)
+        chosen = [s for s in known.values() if s.key not in head and not s.tied]
+        if target == "residual-writers":
+            if not inspection.captured:
+                why = "; ".join(inspection.notes) or "no reason given"
+                raise CaptureError(f"'residual-writers' needs the graph of the model, which was not captured ({why})")
+            chosen = [s for s in chosen if s.residual]
+    else:
+        chosen = []
+        for site in known.values():  # the parts of a weight are there by their names, where the whole is not asked for
+            here = [site] if matches(target, site.key) else [p for p in parts(site, model) if matches(target, p.key)]
+            chosen += here
+        _report_unmatched(target, inspection, [site.key for site in chosen])
+    if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
+        named = () if isinstance(target, str) else target
+        chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]
+    if exclude_modules:
+        chosen = [s for s in chosen if not matches(exclude_modules, s.key)]
+    if not chosen:
+        raise TargetError(
+            f"target_modules={target!r} with exclude_modules={exclude_modules!r} and "
+            f"layers_to_transform={layers_to_transform!r} leaves no site of {_some(known)}"
+        )
+    return chosen
+
+
+def _quantised(model: nn.Module) -> str | None:
+    """The first module or parameter that looks quantised: a class of a quantisation package, an integer matrix."""
+    for path, module in model.named_modules():
+        if "quant" in type(module).__module__:
+            return f"module {path!r} ({type(module).__name__})"
+    matrices = [*model.named_parameters(), *model.named_buffers()]
+    return next((f"{n!r} ({t.dtype})" for n, t in matrices if t.dim() == 2 and not t.is_floating_point()), None)
+
+
+def _report_unmatched(target: Patterns, inspection: Inspection, chosen: Sequence[str]) -> None:
+    """Raise if no pattern matches anything, warn if some of a list do not."""
+    known = [site.key for site in inspection.sites]
+    patterns: list[Patterns] = [target] if isinstance(target, str) else [[p] for p in target]
+    unmatched = [p for p in patterns if not any(matches(p, key) for key in (*known, *chosen))]
+    if not unmatched:
+        if not patterns:
+            raise TargetError("target_modules is an empty list")
+        return
+    names = ", ".join(repr(p if isinstance(p, str) else p[0]) for p in unmatched)
+    words = [p if isinstance(p, str) else p[0] for p in unmatched]
+    endings = {key.rpartition(".")[2]: None for key in known} | dict.fromkeys(known)
+    near = [n for word in words for n in get_close_matches(word, endings, n=3, cutoff=0.5)]
+    hint = f"; did you mean {', '.join(dict.fromkeys(map(repr, near)))}?" if near else ""
+    reasons = [s for s in inspection.skipped if any(matches(p, s.where) for p in unmatched)]
+    why = f"; {reasons[0].where!r} is no site: {reasons[0].reason}" if reasons else ""
+    message = f"no site matches {names}{hint}{why}; sites are {_some(known)}"
+    if len(unmatched) == len(patterns):
+        raise TargetError(message)
+    warnings.warn(message, stacklevel=5)
+
+
+def _some(keys: Iterable[str], most: int = 12) -> str:
+    """The distinct last components of keys, or the keys themselves where these are few."""
+    keys = list(keys)
+    names = keys if len(keys) <= most else list(dict.fromkeys(re.sub(r"\d+", "*", key) for key in keys))
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _rank_pattern_matches(pattern: str, key: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", key) is not None
+    except re.error as error:
+        raise TargetError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def site_ranks(sites: Iterable[Site], variant: Variant, rank_pattern: Mapping[str, int] | None) -> dict[str, int]:
+    """The rank of each site: ``min(r, d_out, d_in)`` or what a matching rank pattern says, as the variant can use it.
+
+    Raises:
+        RankError: a pattern's rank is below 1 or above what its site allows.
+        TargetError: a rank pattern matches no chosen site.
+    """
+    patterns: Mapping[str, int] = {} if rank_pattern is None else rank_pattern
+    ranks, used = {}, set()
+    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise RankError(f"rank_pattern must map patterns to ranks, found {rank_pattern!r:.200}")
+    for site in sites:
+        limit = min(site.d_out, site.d_in)
+        pattern = next((p for p in patterns if _rank_pattern_matches(p, site.key)), None)
+        wanted = variant.r if pattern is None else patterns[pattern]
+        if pattern is not None:
+            used.add(pattern)
+            if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= limit:
+                raise RankError(f"rank_pattern[{pattern!r}] = {wanted!r}, but site {site.key!r} allows 1 to {limit}")
+        ranks[site.key] = variant.rank(min(wanted, limit))
+    if unused := set(patterns) - used:
+        raise TargetError(f"rank_pattern {', '.join(map(repr, sorted(unused)))} matches no chosen site")
+    return ranks

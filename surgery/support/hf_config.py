@@ -1,0 +1,62 @@
+"""Configurations of ``transformers`` models from elsewhere: read without running code that comes with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from passes.errors import InputError
+from surgery.support.untrusted_files import read_json
+
+COUNTS = re.compile(r"(layers?|depths?|blocks|stages|experts)$|^(n|num)_layer")  # each is a module, or a list of them
+MOST, MOST_LABELS = 2**12, 2**20
+
+
+def hub_config(source: str) -> Any:
+    """The configuration in a folder or of a hub id, of an architecture that ``transformers`` itself has.
+
+    Raises:
+        InputError: there is none, it is damaged, needs code of its own, or would build more modules than any model has.
+    """
+    import transformers
+
+    try:
+        file = Path(source) / "config.json"
+        content = read_json(file, finite=False) if file.is_file() else None
+        if content is None:
+            content, _ = transformers.PretrainedConfig.get_config_dict(source)
+        for name, value in _numbers(content):
+            if value > (MOST_LABELS if name == "num_labels" else MOST if COUNTS.search(name) else 2**63):
+                raise ValueError(f"{name} is {value:,}")
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers validates in many ways
+        raise InputError(
+            f"cannot find a model named {source!r} (a hub id, or a directory with a config.json): {first_line(error)}"
+        ) from error
+
+
+def model_class(config: Any, default: Any) -> Any:
+    """The class that a configuration names, if it is a model's, or the default."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else default
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in short."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """All integers of a JSON value, each with the last key above it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else ((name, v) for v in value):
+            yield from _numbers(inner, str(key))

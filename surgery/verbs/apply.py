@@ -1,0 +1,239 @@
+"""``apply_surgery`` and ``undo_surgery``: all sites or none, and back again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from passes.capture.capture import is_pretrained
+from passes.capture.inspect_model import Inspection, inspect_model
+from passes.errors import InputError, SurgeryError
+from surgery.hosting.checks import check_flags, check_options
+from surgery.hosting.graph_surgery import GraphState, graph_state, restore_state
+from surgery.hosting.hosts import Graft, attach_all, detach, operated_sites, require_bases
+from surgery.hosting.model_kinds import as_patient
+from surgery.hosting.transaction import transaction
+from surgery.modules.graph_host_module import SSpaceNode
+from surgery.modules.residual_host import SSpaceResidual
+from surgery.planning.adapter_init import make_grafts
+from surgery.planning.calibration_run import collect, first_batch
+from surgery.planning.lowering_autotune import measure
+from surgery.planning.surgery_plan import known_inspection, make_plan
+from surgery.planning.target_selection import Patterns
+from surgery.support.fingerprint import fingerprint
+from surgery.variants import Variant, resolve_variant
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Record:
+    """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised.
+
+    A graph patient also remembers what it was before surgery: its graph, its modules and parameters.
+    """
+
+    requires_grad: dict[str, bool]
+    inspection: Inspection | None = None
+    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    original: GraphState | None = None
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The module behind ``torch.compile``'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
+    """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
+
+    An ``ExportedProgram`` or a TorchScript module gives a new graph module.
+    """
+    inner = unwrap(model)
+    patient = as_patient(inner, example_inputs)
+    return (model if patient is inner else patient), patient
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of an operated model.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
+    record = vars(model).get("_surgery")
+    if record is None:
+        raise SurgeryError(f"{type(model).__name__} carries no surgery: call apply_surgery or load_adapter first")
+    return record  # type: ignore[no-any-return]
+
+
+def apply_surgery(
+    model: Model,
+    variant: str | Variant,
+    *,
+    r: int | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    form: str = "delta",
+    lowering: str = "auto",
+    keep_base: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Model:
+    """Put an S-space adapter on linear operations of a model, in place; afterwards only the cores are trainable.
+
+    Args:
+        model: any ``nn.Module``; its class, its methods and every untouched tensor stay what they are.
+        variant: a registered name ("antipasto") or a configuration (``AntiPaSTO(r=64)``).
+        r: upper bound of the rank; wins over the configuration's.
+        target_modules: "all-linear" (all but tied weights and the output head), "residual-writers", a list of name
+            suffixes, or a regular expression for whole keys, as in PEFT; the variant's own default if None.
+        exclude_modules: suffixes or a regular expression of sites to leave out.
+        layers_to_transform: index or indices of the layers to keep to.
+        rank_pattern: ranks of single sites by pattern.
+        example_inputs: dict, tuple or tensor to capture with; ``transformers`` models have defaults.
+        calibration: data that the factors are chosen by: an iterable of batches (each like ``example_inputs``; padding
+            is left out by ``attention_mask``), a :class:`Contrast`, or :class:`Statistics` that were collected before.
+            Of a plain module, the first batch also serves as ``example_inputs``.
+        form: "delta" (``W`` as it is, plus the change), or "residual" (``W_res`` in place of ``W``, as the original has
+            it; a weight that is read without a call keeps delta form).
+        lowering: how sites are computed: "auto" decides in each forward by a cost model, "measure" by timing the
+            candidates on the example inputs now, and a name ("lowrank", "output", "dense") wherever it is possible;
+            "residual" is another word for that form.
+            Products of weights that are read without a call, and graphs, have one way each.
+        keep_base: in residual form, keep the base weights, on the CPU, for ``undo_surgery``.
+        seed: of the core's initial values.
+        progress: show progress bars, and the report when done.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
+    """
+    given: Model
+    check_flags(progress=progress)
+    config = resolve_variant(variant, r)
+    if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
+        example_inputs, calibration = first_batch(calibration)
+    given, model = patient_of(model, example_inputs)
+    is_graph = isinstance(model, fx.GraphModule)
+    form, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
+    with transaction(model):  # also of what capture and calibration leave where they are interrupted
+        plan = make_plan(
+            model,
+            config,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            rank_pattern=rank_pattern,
+            example_inputs=example_inputs,
+        )
+        kinds = {site.key: config.statistic for site in plan.sites}
+        statistics = None
+        if calibration is not None:
+            statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
+        wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
+        grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
+        grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
+
+        def finish() -> None:
+            if lowering == "measure":
+                measure(model, example_inputs, progress=progress)
+            if progress:
+                _show_report(model)
+
+        operate(model, grafts, plan.inspection, notes, finish)
+    return given
+
+
+def _show_report(model: nn.Module) -> None:
+    from surgery.verbs.report import report
+
+    report(model).show()
+
+
+def operate(
+    model: nn.Module,
+    grafts: Iterable[Graft],
+    inspection: Inspection | None,
+    notes: dict[str, dict[str, Any]],
+    finish: Callable[[], None] = lambda: None,
+) -> None:
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    with transaction(model, forwards=False):  # a forward in it is in the caller's
+        if "_surgery" not in vars(model):
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            vars(model)["_surgery"] = Record(flags, inspection, {}, graph_state(model))
+            model.requires_grad_(False)
+        record = record_of(model)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+            attach_all(model, grafts, record.original)
+        record.factorisation.update(notes)
+        finish()
+        dropped = {graft.site.key for graft in grafts if not graft.keep_base}
+        gone = [s for k, s in operated_sites(model).items() if k in dropped and isinstance(s, SSpaceResidual)]
+        for residual in gone:
+            residual.drop_base(fingerprint(residual.weight))
+
+
+def undo_surgery(model: Model) -> Model:
+    """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
+
+    Raises:
+        SurgeryError: the model carries no surgery.
+    """
+    given, model = model, unwrap(model)
+    record = record_of(model)
+    require_bases(model)
+    with transaction(model, forwards=False):
+        detach_all(model)
+        restore_flags(model, record.requires_grad)
+        del vars(model)["_surgery"]
+    return given
+
+
+def detach_all(model: nn.Module) -> None:
+    """Take every adapter off an operated model."""
+    record = record_of(model)
+    for site in operated_sites(model).values():
+        if not isinstance(site, SSpaceNode):
+            detach(site)
+    if record.original is not None:
+        restore_state(model, record.original)
+
+
+def restore_flags(
+    model: nn.Module, flags: Mapping[str, bool], replaced: Iterable[tuple[str, torch.Tensor]] = ()
+) -> None:
+    """Set ``requires_grad`` by parameter name.
+
+    Args:
+        replaced: parameters that the model no longer has, and that another model may share, by name.
+    """
+    for name, parameter in (*model.named_parameters(), *replaced):
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Find the sites of an untouched model: name, shape, input group, ties, role, and what was skipped and why.
+
+    Args:
+        model: any ``nn.Module``, operated on or not.
+        example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+    """
+    _, model = patient_of(model, example_inputs)
+    return known_inspection(model) or inspect_model(model, example_inputs)

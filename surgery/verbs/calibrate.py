@@ -1,0 +1,138 @@
+"""``calibrate`` and ``recalibrate``: collect statistics, and choose the factors of an operated model anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.capture.capture import is_pretrained
+from passes.errors import InputError, SurgeryError
+from passes.ir.forward_context import outside_inference_mode
+from surgery.factors.statistics_file import Statistics
+from surgery.hosting.checks import check_flags, check_seed, check_whole
+from surgery.hosting.hosts import Graft, operated_sites, require_bases
+from surgery.modules.adapter import SSpaceLinear
+from surgery.planning.adapter_init import Wanted, initial_core, make_grafts
+from surgery.planning.calibration_run import collect, first_batch
+from surgery.planning.surgery_plan import known_inspection, make_plan
+from surgery.planning.target_selection import Patterns
+from surgery.storage.adapter_reader import module_paths
+from surgery.variants import Variant, resolve_variant
+from surgery.verbs.apply import Model, patient_of, record_of, restore_flags, unwrap
+from surgery.verbs.replace_adapters import graft_of, replace_adapters
+
+
+def calibrate(
+    model: nn.Module,
+    variant: str | Variant,
+    calibration: Any,
+    *,
+    r: int | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    example_inputs: Any = None,
+    progress: bool = True,
+) -> Statistics:
+    """Run data through a model and collect what a variant chooses its factors by; the model is left as it was.
+
+    The result can be saved, merged with that of another run (``a + b``), and given to ``recalibrate`` or
+    ``apply_surgery(calibration=...)``.
+
+    Args:
+        model, variant, r, target_modules, exclude_modules, layers_to_transform, rank_pattern, example_inputs: as in
+            ``apply_surgery``.
+        calibration: an iterable of batches, or a :class:`Contrast`.
+        progress: show a progress bar.
+
+    Raises:
+        SurgeryError: as ``apply_surgery``.
+    """
+    check_flags(progress=progress)
+    config = resolve_variant(variant, r)
+    if example_inputs is None and not is_pretrained(unwrap(model)):
+        example_inputs, calibration = first_batch(calibration)
+    _, patient = patient_of(model, example_inputs)
+    plan = make_plan(
+        patient,
+        config,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        rank_pattern=rank_pattern,
+        example_inputs=example_inputs,
+    )
+    kinds = {site.key: config.statistic for site in plan.sites}
+    return collect(patient, plan.sites, plan.called, kinds, calibration, progress=progress)
+
+
+@outside_inference_mode
+def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: int = 0, progress: bool = True) -> Model:
+    """Choose the factors of every site anew by data, and start every core anew: gains belong to the basis they were
+    trained in.
+
+    The data runs through the base model. Ranks, variants, flags and ``coeff`` stay what they are; cores are new
+    parameters, so that an optimiser has to be made anew. On any failure the model is what it was.
+
+    Args:
+        calibration: an iterable of batches, a :class:`Contrast`, or :class:`Statistics`.
+        reset: drop cores that are not at their initial value, and with them what was trained.
+        seed: of the cores' initial values.
+        progress: show progress bars.
+
+    Raises:
+        SurgeryError: the model carries no surgery, a core is trained and ``reset`` is false, or a base weight was not
+            kept.
+        InputError: as ``apply_surgery``.
+    """
+    given: Model = model
+    check_flags(reset=reset, progress=progress)
+    check_seed(seed)
+    inner: Any = unwrap(model)
+    record = record_of(inner)
+    require_bases(inner)
+    if calibration is None:
+        raise InputError("recalibrate needs calibration data: an iterable of batches, a Contrast or Statistics")
+    found = operated_sites(inner)
+    for key, site in found.items():
+        check_whole(key, site.parameter)
+        if not reset and is_trained(key, site, record.factorisation.get(key, {}).get("seed", 0)):
+            raise SurgeryError(
+                f"site {key!r}: its core is not at its initial value, and would mean nothing in another basis; save or "
+                "merge it first, then recalibrate(..., reset=True)"
+            )
+    inspection = known_inspection(inner)
+    sites = {site.key: site for site in inspection.sites} if inspection else {}
+    wanted: list[Wanted] = []
+    paths = module_paths(inner)
+    for key, site in found.items():
+        graft = graft_of(paths, key, site)
+        place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
+        wanted.append((place, site.variant, site.factors.rank, graft.host))
+    coeffs = {key: site.core.coeff.clone() for key, site in found.items()}
+
+    def make() -> tuple[list[Graft], dict[str, dict[str, Any]]]:
+        kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
+        called = {place.key for place, _, _, host in wanted if host == "module"}
+        statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
+        grafts, notes = make_grafts(inner, wanted, statistics, seed, progress=progress)
+        for graft in grafts:
+            graft.core.coeff = coeffs[graft.site.key]
+        return grafts, notes
+
+    flags = {name: p.requires_grad for name, p in inner.named_parameters()}
+    replace_adapters(inner, make)
+    restore_flags(inner, flags)
+    return given
+
+
+def is_trained(key: str, site: SSpaceLinear, seed: int) -> bool:
+    """Whether a core is anywhere but at the initial value of its seed."""
+    tensors = initial_core(site.variant, key, site.factors.rank, seed, site.factors.stack)
+    parameters = dict(site.core.named_parameters())
+    return not all(torch.equal(parameters[name].cpu(), tensors[name].to(parameters[name].dtype)) for name in parameters)

@@ -1,0 +1,206 @@
+"""The base of an operated model as a graph, and its sites made anew for that graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from passes.capture.capture import (
+    default_inputs,
+    export_program,
+    forward_call,
+    hub_inputs,
+    is_pretrained,
+    with_two_rows,
+)
+from passes.capture.inspect_model import graph_products
+from passes.errors import CaptureError, InputError, PassError, SurgeryError
+from passes.infra.tolerance import RELATIVE, disagreement
+from passes.infra.translation_validation import Validation
+from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.module_utils import attribute, copy_graph
+from passes.transforms.split_packed_weight import split_reads
+from surgery.hosting.graph_surgery import drop_sites, graph_sites, original_graph
+from surgery.hosting.hosts import detach, host_of, operated_sites, require_bases
+from surgery.hosting.model_kinds import private_parameters
+from surgery.modules.adapter import SSpaceLinear
+from surgery.modules.core import Core, Factors
+from surgery.modules.graph_host_module import SSpaceNode
+from surgery.modules.residual_host import shared_tensors
+from surgery.storage.adapter_reader import module_paths, parameter_names
+
+logger = logging.getLogger(__name__)
+
+
+def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
+    """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
+
+    Returns:
+        The graph module, whose parameters share the model's memory, and the call that it was captured with.
+
+    Raises:
+        InputError: there are no example inputs.
+        CaptureError: the model cannot be captured.
+    """
+    require_bases(model)
+    twin: Any = copy.deepcopy(model, shared_tensors(model))
+    example_inputs = default_inputs(model) if example_inputs is None else example_inputs
+    if isinstance(twin, fx.GraphModule):
+        if hosted := [key for key, site in operated_sites(twin).items() if not isinstance(site, SSpaceNode)]:
+            raise CaptureError(
+                f"site {hosted[0]!r} is hosted by a module that the graph calls, and so cannot be written into it; "
+                "capture the model with torch.export, which shows what the module computes"
+            )
+        drop_sites(twin, graph_sites(twin))
+        twin.graph = copy_graph(original_graph(twin))
+        return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
+    if example_inputs is None:
+        raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
+    for site in operated_sites(twin).values():
+        detach(site)
+    # one tensor given twice would be one input of the graph
+    call = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), forward_call(example_inputs))
+    call = ((), hub_inputs(twin, call)) if is_pretrained(twin) else call
+    try:
+        module, call = _export(twin, call)
+    except SurgeryError:
+        raise
+    except Exception as error:  # a model may resist in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason}") from error
+    assert isinstance(module, fx.GraphModule)
+    _share_modules(module, model)
+    return private_parameters(module), call
+
+
+def free_ones() -> Any:
+    """Let ``torch.export`` treat a size of 1 like any other."""
+    from torch.fx.experimental import _config
+
+    patch: Any = _config.patch  # type: ignore[attr-defined]
+    return patch(backed_size_oblivious=True)
+
+
+def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
+    """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
+    doubled = with_two_rows(model, call)
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    if any(1 in tensor.shape for tensor in tensors):
+        try:
+            with free_ones():
+                module = export_program(model, call, dynamic=True).module()
+            for args, kwargs in (copied(call), copied(doubled)):  # its guards may still fix a size
+                module(*args, **kwargs)
+            return module, call
+        except Exception as error:  # some models treat a size of 1 apart
+            logger.info("a size of 1 in the example inputs is taken to be fixed: %s", error)
+    return export_program(model, doubled, dynamic=True).module(), doubled
+
+
+def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Let a module with several paths be one module in the graph too, where ``torch.export`` makes one of each path."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = first.setdefault(id(module), path)
+        if kept == path or attribute(graph, path) is None:
+            continue
+        twin = graph.get_submodule(path)
+        if attribute(graph, kept) is None:
+            first[id(module)] = path
+            continue
+        one = graph.get_submodule(kept)
+        if one is not twin:
+            for name, parameter in twin._parameters.items():
+                one._parameters.setdefault(name, parameter)
+            for name, buffer in twin._buffers.items():
+                one._buffers.setdefault(name, buffer)
+            parent, _, local = path.rpartition(".")
+            graph.get_submodule(parent)._modules[local] = one
+
+
+def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
+    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
+    _split_packed(graph, model, only)
+    products, _ = graph_products(graph, graph.graph)
+    reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    found, missing, paths = [], [], module_paths(model)
+    for key, site in operated_sites(model).items():
+        if only is not None and key not in only:
+            continue
+        weight, bias = parameter_names(paths, site)
+        if key in products:  # of tied names, a capture may keep another, and so may a product read another
+            weight = products[key][0].weight
+        if key not in products and weight not in reads:
+            missing.append(key)
+            continue
+        core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
+        core._parameters.update(site.core._parameters)
+        core._buffers.update(site.core._buffers)
+        core.coeff = site.core.coeff.clone()
+        factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
+        node = SSpaceNode(
+            graph, key, (weight, bias), site.variant, factors, core, site.layout,
+            kind="product" if key in products else "weight", in_place_host=host_of(site),
+            rows=getattr(site, "rows", None),
+        )  # fmt: skip
+        found.append(node.train(graph.training))
+    if missing:
+        warnings.warn(
+            f"{len(missing)} sites do not run on the example inputs and are not in the graph: {', '.join(missing[:5])}",
+            stacklevel=4,
+        )
+    return found
+
+
+def _split_packed(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> None:
+    """Split the reads of packed weights into the parts that are sites."""
+    found: dict[str, list[SSpaceLinear]] = {}
+    paths = module_paths(model)
+    for key, site in operated_sites(model).items():
+        if getattr(site, "rows", None) and (only is None or key in only):
+            found.setdefault(parameter_names(paths, site)[0], []).append(site)
+    for weight, parts in found.items():
+        split_reads(graph.graph, weight, len(parts[0].parameter), [part.rows for part in parts])  # type: ignore[misc]
+    if found:
+        graph.recompile()
+
+
+def check_capture(
+    model: nn.Module, graph: fx.GraphModule, insert: Any, tensors: Collection[str], validation: Validation
+) -> None:
+    """Compare what the model gives with the captured base whose products are changed by the model's own adapters.
+
+    Args:
+        insert: the pass that is to put the adapters in.
+        tensors: names of all tensors of the adapters, which keep their values.
+
+    Raises:
+        PassError: they differ, so that the capture, or the choice of products, is wrong.
+    """
+    vals = [node.meta.get("val") for node in graph.graph.nodes]  # also of regions that compute in another dtype
+    tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls), *vals]
+    dtypes = {t.dtype for t in tensors_of_all if isinstance(t, torch.Tensor) and t.dtype in RELATIVE}
+    coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)  # an output may have been computed in another dtype
+    places, references = insert.places(graph), insert.references(graph)
+    found = validation.observe(graph, places, references=references, frozen=tensors)
+    for (args, kwargs), values in zip(validation.calls, found, strict=True):
+        with inference_mode_of(model), state_kept(model), torch.no_grad():
+            torch.manual_seed(validation.seed)
+            expected = model(*copied((args, kwargs))[0], **copied((args, kwargs))[1])
+        output = values[""]
+        if isinstance(output, Mapping) and isinstance(expected, Mapping):  # a model may give a cache, a graph does not
+            pairs = [(output[name], expected[name]) for name in output if name in expected]
+        else:
+            pairs = [(output, expected)]
+        for one, other in pairs:
+            for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+                problem = disagreement(a, b, coarsest) if isinstance(b, torch.Tensor) else None
+                if problem:
+                    raise PassError(f"the captured graph does not compute what the model does: {problem}")

@@ -1,0 +1,1 @@
+"""Contracts that every registered part goes through."""

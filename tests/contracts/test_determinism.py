@@ -1,0 +1,279 @@
+"""The same seed gives the same factors, core and file: again, in another process, with other numbers of threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from passes.errors import InputError, WeightError
+from surgery import Contrast, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
+from surgery.factors.svd import factorise
+from surgery.support.determinism import one_thread, side_by_side
+from surgery.variants import Variant
+from tests.contracts.test_variants import VARIANTS
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
+RANK, D_IN = 9, 29
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def some(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def patient(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Widths at which products, eigenvectors and QRs do depend on the number of threads."""
+    model = nn.Sequential(nn.Linear(D_IN, 136), nn.Tanh(), nn.Linear(136, 137), nn.Tanh(), nn.Linear(137, 13))
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = some(*parameter.shape, seed=i).div(parameter.shape[-1] ** 0.5)
+    return model.to(dtype)
+
+
+def data_of(variant: Variant) -> Any:
+    data = [some(7, D_IN, seed=1), some(39, D_IN, seed=2)]
+    if variant.statistic == "contrast":
+        return Contrast(data, [batch + 0.3 for batch in data], pool="all")
+    return data
+
+
+def cases() -> Iterator[tuple[str, Variant, Any]]:
+    """Every variant, with and without data, by every method of factorisation."""
+    for i, variant in enumerate(VARIANTS):
+        for method in ("exact", "randomised"):
+            config = dataclasses.replace(variant, svd_method=method)
+            if not variant.needs_calibration:
+                yield f"{i} {variant.name} {method}", config, None
+            elif method == "randomised":
+                continue
+            yield f"{i} {variant.name} {method} data", config, data_of(variant)
+    for pool in surgery.factors.statistic.POOLS:
+        yield f"pool {pool}", surgery.AntiPaSTO(pool=pool), data_of(surgery.AntiPaSTO())
+
+
+def saved(folder: Path, variant: Variant, data: Any, dtype: torch.dtype = torch.float32, **options: Any) -> str:
+    """Digest of the two files of an adapter."""
+    example = some(2, D_IN).to(dtype)
+    options = {"r": RANK, "target_modules": "all-linear", "seed": 3, "progress": False} | options
+    model = apply_surgery(patient(dtype), variant, example_inputs=example, calibration=data, **options)
+    save_adapter(model, folder)
+    files = sorted(folder.iterdir())
+    assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = {name: saved(folder / str(i), *case) for i, (name, *case) in enumerate(cases())}
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        found[str(dtype)] = saved(folder / str(dtype), surgery.AntiPaSTOAblate(k=3), None, dtype)
+    return found
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+from tests.contracts.test_determinism import digests, run_everything
+threads, strict = int(sys.argv[2]), sys.argv[3] == "strict"
+torch.set_num_threads(threads)
+torch.use_deterministic_algorithms(strict)
+assert torch.get_num_threads() == threads
+found = digests(Path(sys.argv[1]))
+assert torch.get_num_threads() == threads
+if strict:
+    run_everything(Path(sys.argv[1]))
+print(json.dumps(found))
+"""
+
+
+def child(folder: Path, n: int, mode: str = "plain") -> subprocess.Popen[str]:
+    folder.mkdir()
+    variables = os.environ | {"OMP_NUM_THREADS": str(n), "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-c", CHILD, str(folder), str(n), mode]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, cwd=root, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, str]:
+    out, problems = process.communicate()
+    assert process.returncode == 0, problems[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("n", "mode"), [(2, "strict"), pytest.param(1, "plain", marks=pytest.mark.full)])
+def test_the_same_files_in_another_process(n, mode, tmp_path):
+    process = child(tmp_path / "there", n, mode)
+    with threads(1):
+        expected = digests(tmp_path / "here")
+    assert len(set(expected.values())) > len(VARIANTS)
+    assert result(process) == expected
+
+
+def test_the_same_files_again_and_with_two_threads(tmp_path):
+    variant, data = surgery.AntiPaSTO(), data_of(surgery.AntiPaSTO())
+    found = set()
+    for i, n in enumerate((1, 2, 1, 2)):
+        with threads(n):
+            found.add(saved(tmp_path / str(i), variant, data) + saved(tmp_path / f"{i}+", variant, None))
+    assert len(found) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("n", [3, 4, 8])
+def test_the_same_files_with_many_threads(n, tmp_path):
+    with threads(1):
+        expected = digests(tmp_path / "here")
+    assert result(child(tmp_path / "there", n)) == expected
+
+
+def run_everything(folder: Path) -> None:
+    """Every lowering, training, merging, a file and undoing, of every variant: nothing lacks a deterministic way."""
+    assert torch.are_deterministic_algorithms_enabled()
+    x = some(6, D_IN)
+    for i, variant in enumerate(VARIANTS):
+        for lowering in ("lowrank", "dense", "output", "residual"):
+            if (lowering == "dense" and not variant.linear) or (lowering == "output" and not variant.of_scaled):
+                continue
+            model, base = patient(), patient()(x)
+            options: Any = {"r": 8, "target_modules": "all-linear", "lowering": lowering, "progress": False}
+            apply_surgery(model, variant, example_inputs=x, calibration=data_of(variant), **options)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if trained:
+                optimiser = torch.optim.Adam(trained, lr=1e-2)
+                for _ in range(2):
+                    optimiser.zero_grad()
+                    model(x).square().sum().backward()
+                    optimiser.step()
+            with torch.no_grad():
+                live = model(x)
+            save_adapter(model, folder / f"{i}{lowering}")
+            loaded = load_adapter(patient(), folder / f"{i}{lowering}")
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(x), live, rtol=1e-4, atol=1e-4)
+            assert torch.equal(undo_surgery(model)(x), base)
+            if variant.linear:
+                torch.testing.assert_close(merge(loaded)(x), live, rtol=1e-4, atol=1e-4)
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one[3:7] == other[3:7]
+
+
+@pytest.mark.parametrize("method", ["exact", "randomised"])
+@pytest.mark.parametrize("shape", [(7, 13), (64, 64), (100, 136), (520, 530), (200, 530)])
+def test_a_factorisation_has_the_same_bits_with_two_threads(shape, method):
+    W = some(*shape) / shape[1] ** 0.5
+    for r in {4, min(shape) // 4, min(shape)}:
+        one = factorise(W, r, method)
+        with threads(2):
+            assert same(factorise(W, r, method), one)
+            assert torch.get_num_threads() == 2
+
+
+def fail_in_one_thread() -> None:
+    with one_thread():
+        assert torch.get_num_threads() == 1
+        raise InputError("here")
+
+
+def test_one_thread_sets_the_number_back():
+    with threads(2):
+        with pytest.raises(InputError, match="here"):
+            fail_in_one_thread()
+        assert torch.get_num_threads() == 2
+        with one_thread(False):
+            assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_side_by_side_keeps_the_order_and_the_number_of_threads(workers):
+    seen: list[int] = []
+
+    def work(item: int) -> int:
+        seen.append(torch.get_num_threads())
+        return item * item
+
+    with threads(2):
+        assert list(side_by_side(work, iter(range(20)), workers)) == [i * i for i in range(20)]
+        assert torch.get_num_threads() == 2
+        later: list[int] = []
+        other = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert later == [2]
+    assert seen == [1] * 20
+    assert list(side_by_side(work, [], workers)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_side_by_side_runs_little_ahead_and_stops_where_it_is_closed(workers):
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        return item
+
+    with threads(2):
+        results = side_by_side(work, range(100), workers)
+        assert next(results) == 0
+        results.close()
+        assert len(started) <= workers + 1
+        assert torch.get_num_threads() == 2
+
+        def fail(item: int) -> int:
+            if item == 3:
+                raise InputError("three")
+            return item
+
+        results = side_by_side(fail, range(100), workers)
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(InputError, match="three"):
+            next(results)
+        assert torch.get_num_threads() == 2
+
+
+def test_a_failure_with_two_threads_names_its_site_and_leaves_the_model():
+    with threads(2):
+        model, before = patient(), patient().state_dict()
+        same_inputs = Contrast([some(4, D_IN)], [some(4, D_IN)], pool="all")
+        options: Any = {"r": 4, "target_modules": "all-linear", "example_inputs": some(2, D_IN), "progress": False}
+        with pytest.raises(InputError, match="site '0': the positive and the negative set"):
+            apply_surgery(model, "sspace", calibration=same_inputs, **options)
+        huge = patient(torch.float16)
+        huge[2].weight.data.mul_(0).add_(6e4)
+        with pytest.raises(WeightError, match="site '2'"):
+            apply_surgery(huge, "antipasto", **options | {"example_inputs": some(2, D_IN).half()})
+        assert not sites(model)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert torch.get_num_threads() == 2
+
+
+def test_factors_that_are_made_in_inference_mode_can_be_trained():
+    model = patient()
+    with threads(2), torch.inference_mode():
+        apply_surgery(model, "antipasto", r=4, target_modules="all-linear", progress=False)
+    set_coeff(model, 1.0)
+    model(some(3, D_IN)).sum().backward()
+    assert all(site.core.g.grad is not None for site in sites(model).values())

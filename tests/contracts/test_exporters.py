@@ -1,0 +1,210 @@
+"""The contract that every exporter keeps, whatever its format: a new file in ``exporters/`` goes through it by itself.
+
+An exporter may say in its module what the suite has to know: ``SLOW = True`` (an export takes more than a few seconds:
+only `make test-full` runs it), ``OPTIONS = {...}`` (options that an export cannot do without), and
+``NEEDS_INPUTS = False``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from exporters import ExportError, export, formats
+from surgery import InputError, SurgeryError, apply_surgery, set_coeff, sites
+from tests.support.zoo import Patient, patient
+
+MODULES = {name: importlib.import_module(f"exporters.formats.{name}") for name in formats()}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+each_format = pytest.mark.parametrize(
+    "format", [pytest.param(n, marks=[pytest.mark.full] * getattr(m, "SLOW", False)) for n, m in MODULES.items()]
+)
+each_patient = pytest.mark.parametrize("name", ["mlp", "qwen3"])
+
+
+def operate(p: Patient) -> Patient:
+    """Operate, move the cores, and leave the model in a state that none of an exporter's own steps would give it."""
+    apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
+    generator = torch.Generator().manual_seed(1)
+    for site in sites(p.model).values():
+        site.core.g.data.normal_(std=0.3, generator=generator)
+    set_coeff(p.model, 0.7)
+    next(iter(sites(p.model).values())).core.requires_grad_(False)
+    p.model.train()
+    return p
+
+
+def run(p: Patient, format: str, path: Path, **options: Any) -> Any:
+    return export(
+        p.model, format, path, **{"example_inputs": p.inputs, **getattr(MODULES[format], "OPTIONS", {}), **options}
+    )
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remember everything of a model; calling the result asserts that it is so still."""
+    tensors = {name: (t, t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    coeffs = {key: (site.core.coeff, site.core.coeff.clone()) for key, site in sites(model).items()}
+    look = lambda: [  # noqa: E731
+        (name, id(m), type(m), m.training, sorted(vars(m)), [list(getattr(m, hooks)) for hooks in HOOKS])
+        for name, m in model.named_modules()
+    ]
+    modules = look()
+
+    def unchanged() -> None:
+        assert look() == modules
+        now = model.state_dict(keep_vars=True)
+        assert list(now) == list(tensors)
+        for name, (tensor, value, version) in tensors.items():
+            assert now[name] is tensor, name
+            assert torch.equal(tensor, value), name
+            assert tensor._version == version, name
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+        for key, site in sites(model).items():
+            assert site.core.coeff is coeffs[key][0]
+            assert torch.equal(site.core.coeff, coeffs[key][1])
+
+    return unchanged
+
+
+@each_format
+@each_patient
+def test_an_export_is_reported_and_leaves_the_model_as_it_was(format: str, name: str, tmp_path: Path) -> None:
+    p = operate(patient(name))
+    unchanged = snapshot(p.model)
+    report = run(p, format, tmp_path / "out")
+    unchanged()
+    assert report.format == format
+    assert report.path.exists()
+    assert report.files
+    assert all(file.is_file() for file in report.files)
+    assert {f for f in tmp_path.rglob("*") if f.is_file()} == set(report.files)
+    assert math.isfinite(report.max_error)
+    assert 0 <= report.max_error < 1e-4
+    data = b"".join(file.read_bytes() for file in report.files)
+    for place in (Path(__file__).parents[2], tmp_path, Path(sys.prefix), "site-packages"):
+        assert str(place).encode() not in data
+
+
+@each_format
+def test_an_unknown_option_is_refused_and_the_known_ones_are_named(format: str, tmp_path: Path) -> None:
+    known = list(inspect.signature(MODULES[format].write).parameters)[3:]
+    with pytest.raises(ExportError, match="no option spped") as error:
+        run(operate(patient("mlp")), format, tmp_path / "out", spped=1)
+    assert all(name in str(error.value) for name in known)
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_format
+def test_a_directory_with_something_in_it_is_kept(format: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="new or empty directory"):
+        run(operate(patient("mlp")), format, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@each_format
+def test_an_existing_empty_directory_is_filled(format: str, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert all(file.is_relative_to(folder) for file in run(operate(patient("mlp")), format, folder).files)
+
+
+@each_format
+def test_a_plain_module_needs_example_inputs_that_fit(format: str, tmp_path: Path) -> None:
+    p = operate(patient("mlp"))
+    if getattr(MODULES[format], "NEEDS_INPUTS", True):
+        with pytest.raises(InputError, match="needs example_inputs"):
+            run(p, format, tmp_path / "out", example_inputs=None)
+    with pytest.raises(InputError, match="does not run"):
+        run(p, format, tmp_path / "out", example_inputs=torch.randn(2, 99))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Faulty(nn.Module):
+    """An MLP in which every call is counted, also by copies, and does what a test says."""
+
+    calls = 0
+    effect: Callable[[int, torch.Tensor], torch.Tensor] = staticmethod(lambda _, y: y)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 24)
+        self.down = nn.Linear(24, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.tanh(self.up(x)))
+        Faulty.calls += 1  # of inputs that fit
+        return Faulty.effect(Faulty.calls, y)
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Patient:
+    monkeypatch.setattr(Faulty, "calls", 0)
+    monkeypatch.setattr(Faulty, "effect", Faulty.effect)  # put back whatever a test sets
+    torch.manual_seed(0)
+    p = operate(Patient("faulty", Faulty(), torch.randn(5, 12)))
+    Faulty.calls = 0
+    return p
+
+
+def failing(module: ModuleType, error: BaseException) -> Callable[..., Any]:
+    """The exporter, but something fails once everything is written."""
+
+    @functools.wraps(module.write)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        module.__dict__["_write"](*args, **kwargs)
+        raise error
+
+    return write
+
+
+@each_format
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is full")], ids=lambda e: type(e).__name__)
+def test_a_failure_in_the_middle_leaves_nothing(
+    format: str, error: BaseException, faulty: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(faulty, format, tmp_path / "good")
+    total, unchanged = Faulty.calls, snapshot(faulty.model)
+
+    def expect_nothing() -> None:
+        kinds = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else (SurgeryError, OSError)
+        with pytest.raises(kinds):
+            run(faulty, format, tmp_path / "new" / "out")
+        unchanged()
+        assert [file.name for file in tmp_path.iterdir()] == ["good"]
+
+    for at in sorted({1, (total + 1) // 2, total} if total else ()):
+
+        def fail(call: int, y: torch.Tensor, at: int = at) -> torch.Tensor:
+            if call >= at:
+                raise error
+            return y
+
+        Faulty.calls, Faulty.effect = 0, staticmethod(fail)  # type: ignore[assignment]
+        expect_nothing()
+    Faulty.effect = staticmethod(lambda _, y: y)  # type: ignore[assignment]
+    module = MODULES[format]
+    monkeypatch.setitem(module.__dict__, "_write", module.write)
+    monkeypatch.setattr(module, "write", failing(module, error))
+    expect_nothing()
+
+
+@each_format
+def test_what_differs_from_the_model_is_refused(format: str, faulty: Patient, tmp_path: Path) -> None:
+    Faulty.effect = staticmethod(lambda call, y: y * (1 + 0.1 * call))  # type: ignore[assignment]
+    with pytest.raises(ExportError, match="differ"):
+        run(faulty, format, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

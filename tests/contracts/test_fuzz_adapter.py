@@ -1,0 +1,179 @@
+"""Adapters that were damaged at random: a typed error or an adapter that works, and the model as it was."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporters import swap
+from exporters.program.swap import FORMAT, contents
+from surgery import AdapterError, VariantError, load_adapter, save_adapter, sites, undo_surgery
+from surgery.storage.adapter_reader import CONFIG, TENSORS
+from surgery.variants import REGISTRY
+from tests.exporters.test_onnx_swappable import with_variant
+from tests.support.fuzz import MANY, SOME, WRONG, damaged_bytes, damaged_json, outcome, places, written
+from tests.support.zoo import Patient, patient
+from tests.surgery.test_apply import operated, state_of
+
+NAMES = ("mlp", "raw", "attention")
+
+
+@functools.cache
+def saved(name: str, variant: str | None = None) -> tuple[dict[str, Any], bytes]:
+    """The two files of a good adapter."""
+    found = operated(name) if variant is None else with_variant(variant, name)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(found.model, folder)
+        return json.loads((Path(folder) / CONFIG).read_bytes()), (Path(folder) / TENSORS).read_bytes()
+
+
+@functools.cache
+def fresh(name: str) -> Patient:
+    return patient(name)
+
+
+def check_load(name: str, config: Any, tensors: bytes, *, signed: bool = True) -> bool:
+    """Load the adapter; whether it was taken. Either way the model is what it was, in the end."""
+    model = fresh(name).model
+    before = state_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        written(Path(folder), config, tensors, signed=signed)
+        error = outcome(lambda: load_adapter(model, folder))
+    if error is None:
+        assert sites(model)
+        fresh(name).run()
+        undo_surgery(model)
+    else:
+        assert isinstance(error, AdapterError)
+    assert sites(model) == {}
+    assert state_of(model) == before
+    return error is None
+
+
+@MANY
+@given(data=st.data(), name=st.sampled_from(NAMES))
+def test_damaged_tensors_whose_digest_was_made_to_fit(data, name):
+    config, tensors = saved(name)
+    check_load(name, config, data.draw(damaged_bytes(tensors)))
+
+
+@MANY
+@given(data=st.data(), name=st.sampled_from(NAMES))
+def test_a_damaged_header_of_the_tensors(data, name):
+    config, tensors = saved(name)
+    size = 8 + int.from_bytes(tensors[:8], "little")
+    header = json.loads(tensors[8:size])
+    text = json.dumps(data.draw(damaged_json(header))).encode()
+    check_load(name, config, len(text).to_bytes(8, "little") + text + tensors[size:])
+
+
+@MANY
+@given(data=st.data(), name=st.sampled_from(NAMES))
+def test_a_damaged_configuration(data, name):
+    config, tensors = saved(name)
+    check_load(name, data.draw(damaged_json(config)), tensors, signed=False)
+
+
+@MANY
+@given(data=st.data())
+def test_a_configuration_of_damaged_bytes(data):
+    config, tensors = saved("mlp")
+    check_load("mlp", data.draw(damaged_bytes(json.dumps(config, indent=1).encode())), tensors)
+
+
+@SOME
+@given(data=st.data(), variant=st.sampled_from(sorted(REGISTRY)))
+def test_damaged_settings_of_each_variant(data, variant):
+    config, tensors = saved("mlp", variant)
+    settings = data.draw(damaged_json(config["hyperparameters"]))
+    check_load("mlp", config | {"hyperparameters": settings}, tensors, signed=False)
+
+
+@pytest.mark.parametrize("variant", sorted(REGISTRY))
+def test_every_setting_with_a_value_of_every_type(variant):
+    config, tensors = saved("mlp", variant)
+    for name in config["hyperparameters"]:
+        for wrong in (2**62, -1, 10**9, "x", None, [], {}, 1e300, True):
+            check_load("mlp", config | {"hyperparameters": config["hyperparameters"] | {name: wrong}}, tensors)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_of_a_configuration_taken_out_and_replaced(name):
+    config, tensors = saved(name)
+    for path in places(config):
+        for wrong in ("take", *WRONG):
+            found = json.loads(json.dumps(config))
+            owner = functools.reduce(lambda v, key: v[key], path[:-1], found)
+            if wrong == "take":
+                del owner[path[-1]]
+            else:
+                owner[path[-1]] = wrong
+            check_load(name, found, tensors, signed=False)
+
+
+def test_what_is_good_is_taken():
+    """The checks above are not of a harness that refuses everything."""
+    for name in NAMES:
+        assert check_load(name, *saved(name))
+
+
+class Package:
+    """A compiled package as ``torch`` gives it: text, and tensors by name."""
+
+    def __init__(self, found: Patient) -> None:
+        self.values = {name: t.detach().clone() for name, t in found.model.state_dict().items()}
+        held = contents(found.model, torch.ones(()), found.model.state_dict(keep_vars=True))
+        self.text = json.dumps(held)
+
+    def get_metadata(self) -> dict[str, str]:
+        return {FORMAT: self.text}
+
+    def get_constant_fqns(self) -> list[str]:
+        return [*self.values, "coeff"]
+
+    def load_constants(self, values: dict[str, torch.Tensor], *, check_full_update: bool) -> None:
+        assert not check_full_update
+        self.values |= {name: tensor.clone() for name, tensor in values.items()}
+
+
+def check_swap(package: Package, config: Any, tensors: bytes) -> bool:
+    before = {name: t.clone() for name, t in package.values.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        written(Path(folder), config, tensors)
+        error = outcome(lambda: swap(package, folder, coeff=0.5))
+    if error is not None:
+        assert package.values.keys() == before.keys()
+        assert all(torch.equal(package.values[name], t) for name, t in before.items())
+    return error is None
+
+
+@MANY
+@given(data=st.data(), kind=st.sampled_from(("configuration", "tensors", "program")))
+def test_swap_with_a_damaged_adapter_or_program(data, kind):
+    package, (config, tensors) = Package(operated("mlp")), saved("mlp")
+    if kind == "configuration":
+        config = data.draw(damaged_json(config))
+    elif kind == "tensors":
+        tensors = data.draw(damaged_bytes(tensors))
+    else:
+        package.text = json.dumps(data.draw(damaged_json(json.loads(package.text))))
+    check_swap(package, config, tensors)
+
+
+def test_swap_takes_what_is_good():
+    assert check_swap(Package(operated("mlp")), *saved("mlp"))
+
+
+def test_a_variant_with_an_endless_core_is_refused_where_it_is_made():
+    for variant, name in (("antipasto_dplr", "k"),):
+        with pytest.raises(VariantError):
+            REGISTRY[variant](**{name: 10**12})

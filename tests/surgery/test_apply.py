@@ -1,0 +1,290 @@
+"""Surgery in place: identity, the right function, undo, and a model that stays what it was in every other respect."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from surgery import apply_surgery, set_coeff, sites, undo_surgery
+from surgery.hosting.hosts import host_of
+from tests.support.tolerance import RELATIVE, assert_close, relative_error
+from tests.support.zoo import ALL_NAMES, HUB_NAMES, Patient, patient
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_patient = pytest.mark.parametrize("name", ALL_NAMES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+class State(list[str]):
+    """Lines that describe a model, and the objects that they identify, kept alive so that no identity is used twice."""
+
+    held: list[Any]
+
+
+def state_of(model: nn.Module) -> State:
+    """Everything that surgery may not change for good: classes, modes, attributes, order, flags, identities, bytes."""
+    state = State()
+    state.held = [*model.modules(), *model.parameters(), *model.buffers()]
+    for path, module in model.named_modules(remove_duplicate=False):
+        registered = [list(names) for names in (module._parameters, module._buffers, module._modules)]
+        state.append(f"{path} {type(module)} {id(module)} {module.training} {sorted(vars(module))} {registered}")
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        data = b"" if tensor.is_meta else tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        flags = (tensor.requires_grad, tensor.grad is None, tensor.dtype, tensor.shape)
+        state.append(f"{name} {id(tensor)} {flags} {hashlib.sha256(data).hexdigest()}")
+    return state
+
+
+def randomise(model: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Give every core normal values, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for site in sites(model).values():
+            for parameter in site.core.parameters():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def operate(found: Patient, **options: Any) -> Patient:
+    """Operate on a patient, knowing its inputs."""
+    options = {"variant": "antipasto", "r": 16, "example_inputs": found.inputs, "progress": False, **options}
+    assert apply_surgery(found.model, **options) is found.model
+    return found
+
+
+@functools.cache
+def _operated(name: str, dtype: torch.dtype) -> Patient:
+    return operate(patient(name, dtype))
+
+
+def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
+    """A patient after surgery, its cores at random values."""
+    found = copy.deepcopy(_operated(name, dtype))
+    randomise(found.model, scale)
+    return found
+
+
+def doubled(inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+
+
+def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Module:
+    """The base in float64 with ``W + U diag(S elu(coeff g)) Vh`` in place of the weight of each operated site."""
+    base = patient(found.name, dtype).model.double()
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for key, site in sites(found.model).items():
+            U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
+            delta = U * (S * F.elu(coeff * site.core.g.double())) @ Vh
+            parameters.get(key, parameters.get(f"{key}.weight")).add_(delta if site.layout == "out_in" else delta.T)
+    return base
+
+
+def frozen(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+    """A patient as it is before surgery, without trainable parameters."""
+    found = patient(name, dtype)
+    found.model.requires_grad_(False)
+    return found
+
+
+@each_dtype
+@each_patient
+def test_identity_at_the_initial_core_and_at_coeff_zero(name, dtype):
+    found, base = operated(name, dtype, scale=0.0), frozen(name, dtype).run()
+    assert torch.equal(found.run(), base)
+    set_coeff(randomise(found.model), 0.0)
+    assert torch.equal(found.run(), base)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_NAMES if name not in ("attention", "encoder_layer", "raw")])
+def test_identity_holds_in_grad_mode_too(name):
+    assert torch.equal(operated(name, scale=0.0).forward().detach(), frozen(name).forward())
+
+
+@each_dtype
+@each_patient
+def test_output_is_that_of_the_changed_weights(name, dtype):
+    found = operated(name, dtype)
+    expected = found.run(reference(found, dtype), doubled(found.inputs))
+    assert_close(found.run(), expected)
+    assert relative_error(patient(name, dtype).run(), expected) > 2 * RELATIVE[dtype]
+
+
+@pytest.mark.parametrize("coeff", [-1.3, 0.5, 2.0])
+@each_patient
+def test_output_follows_coeff(name, coeff):
+    found = operated(name)
+    set_coeff(found.model, coeff)
+    assert_close(found.run(), found.run(reference(found, torch.float32, coeff), doubled(found.inputs)))
+
+
+@each_dtype
+@each_patient
+def test_undo_restores_everything(name, dtype):
+    found = patient(name, dtype)
+    parameters = list(found.model.parameters())
+    for parameter in parameters[::2]:
+        parameter.requires_grad_(False)
+    list(found.model.modules())[-1].train()
+    before, output = state_of(found.model), found.run()
+    randomise(operate(found).model)
+    assert undo_surgery(found.model) is found.model
+    assert state_of(found.model) == before
+    assert torch.equal(found.run(), output)
+    assert sites(found.model) == {}
+
+
+@each_patient
+def test_base_tensors_are_never_written(name):
+    found, bases = operated(name), dict(patient(name).model.named_parameters())
+    found.forward().sum().backward()
+    undo_surgery(found.model)
+    assert all(torch.equal(p, bases[name]) and p.grad is None for name, p in found.model.named_parameters())
+
+
+@each_patient
+def test_only_core_parameters_are_trainable_and_float32(name):
+    model = operated(name, torch.bfloat16).model
+    cores = {id(p) for site in sites(model).values() for p in site.core.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == cores
+    assert {p.dtype for p in trainable} == {torch.float32}
+    assert {site.factors.U.dtype for site in sites(model).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@each_patient
+def test_no_site_is_dead(name, train):
+    found = operated(name, scale=0.0)
+    found.model.train(train)
+
+    def output() -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(train):
+            return found.forward().detach()
+
+    base = output()
+    for key, site in sites(found.model).items():
+        with torch.no_grad():
+            site.core.g.fill_(1.0)
+        assert not torch.equal(output(), base), key
+        with torch.no_grad():
+            site.core.g.zero_()
+    assert torch.equal(output(), base)
+
+
+@each_patient
+def test_state_dict_names_of_everything_else_stay(name):
+    base, model = patient(name).model.state_dict(), operated(name).model
+    moved = {site.weight_name for site in sites(model).values() if host_of(site) == "weight"}
+    kept = {key for key in base if key.rpartition(".")[2] not in moved or key in model.state_dict()}
+    assert all(torch.equal(model.state_dict()[key], base[key]) for key in kept)
+    assert all(key.rpartition(".")[2] in moved for key in base.keys() - kept)
+    added = model.state_dict().keys() - base.keys()
+    assert all(".core." in f".{key}" or ".factors." in f".{key}" or ".original" in key for key in added)
+
+
+@each_patient
+def test_state_dict_round_trip(name):
+    found, other = operated(name), operated(name, scale=0.0)
+    assert not any("coeff" in key for key in found.model.state_dict())
+    other.model.load_state_dict(found.model.state_dict())
+    assert torch.equal(other.run(), found.run())
+
+
+@pytest.mark.parametrize("undone", ["copy", "original"])
+@each_patient
+def test_deep_copies_are_independent(name, undone):
+    found = operated(name)
+    output, base = found.run(), patient(name).run()
+    other = copy.deepcopy(found)
+    undo_surgery((other if undone == "copy" else found).model)
+    assert torch.equal((found if undone == "copy" else other).run(), output)
+    assert torch.equal((other if undone == "copy" else found).run(), base)
+    set_coeff((found if undone == "copy" else other).model, 0.0)
+    assert torch.equal((found if undone == "copy" else other).run(), base)
+
+
+@each_patient
+def test_to_half_keeps_the_cores(name):
+    found = operated(name, scale=0.5)
+    cores = {key: site.core.g.detach().clone() for key, site in sites(found.model).items()}
+    found.model.to(torch.bfloat16)
+    for key, site in sites(found.model).items():
+        assert torch.equal(site.core.g, cores[key])
+        assert site.core.coeff.dtype == torch.float32
+        assert site.weight.dtype == site.factors.U.dtype == torch.bfloat16
+    found.inputs = tree_map_only(torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, found.inputs)
+    assert_close(found.run(), found.run(reference(found, torch.bfloat16), doubled(found.inputs)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "encoder_layer", "raw"])
+def test_double_is_exact(name):
+    found = operated(name)
+    found.model.double()
+    assert {site.core.g.dtype for site in sites(found.model).values()} == {torch.float64}
+    inputs = doubled(found.inputs)
+    assert_close(found.run(inputs=inputs), found.run(reference(found, torch.float32), inputs))
+
+
+@pytest.mark.parametrize("name", ["mlp", "raw", "qwen3", "gpt2"])
+def test_gradients_of_the_core_are_those_of_the_changed_weights(name):
+    found = operated(name)
+    found.forward().square().mean().backward()
+    base = reference(found, torch.float32)
+    found.forward(base, doubled(found.inputs)).square().mean().backward()
+    parameters = dict(base.named_parameters())
+    for key, site in sites(found.model).items():
+        gradient = parameters.get(key, parameters.get(f"{key}.weight")).grad
+        U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
+        gain = S * torch.exp(site.core.g.double().clamp(max=0))
+        along = torch.einsum("or,oi,ri->r", U, gradient if site.layout == "out_in" else gradient.T, Vh)
+        assert_close(site.core.g.grad, (gain * along).detach(), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "qwen3", "t5"])
+def test_training_lowers_the_loss_and_changes_the_core_only(name):
+    found, base = operated(name, scale=0.0), dict(patient(name).model.named_parameters())
+    target = torch.randn_like(found.run())
+    optimiser = torch.optim.AdamW([p for p in found.model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(8):
+        loss = F.mse_loss(found.forward(), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(site.core.g.abs().max() > 0 for site in sites(found.model).values())
+    undo_surgery(found.model)
+    assert all(torch.equal(p, base[name]) for name, p in found.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_save_pretrained_keeps_the_untouched_tensors(name, tmp_path):
+    base, model = patient(name).model, operated(name).model
+    model.save_pretrained(tmp_path / "operated")
+    base.save_pretrained(tmp_path / "base")
+    saved, expected = (load_file(tmp_path / kind / "model.safetensors") for kind in ("operated", "base"))
+    assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "t5"])
+def test_generate_with_cache(name):
+    found = operated(name)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "input_ids": found.inputs["input_ids"]}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    cached, plain = (found.model.generate(**options, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
+    base = patient(name).model.generate(**options)
+    assert relative_error(base.logits[0], cached.logits[0]) > RELATIVE[torch.float32]
