@@ -31,7 +31,7 @@ class Output:
 
     def why_not(self, site: SSpaceLinear) -> str | None:
         """The variant reads h itself, or the factors are not those of the weight."""
-        if not site.variant.of_scaled:
+        if not site.variant.depends_only_on_Sh:
             return f"the core of {site.variant.name} reads h itself, which the output does not give"
         error = mismatch(site)
         limit = max(RELATIVE[site.weight.dtype], RELATIVE[site.factors.U.dtype])

@@ -111,7 +111,7 @@ class Core(nn.Module):
         unnoticed; on an accelerator, where that would synchronise, the tensors' version counters are, and
         ``surgery.refresh`` and ``eval()`` are for such writes.
         """
-        if type(variant).prepare is Variant.prepare or torch.is_grad_enabled():
+        if not variant.prepares or torch.is_grad_enabled():
             return self
         tensors = list(self.parameters())
         if torch.compiler.is_compiling() or not self.plain():

@@ -105,7 +105,8 @@ def _made(
         factors = as_factors(found, dtype, weight.device)
         check_factors(site, factors)
         core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
+        given = {name: tensor for name, tensor in found.core.items() if name in config.frozen}
+        tensors = initial_core(config, site.key, r, seed, site.stack) | given
         core = Core(tensors, core_dtype, weight.device, config.frozen)
     note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
     return factors, core, note

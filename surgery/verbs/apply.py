@@ -12,6 +12,7 @@ from torch import fx, nn
 from passes.capture.capture import is_pretrained
 from passes.capture.inspect_model import Inspection, inspect_model
 from passes.errors import InputError, SurgeryError
+from surgery.bases import Basis
 from surgery.hosting.checks import check_flags, check_options
 from surgery.hosting.graph_surgery import GraphState, graph_state, restore_state
 from surgery.hosting.hosts import Graft, attach_all, detach, operated_sites, require_bases
@@ -86,6 +87,7 @@ def apply_surgery(
     form: str = "delta",
     lowering: str = "auto",
     keep_base: bool = True,
+    basis: str | Basis | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Model:
@@ -111,6 +113,8 @@ def apply_surgery(
             "residual" is another word for that form.
             Products of weights that are read without a call, and graphs, have one way each.
         keep_base: in residual form, keep the base weights, on the CPU, for ``undo_surgery``.
+        basis: how factors are chosen: a registered name ("corda") or a configuration (``CorDA(cov_eps=1e-2)``); the
+            variant's own if None.
         seed: of the core's initial values.
         progress: show progress bars, and the report when done.
 
@@ -122,7 +126,7 @@ def apply_surgery(
     """
     given: Model
     check_flags(progress=progress)
-    config = resolve_variant(variant, r)
+    config = resolve_variant(variant, r, basis)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
     given, model = patient_of(model, example_inputs)

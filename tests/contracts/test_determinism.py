@@ -154,7 +154,9 @@ def run_everything(folder: Path) -> None:
     x = some(6, D_IN)
     for i, variant in enumerate(VARIANTS):
         for lowering in ("lowrank", "dense", "output", "residual"):
-            if (lowering == "dense" and not variant.linear) or (lowering == "output" and not variant.of_scaled):
+            if (lowering == "dense" and not variant.linear) or (
+                lowering == "output" and not variant.depends_only_on_Sh
+            ):
                 continue
             model, base = patient(), patient()(x)
             options: Any = {"r": 8, "target_modules": "all-linear", "lowering": lowering, "progress": False}

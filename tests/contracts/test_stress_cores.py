@@ -40,7 +40,7 @@ def operated(variant: Variant, W: torch.Tensor, lowering: str = "auto", r: int =
 
 
 def possible(variant: Variant) -> list[str]:
-    return ["lowrank", *["dense"] * variant.linear, *["output"] * variant.of_scaled]
+    return ["lowrank", *["dense"] * variant.linear, *["output"] * variant.depends_only_on_Sh]
 
 
 def fill(site: SSpaceLinear, value: float) -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from surgery.cores.ablate import orthonormal
 from surgery.modules.core import Core
 from surgery.planning.adapter_init import initial_core
 from surgery.variants import REGISTRY, Variant
-from surgery.variants.antipasto_ablate import orthonormal
 from tests.support.reference import array, reference_delta
 from tests.support.tolerance import assert_close
 

@@ -44,7 +44,7 @@ VARIANTS = configurations()
 each_variant = pytest.mark.parametrize(
     "variant",
     VARIANTS,
-    ids=lambda v: v.name + "".join(f",{k}={x}" for k, x in vars(v).items() if x != getattr(type(v)(), k)),
+    ids=lambda v: v.name + "".join(f",{k}={x}" for k, x in v.hyperparameters().items() if x != getattr(type(v)(), k)),
 )
 
 

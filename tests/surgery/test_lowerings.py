@@ -54,7 +54,9 @@ def operated(lowering: str, variant: Any = "antipasto", dtype: torch.dtype = tor
 
 
 def possible(lowering: str, variant: str) -> bool:
-    return (lowering != "output" or VARIANTS[variant].of_scaled) and (lowering not in KEPT or VARIANTS[variant].linear)
+    return (lowering != "output" or VARIANTS[variant].depends_only_on_Sh) and (
+        lowering not in KEPT or VARIANTS[variant].linear
+    )
 
 
 def reference(model: nn.Module, x: Tensor) -> Tensor:

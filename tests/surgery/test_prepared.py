@@ -12,8 +12,8 @@ from torch import nn
 import surgery
 from passes.infra.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
-from surgery.variants import antipasto_ablate
-from surgery.variants.antipasto_ablate import orthonormal
+from surgery.cores import ablate
+from surgery.cores.ablate import orthonormal
 from tests.contracts.test_variant_maths import some
 
 
@@ -38,7 +38,7 @@ def calls(monkeypatch):
         seen.append(1)
         return orthonormal(c)
 
-    monkeypatch.setattr(antipasto_ablate, "orthonormal", counted)
+    monkeypatch.setattr(ablate, "orthonormal", counted)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""What several cores are made of: a gain per direction, ``S * elu(coeff * g)``, and maps that coeff scales."""
+"""Terms that several cores are made of: a gain per direction, ``S * elu(coeff * g)``, and maps that coeff scales."""
 
 from __future__ import annotations
 
