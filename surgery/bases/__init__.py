@@ -6,7 +6,7 @@ A file in this package defines one frozen dataclass that derives from :class:`Ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from surgery.factors.svd import Factorisation
 from surgery.support.configuration import Configuration, configured, import_all
 
 REGISTRY: dict[str, type[Basis]] = {}
-Property = Literal["contrast data", "orthonormal U"]
+Property = Literal["contrast data", "orthonormal U", "orthonormal Vh"]
 """What a core may need of its basis."""
 
 
@@ -26,15 +26,16 @@ class Basis(Configuration):
 
     kind: ClassVar[str] = "basis"
     gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U"})
-    """What cores may rely on.
+    """What cores, lowerings and certificates may rely on.
 
     - "orthonormal U": ``U^T U = I`` and ``S * h = U^T (W x)``, so that the projection can be taken from the output.
+    - "orthonormal Vh": ``Vh Vh^T = I``; with the former these are singular triples of the weight.
     - "contrast data": it is chosen by two sets of inputs, and gives the frozen ``direction`` (r,) from one to the
       other.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if cls.name:
             REGISTRY[cls.name] = cls
 
@@ -63,7 +64,7 @@ class Basis(Configuration):
         raise VariantError(f"basis {self.name!r} defines no factors")
 
 
-def basis_of(given: Any, defaults: object = None) -> Basis:
+def basis_of(given: object, defaults: object = None) -> Basis:
     """A basis, from a registered name, a configuration, or what an adapter file says of one.
 
     Args:

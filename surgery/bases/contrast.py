@@ -24,7 +24,7 @@ class ContrastDirections(Basis):
     """Configuration of ``contrast``."""
 
     name: ClassVar[str] = "contrast"
-    gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U", "contrast data"})
+    gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U", "orthonormal Vh", "contrast data"})
 
     @property
     def statistic(self) -> str:

@@ -6,7 +6,7 @@ A file in this package defines one frozen dataclass that derives from :class:`Co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -39,8 +39,8 @@ class CoreConfig(Configuration):
     prepares: ClassVar[bool] = False
     """Whether :meth:`prepare` gives anything; follows from the class."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         cls.prepares = cls.prepare is not CoreConfig.prepare
         if cls.name:
             REGISTRY[cls.name] = cls
@@ -78,7 +78,7 @@ class CoreConfig(Configuration):
         raise VariantError(f"core {self.name!r} defines no delta")
 
 
-def core_of(given: Any) -> CoreConfig:
+def core_of(given: object) -> CoreConfig:
     """A core, from a registered name, a configuration, or what an adapter file says of one.
 
     Raises:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from passes.errors import InputError, VariantError
-from surgery.factors.svd import Factorisation, factorise, gram_matrix
+from surgery.factors.gram import gram_matrix
+from surgery.factors.svd import Factorisation, factorise
 from surgery.support.determinism import one_thread
 
 POOLS = {"rms": "moment", "mean_abs": "absolute"}

@@ -1,4 +1,4 @@
-"""Make what a site is operated on with: its factors, from its weight and from calibration, and its initial core."""
+"""The factors of every site, from its weight and from calibration, and its initial core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +23,16 @@ from surgery.support.determinism import side_by_side
 from surgery.support.progress_bar import track
 from surgery.variants import Variant
 
-MEMORY, BYTES = 2**32, 40  # for factorisations at a time; what one of them takes for each entry of its weight
+MEMORY, BYTES = 2**32, 40  # of all factorisations at a time; of one of them for each entry of its weight
 Wanted = tuple[Site, Variant, int, str]
 """A site, its variant, its rank, and how it is hosted."""
+Note = dict[str, str | float | None]
+"""What is remembered of a factorisation: its method and what was measured, the seed, the tokens of calibration."""
 
 
 def make_grafts(
     model: nn.Module, wanted: list[Wanted], statistics: Statistics | None, seed: int, *, progress: bool = False
-) -> tuple[list[Graft], dict[str, dict[str, Any]]]:
+) -> tuple[list[Graft], dict[str, Note]]:
     """Factorise the weights of sites and make their cores; nothing of the model is touched.
 
     Returns:
@@ -97,8 +98,8 @@ def _factorised(job: tuple[Variant, torch.Tensor, int, Statistic | None, int]) -
 
 def _made(
     weight: torch.Tensor, site: Site, config: Variant, r: int, parts: list[Factorisation], seed: int
-) -> tuple[Factors, Core, dict[str, Any]]:
-    """Factors in the dtype that is kept, the initial core, and what is noted of the factorisation."""
+) -> tuple[Factors, Core, Note]:
+    """Factors in the dtype that is stored, the initial core, and what is noted of the factorisation."""
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         found = parts[0] if site.stack is None else _stacked(parts)
         dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
@@ -108,12 +109,12 @@ def _made(
         given = {name: tensor for name, tensor in found.core.items() if name in config.frozen}
         tensors = initial_core(config, site.key, r, seed, site.stack) | given
         core = Core(tensors, core_dtype, weight.device, config.frozen)
-    note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
+    note: Note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
     return factors, core, note
 
 
 def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch.device) -> Factors:
-    """The factors of a site as they are kept."""
+    """The factors of a site as they are stored."""
     # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
     return Factors(*(torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for t in (found.U, found.S, found.Vh)))
 

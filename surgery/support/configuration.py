@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 from passes.errors import VariantError
 
 C = TypeVar("C", bound="Configuration")
+Values = dict[str, Any]
+"""The fields of a configuration as JSON has them: numbers, words, switches, and those of configurations inside."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Configuration:
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
             raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r:.80}")
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> Values:
         """All fields as plain values, for the adapter file."""
         return asdict(self)
 
     @classmethod
-    def from_hyperparameters(cls: type[C], values: Mapping[str, Any]) -> C:
+    def from_hyperparameters(cls: type[C], values: Values) -> C:
         """The configuration that :meth:`hyperparameters` wrote.
 
         Raises:
@@ -75,7 +77,7 @@ def named(registry: Mapping[str, type[C]], kind: str, name: str) -> type[C]:
     return registry[name]
 
 
-def configured(registry: Mapping[str, type[C]], base: type[C], given: Any, defaults: object = None) -> C:
+def configured(registry: Mapping[str, type[C]], base: type[C], given: object, defaults: object = None) -> C:
     """A configuration, from itself, its class, its registered name, or what :func:`as_entry` wrote.
 
     Args:
@@ -105,7 +107,7 @@ def shared(cls: type[C], values: object) -> C:
     return cls(**{field.name: getattr(values, field.name) for field in fields(cls) if field.name in own})
 
 
-def as_entry(configuration: Configuration) -> dict[str, Any]:
+def as_entry(configuration: Configuration) -> Values:
     """The name and the fields of a configuration as plain values."""
     return {"name": configuration.name} | configuration.hyperparameters()
 

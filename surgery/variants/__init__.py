@@ -6,13 +6,11 @@ basis in ``own_basis`` and its core in ``own_core``, and declares the fields of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from passes.errors import VariantError
 from surgery.bases import Basis
-from surgery.support.configuration import import_all, named
+from surgery.support.configuration import Values, import_all, named
 from surgery.variants._variant import REGISTRY, BasisCore, Variant
 
 __all__ = ["DEFAULT", "REGISTRY", "BasisCore", "Variant", "resolve_variant", "variant_from_dict"]
@@ -35,12 +33,11 @@ def resolve_variant(variant: str | Variant, r: int | None = None, basis: str | B
         variant = BasisCore(core=core, basis=of_basis) if plus else named(REGISTRY, "variant", variant)()
     if not isinstance(variant, Variant):
         raise VariantError(f"variant must be a name or a configuration, not {type(variant).__name__}")
-    changes: dict[str, Any] = {"r": r, "basis": basis}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(variant, **changes) if changes else variant
+    variant = variant if r is None else replace(variant, r=r)
+    return variant if basis is None else replace(variant, basis=basis)
 
 
-def variant_from_dict(name: str, values: Mapping[str, Any]) -> Variant:
+def variant_from_dict(name: str, values: Values) -> Variant:
     """Rebuild a configuration from an adapter file.
 
     Raises:

@@ -6,18 +6,18 @@ import contextlib
 import functools
 import operator
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from passes.errors import RankError, VariantError
 from surgery.bases import REGISTRY as BASES
 from surgery.bases import Basis, basis_of
-from surgery.bases.svd import SVD
+from surgery.bases.top_svd import SVD
 from surgery.cores import CoreConfig, CoreTensors, core_of
 from surgery.factors.statistic import Statistic
 from surgery.factors.svd import METHODS, Factorisation
-from surgery.support.configuration import Configuration, as_entry, shared
+from surgery.support.configuration import Configuration, Values, as_entry, shared
 
 REGISTRY: dict[str, type[Variant]] = {}
 OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "frozen", "prepares")
@@ -54,8 +54,8 @@ class Variant(Configuration):
     frozen: ClassVar[tuple[str, ...]] = CoreConfig.frozen
     prepares: ClassVar[bool] = CoreConfig.prepares
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         for name in OF_THE_CORE:
             if name not in vars(cls):
                 setattr(cls, name, getattr(cls.own_core, name))
@@ -80,7 +80,7 @@ class Variant(Configuration):
         if "orthonormal U" not in self.basis_config.gives:  # nothing can be projected from the output then
             self._set("depends_only_on_Sh", False)
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everybody else
 
     def _read_basis(self) -> None:
@@ -143,7 +143,7 @@ class Variant(Configuration):
         """The change in S-space (see ``CoreConfig.delta``)."""
         return self.core_config.delta(h, S, core, coeff)
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> Values:
         """All fields as plain values, for the adapter file; the basis only where it is not the variant's own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: as_entry(v) if isinstance(v, Configuration) else v for name, v in values.items()}
@@ -156,6 +156,7 @@ class BasisCore(Variant):
 
     Attributes:
         core: a registered name, or a configuration.
+        basis: of None, the first that gives what the core needs, ``svd`` before others.
     """
 
     core: str | CoreConfig = field(kw_only=True)
@@ -167,6 +168,11 @@ class BasisCore(Variant):
             if name != "depends_only_on_Sh" or self.depends_only_on_Sh:
                 self._set(name, getattr(self.core_config, name))
         self._set("name", f"{self.basis_config.name}+{self.core_config.name}")
+
+    def default_basis(self) -> type[Basis]:
+        """The top-r SVD, or where that does not give what the core needs, the first basis that does."""
+        bases: list[type[Basis]] = [SVD, *BASES.values()]
+        return next((basis for basis in bases if self.core_config.needs <= basis.gives), SVD)
 
     @functools.cached_property
     def core_config(self) -> CoreConfig:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from surgery.bases import Basis
 from surgery.bases.corda import CorDA
-from surgery.bases.svd import SVD
+from surgery.bases.top_svd import SVD
 from surgery.cores.ablate import Ablate
 from surgery.support.configuration import shared
 from surgery.variants import Variant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from surgery.bases.svd import SVD
+from surgery.bases.top_svd import SVD
 from surgery.cores.arrow import Arrow
 from surgery.variants import Variant
 

@@ -15,11 +15,12 @@ from torch import fx, nn
 
 import surgery
 from surgery import Contrast, apply_surgery, fold, load_adapter, merge, save_adapter, set_coeff, sites, to_graph
+from surgery.cores import REGISTRY as CORES
 from surgery.variants import REGISTRY, Variant
 from tests.support.reference import DELTAS, reference_delta_weight, reference_output, reference_term
 from tests.support.tolerance import assert_close
 
-CONFIGS: tuple[Variant, ...] = (
+CHOSEN: tuple[Variant, ...] = (
     surgery.AntiPaSTO(),
     surgery.AntiPaSTO(suppress_only=True),
     surgery.AntiPaSTO(pool="mean_abs"),
@@ -48,6 +49,7 @@ CONFIGS: tuple[Variant, ...] = (
     surgery.LoRAXS(),
     surgery.SSpace(),
 )
+CONFIGS = CHOSEN + tuple(cls() for name, cls in REGISTRY.items() if name not in {config.name for config in CHOSEN})
 NAMES = {f"{i:02}_{config.name}": config for i, config in enumerate(CONFIGS)}
 FIRST = {config.name: name for name, config in reversed(NAMES.items())}
 TOGETHER = {name: NAMES[name] for name in [*sorted(FIRST.values()), "05_antipasto_rot", "13_antipasto_ablate"]}
@@ -195,9 +197,10 @@ def check_model(model: Any, held: dict[str, Any], dtype: torch.dtype, coeff: Any
         assert key in SHAPES
 
 
-def test_every_registered_variant_has_a_reference_and_a_case():
-    assert set(DELTAS) == set(REGISTRY)
+def test_every_registered_variant_has_a_case_and_every_formula_a_core():
     assert {config.name for config in CONFIGS} == set(REGISTRY)
+    assert set(DELTAS) <= set(CORES)
+    assert {config.core_config.name for config in CHOSEN} == set(DELTAS)
 
 
 @each

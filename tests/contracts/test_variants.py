@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -301,97 +294,3 @@ def test_an_unknown_variant_lists_the_known_ones():
 def test_a_variant_that_is_no_configuration_is_refused():
     with pytest.raises(surgery.VariantError, match="not int"):
         resolve_variant(3)
-
-
-ROOT = Path(__file__).parents[2]
-TOY = '''
-"""A toy: one factor per direction."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from surgery.variants import Variant
-
-
-@dataclass(frozen=True)
-class ToyGain(Variant):
-    """Configuration of ``toy``."""
-
-    halved: bool = False
-
-    name: ClassVar[str] = "toy"
-
-    def init_core(self, r, generator):
-        return {"factor": torch.zeros(r)}
-
-    def delta(self, h, S, core, coeff):
-        return h * (S * coeff * core.factor / (2 if self.halved else 1)).to(h.dtype)
-'''
-
-
-def test_a_new_file_is_all_that_a_new_variant_needs(tmp_path):
-    for package in ("surgery", "passes", "exporters", "tests"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "surgery" / "variants" / "toy.py").write_text(TOY)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/contracts/test_variants.py",
-        "-k",
-        "toy",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)  # only the copy has a toy, so that the copy was imported
-    assert passed, done.stdout
-    assert int(passed[1]) >= 50  # the contract, of the toy and of its switch turned
-    assert "failed" not in done.stdout
-    assert "skipped" not in done.stdout
-
-
-# what may say a variant's name outside of its file: a default that a user sees, and the project's own name
-NAMED_ELSEWHERE = {
-    ("surgery/hosting/graph_surgery.py", "sspace"),  # of the submodule that holds the sites of a graph
-}
-
-
-def words_of(source: str) -> set[str]:
-    """Identifiers and words of strings in Python source, but for docstrings and comments."""
-    tree = ast.parse(source)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [n.body[0] for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n, clean=False)]
-    docstrings = {id(statement.value) for statement in texts}
-    docstrings |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in docstrings:
-            continue
-        for _, value in ast.iter_fields(node):
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str):
-                    found |= set(re.findall(r"[\w-]+", text))
-    return found
-
-
-def test_nothing_outside_of_its_file_knows_a_variant():
-    names = {name for cls in REGISTRY.values() for name in (cls.name, cls.__name__)}
-    found = set()
-    for package in ("surgery", "passes", "exporters"):
-        for path in (ROOT / package).rglob("*.py"):
-            place = path.relative_to(ROOT).as_posix()
-            if not place.startswith("surgery/variants/"):
-                found |= {(place, name) for name in names & words_of(path.read_text(encoding="utf-8"))}
-    assert found == NAMED_ELSEWHERE
-
-
-def test_no_variant_knows_another():
-    for cls in REGISTRY.values():
-        others = {name for other in REGISTRY.values() if other is not cls for name in (other.name, other.__name__)}
-        assert not others & words_of(Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8"))

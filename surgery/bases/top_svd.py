@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from surgery.bases import Basis
+from surgery.bases import Basis, Property
 from surgery.factors.statistic import POOLS, Statistic, reranked
 from surgery.factors.svd import METHODS, Factorisation, factorise
 
@@ -31,6 +31,7 @@ class SVD(Basis):
     pool: str = "rms"
 
     name: ClassVar[str] = "svd"
+    gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U", "orthonormal Vh"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
