@@ -98,7 +98,8 @@ class ToyVariant(Variant):
 
 FILES = {"bases/toy_channels.py": BASIS, "cores/toy_factor.py": CORE, "variants/toy.py": VARIANT}
 SUITES = {  # how many cases of each the toys add at least
-    "test_basis_core": 100,
+    "test_bases_and_cores": 15,
+    "test_pairs": 60,
     "test_variants": 100,
     "test_variant_maths": 1,
     "test_variant_parity": 10,

@@ -2,7 +2,7 @@
 
 Nothing here is shared with the library: where that avoids a cancellation, a solve or a QR, this one has it. A core that
 has no formula here is compared with its own delta in float64, one input at a time and with a scalar coefficient; what
-else there is to say of it, ``tests/contracts/test_basis_core.py`` says by finite differences.
+else there is to say of it, ``tests/contracts/test_bases_and_cores.py`` says by finite differences.
 """
 
 from __future__ import annotations
