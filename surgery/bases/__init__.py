@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from passes.errors import VariantError
-from surgery.factors.statistic import Statistic
+from surgery.factors.statistic import Kind, Statistic
 from surgery.factors.svd import Factorisation
 from surgery.support.configuration import Configuration, configured, import_all
 
@@ -40,7 +40,7 @@ class Basis(Configuration):
             REGISTRY[cls.name] = cls
 
     @property
-    def statistic(self) -> str:
+    def statistic(self) -> Kind:
         """What calibration collects for it (see ``surgery.factors.statistic``)."""
         return "moment"
 

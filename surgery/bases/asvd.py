@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from surgery.bases.corda import CorDA
+from surgery.factors.statistic import Kind
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,6 @@ class ASVD(CorDA):
     name: ClassVar[str] = "asvd"
 
     @property
-    def statistic(self) -> str:
+    def statistic(self) -> Kind:
         """The diagonal of the second moment."""
         return "squares"

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from surgery.bases import Basis, Property
-from surgery.factors.statistic import Statistic, contrasted, required
+from surgery.factors.statistic import Kind, Statistic, contrasted, required
 from surgery.factors.svd import Factorisation
 
 
@@ -27,7 +27,7 @@ class ContrastDirections(Basis):
     gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U", "orthonormal Vh", "contrast data"})
 
     @property
-    def statistic(self) -> str:
+    def statistic(self) -> Kind:
         """The mean inputs of two sets."""
         return "contrast"
 

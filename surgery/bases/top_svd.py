@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 
 from surgery.bases import Basis, Property
-from surgery.factors.statistic import POOLS, Statistic, reranked
-from surgery.factors.svd import METHODS, Factorisation, factorise
+from surgery.factors.statistic import POOLS, Kind, Pool, Statistic, reranked
+from surgery.factors.svd import METHODS, Factorisation, Method, factorise
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SVD(Basis):
         pool: "rms" or "mean_abs", over the tokens n of the data.
     """
 
-    svd_method: str = "auto"
-    pool: str = "rms"
+    svd_method: Method = "auto"
+    pool: Pool = "rms"
 
     name: ClassVar[str] = "svd"
     gives: ClassVar[frozenset[Property]] = frozenset({"orthonormal U", "orthonormal Vh"})
@@ -39,7 +39,7 @@ class SVD(Basis):
         self.one_of("pool", tuple(POOLS))
 
     @property
-    def statistic(self) -> str:
+    def statistic(self) -> Kind:
         """The second moment gives the rms of every projection; the mean absolute value needs the projections."""
         return POOLS[self.pool]
 

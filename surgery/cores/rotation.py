@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from surgery.cores import CoreConfig, CoreTensors
 from surgery.cores._cayley import apply_blocks, block_of, blocks_together, powers, rotation_minus_identity
 
-SIDES = {"V": ("rot_v",), "U": ("rot_u",), "both": ("rot_v", "rot_u"), "none": ()}
+Sides = Literal["V", "U", "both", "none"]
+SIDES: dict[Sides, tuple[str, ...]] = {"V": ("rot_v",), "U": ("rot_u",), "both": ("rot_v", "rot_u"), "none": ()}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rotation(CoreConfig):
         init_delta_s: mean and standard deviation of the initial ``delta_s``.
     """
 
-    rotate_basis: str = "V"
+    rotate_basis: Sides = "V"
     block_size: int = 4
     max_rotation_angle: float = 0.5
     init_delta_s: float = 0.0

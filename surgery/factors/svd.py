@@ -27,7 +27,7 @@ Those of the methods stand in ``exact_svd``, ``range_finder`` and ``gram``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -37,7 +37,8 @@ from surgery.factors.gram import gram_matrix
 from surgery.factors.range_finder import randomised_triples
 from surgery.support.determinism import one_thread
 
-METHODS = ("auto", "exact", "randomised")
+Method = Literal["auto", "exact", "randomised"]
+METHODS: tuple[Method, ...] = get_args(Method)
 LARGE, FEW = 2048, 16  # "auto" is randomised for weights of at least LARGE each way and ranks up to a FEW-th of that
 PROBES = 8  # random vectors that estimate a residual
 ORTHONORMAL = 1e-4  # within which a randomised result has to be orthonormal
@@ -75,7 +76,7 @@ class Factorisation(NamedTuple):
 
 
 @one_thread()
-def factorise(weight: torch.Tensor, r: int, method: str = "auto", seed: int = 0) -> Factorisation:
+def factorise(weight: torch.Tensor, r: int, method: Method = "auto", seed: int = 0) -> Factorisation:
     """Compute the r largest singular triples of a weight.
 
     Args:

@@ -15,8 +15,8 @@ from surgery.bases import REGISTRY as BASES
 from surgery.bases import Basis, basis_of
 from surgery.bases.top_svd import SVD
 from surgery.cores import CoreConfig, CoreTensors, core_of
-from surgery.factors.statistic import Statistic
-from surgery.factors.svd import METHODS, Factorisation
+from surgery.factors.statistic import Kind, Statistic
+from surgery.factors.svd import METHODS, Factorisation, Method
 from surgery.support.configuration import Configuration, Values, as_entry, shared
 
 REGISTRY: dict[str, type[Variant]] = {}
@@ -38,7 +38,7 @@ class Variant(Configuration):
 
     r: int = 256
     factors_dtype: str | None = None
-    svd_method: str = "auto"
+    svd_method: Method = "auto"
     basis: str | Basis | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "variant"
@@ -114,7 +114,7 @@ class Variant(Configuration):
         return self.core_config.identity_at_init
 
     @property
-    def statistic(self) -> str:
+    def statistic(self) -> Kind:
         """What calibration collects for this variant (see ``surgery.factors.statistic``)."""
         return self.basis_config.statistic
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from surgery.bases.top_svd import SVD
 from surgery.cores.gain import Gain
+from surgery.factors.statistic import Pool
 from surgery.variants import Variant
 
 
@@ -19,7 +20,7 @@ class AntiPaSTO(Variant):
         suppress_only: clamp the gains so that singular directions are damped and never amplified.
     """
 
-    pool: str = SVD.pool
+    pool: Pool = SVD.pool
     suppress_only: bool = Gain.suppress_only
 
     name: ClassVar[str] = "antipasto"

@@ -9,6 +9,7 @@ from surgery.bases import Basis
 from surgery.bases.corda import CorDA
 from surgery.bases.top_svd import SVD
 from surgery.cores.ablate import Ablate
+from surgery.factors.statistic import Pool
 from surgery.support.configuration import shared
 from surgery.variants import Variant
 
@@ -26,7 +27,7 @@ class AntiPaSTOAblate(Variant):
         cov_eps, cov_eps_relative: as in CorDA, with ``cov_orient``.
     """
 
-    pool: str = SVD.pool
+    pool: Pool = SVD.pool
     k: int = Ablate.k
     init_alpha: float = Ablate.init_alpha
     allow_amplify: bool = Ablate.allow_amplify

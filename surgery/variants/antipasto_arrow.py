@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from surgery.bases.top_svd import SVD
 from surgery.cores.arrow import Arrow
+from surgery.factors.statistic import Pool
 from surgery.variants import Variant
 
 
@@ -20,7 +21,7 @@ class AntiPaSTOArrow(Variant):
         suppress_only: clamp the gains of the other directions so that they are damped and never amplified.
     """
 
-    pool: str = SVD.pool
+    pool: Pool = SVD.pool
     block: int = Arrow.block
     suppress_only: bool = Arrow.suppress_only
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from surgery.bases.top_svd import SVD
 from surgery.cores.dplr import DPLR
+from surgery.factors.statistic import Pool
 from surgery.variants import Variant
 
 
@@ -20,7 +21,7 @@ class AntiPaSTODPLR(Variant):
         suppress_only: clamp the gains so that singular directions are damped and never amplified.
     """
 
-    pool: str = SVD.pool
+    pool: Pool = SVD.pool
     k: int = DPLR.k
     suppress_only: bool = DPLR.suppress_only
 

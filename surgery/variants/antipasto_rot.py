@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from surgery.bases.top_svd import SVD
-from surgery.cores.rotation import Rotation
+from surgery.cores.rotation import Rotation, Sides
+from surgery.factors.statistic import Pool
 from surgery.variants import Variant
 
 
@@ -22,8 +23,8 @@ class AntiPaSTORot(Variant):
         init_delta_s: mean and standard deviation of the initial ``delta_s``.
     """
 
-    pool: str = SVD.pool
-    rotate_basis: str = Rotation.rotate_basis
+    pool: Pool = SVD.pool
+    rotate_basis: Sides = Rotation.rotate_basis
     block_size: int = Rotation.block_size
     max_rotation_angle: float = Rotation.max_rotation_angle
     init_delta_s: float = Rotation.init_delta_s

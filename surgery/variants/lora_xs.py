@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from surgery.bases.top_svd import SVD
 from surgery.cores.full import Full
+from surgery.factors.statistic import Pool
 from surgery.variants import Variant
 
 
@@ -18,7 +19,7 @@ class LoRAXS(Variant):
         pool: as in the basis, "rms" or "mean_abs".
     """
 
-    pool: str = SVD.pool
+    pool: Pool = SVD.pool
 
     name: ClassVar[str] = "lora_xs"
     own_basis: ClassVar[type[SVD]] = SVD

@@ -24,7 +24,7 @@ from surgery import Contrast, apply_surgery, load_adapter, merge, save_adapter, 
 from surgery.factors.svd import factorise
 from surgery.support.determinism import one_thread, side_by_side
 from surgery.variants import Variant
-from tests.contracts.test_variants import VARIANTS
+from tests.support.variant_cases import VARIANTS
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
 RANK, D_IN = 9, 29

@@ -103,6 +103,7 @@ SUITES = {  # how many cases of each the toys add at least
     "test_variants": 100,
     "test_variant_maths": 1,
     "test_variant_parity": 10,
+    "test_variant_graphs": 5,
     "test_stress": 50,
     "test_stress_cores": 5,
 }

@@ -14,7 +14,7 @@ from passes.infra.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
 from surgery.cores import ablate
 from surgery.cores.ablate import orthonormal
-from tests.contracts.test_variant_maths import some
+from tests.support.core_deltas import some
 
 
 def ablated(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:

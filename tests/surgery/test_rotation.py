@@ -17,7 +17,7 @@ from surgery import apply_surgery, set_coeff, sites
 from surgery.cores._cayley import inverse
 from surgery.modules.core import Core
 from surgery.variants import Variant
-from tests.contracts.test_variant_maths import F64, core_of, delta, expected_delta, some
+from tests.support.core_deltas import F64, core_of, delta, expected_delta, some
 from tests.support.reference import array
 from tests.support.tolerance import RELATIVE, assert_close
 
