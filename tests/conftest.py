@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-POINTS = "fault points"  # a property of a test: how many it put in, all of them survived
+from tests.support.fault_points import POINTS
 
 torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

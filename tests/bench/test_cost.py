@@ -6,37 +6,21 @@ import gc
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from bench.cost_table import markdown, number, record, size, speed
-from bench.cost_worker import BASE, FULL, Measurement, Settings, disturb
+from bench.cost_worker import BASE, FULL, Measurement, disturb
 from bench.loading import device_of, inputs_for, load, varied
 from bench.memory import Meter, held_by
 from bench.runs import forward, products, shadow, step
 from bench.timing import paired, quartiles
 from surgery import InputError, apply_surgery, report
 from surgery.variants import REGISTRY
-from tests.exporters.test_cli import application
+from tests.support.cost_runs import measured, run
 from tests.support.zoo import HUB, patient
-
-HERE = "tests.support.cost_models"
-
-
-def measured(name: str, source: str = f"{HERE}:residual", **options: Any) -> dict[str, Any]:
-    return Measurement(Settings(source, **{"r": 4, "repeats": 2, "device": "cpu", **options}), name).run()
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(application(), ["cost", *map(str, arguments)], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from bench.cost_table import markdown, record, size, speed
 from bench.cost_worker import BASE, FULL, Settings
 from bench.figures import plt
 from surgery import InputError, VariantError
-from tests.bench.test_cost import HERE, measured, run
+from tests.support.cost_runs import HERE, measured, run
 
 
 def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:

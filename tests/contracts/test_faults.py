@@ -50,11 +50,12 @@ from surgery import (
     undo_surgery,
 )
 from surgery.modules.residual_host import SSpaceResidual
-from tests.conftest import POINTS
+from tests.support import expert_models, packed_attention
+from tests.support.fault_points import POINTS
+from tests.support.model_state import state_of
+from tests.support.operated_models import randomise
 from tests.support.processes import at_call, calls_of, in_child
 from tests.support.zoo import Patient, patient
-from tests.surgery import test_packed, test_stacked
-from tests.surgery.test_apply import randomise, state_of
 
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
@@ -144,11 +145,11 @@ def files(folder: Path) -> dict[str, bytes | None]:
 
 
 def packed() -> Patient:
-    return Patient("packed", test_packed.attention(), test_packed.CALLS["self"])
+    return Patient("packed", packed_attention.attention(), packed_attention.CALLS["self"])
 
 
 def experts() -> Patient:
-    return Patient("experts", test_stacked.build("mixtral"), {"input_ids": test_stacked.IDS})
+    return Patient("experts", expert_models.build("mixtral"), {"input_ids": expert_models.IDS})
 
 
 def graph() -> Patient:
@@ -162,7 +163,7 @@ HOSTS: dict[str, tuple[Callable[[], Patient], dict[str, Any]]] = {
     "attention": (lambda: patient("attention"), {}),
     "residual": (lambda: patient("mlp"), {"form": "residual"}),
     "dropped": (lambda: patient("mlp"), {"form": "residual", "keep_base": False}),
-    "packed": (packed, {"target_modules": test_packed.QV}),
+    "packed": (packed, {"target_modules": packed_attention.QV}),
     "graph": (graph, {}),
     "experts": (experts, {}),
     "qwen3": (lambda: patient("qwen3"), {}),

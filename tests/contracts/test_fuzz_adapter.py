@@ -15,24 +15,15 @@ from hypothesis import strategies as st
 
 from exporters import swap
 from exporters.program.swap import FORMAT, contents
-from surgery import AdapterError, VariantError, load_adapter, save_adapter, sites, undo_surgery
-from surgery.storage.adapter_reader import CONFIG, TENSORS
+from surgery import AdapterError, VariantError, load_adapter, sites, undo_surgery
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx_swappable import with_variant
 from tests.support.fuzz import MANY, SOME, WRONG, damaged_bytes, damaged_json, outcome, places, written
+from tests.support.fuzz_adapter import saved
+from tests.support.model_state import state_of
+from tests.support.operated_models import operated
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import operated, state_of
 
 NAMES = ("mlp", "raw", "attention")
-
-
-@functools.cache
-def saved(name: str, variant: str | None = None) -> tuple[dict[str, Any], bytes]:
-    """The two files of a good adapter."""
-    found = operated(name) if variant is None else with_variant(variant, name)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(found.model, folder)
-        return json.loads((Path(folder) / CONFIG).read_bytes()), (Path(folder) / TENSORS).read_bytes()
 
 
 @functools.cache

@@ -25,8 +25,9 @@ from exporters.onnx.cores import core_slots, read_core
 from surgery import AdapterError, InputError, Statistics, apply_surgery, calibrate, save_adapter, sites
 from surgery.storage.adapter_reader import read_config
 from tests.support.fuzz import MANY, SOME, damaged_bytes, damaged_json, outcome, safetensors_file
+from tests.support.model_state import state_of
+from tests.support.operated_models import operated
 from tests.support.zoo import patient
-from tests.surgery.test_apply import operated, state_of
 
 MEMORY = 2**29
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

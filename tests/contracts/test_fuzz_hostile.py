@@ -21,10 +21,10 @@ from passes.errors import LONGEST, SurgeryError
 from surgery import AdapterError, Statistics, load_adapter
 from surgery.storage.adapter_reader import CONFIG, TENSORS
 from surgery.support.untrusted_files import DEPTH, VALUES, parse_json, path_of, read_json
-from tests.contracts.test_fuzz_adapter import saved
 from tests.support.fuzz import ESCAPE, MANY, bounded, outcome, printable, safetensors_file, written
+from tests.support.fuzz_adapter import saved
+from tests.support.model_state import state_of
 from tests.support.zoo import patient
-from tests.surgery.test_apply import state_of
 
 MEMORY = 2**29
 WORDS = st.text(st.characters(codec="utf-8"))

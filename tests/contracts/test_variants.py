@@ -27,20 +27,13 @@ from surgery.hosting.hosts import Graft, attach
 from surgery.modules.adapter import SSpaceLinear, rows_like
 from surgery.modules.core import Core, Factors
 from surgery.variants import REGISTRY, Variant, resolve_variant, variant_from_dict
+from tests.support.registered_variants import VARIANTS
 from tests.support.tolerance import assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 R, D_IN, D_OUT = 8, 12, 10
 
 
-def configurations() -> list[Variant]:
-    """Every registered variant as it is by default, and once more for each of its switches turned."""
-    default = [cls() for cls in REGISTRY.values()]
-    switches = [(v, f.name) for v in default for f in dataclasses.fields(v) if isinstance(getattr(v, f.name), bool)]
-    return default + [dataclasses.replace(v, **{name: not getattr(v, name)}) for v, name in switches]
-
-
-VARIANTS = configurations()
 each_variant = pytest.mark.parametrize(
     "variant",
     VARIANTS,

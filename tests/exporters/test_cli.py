@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from exporters import ExportError, export, formats
 from exporters.cli import described, options
 from surgery import AdapterError, InputError, WeightError, apply_surgery, save_adapter, set_coeff
-from tests.exporters.test_checkpoint import assert_same_tensors, disturb
+from tests.support.checkpoints import assert_same_tensors, disturb
+from tests.support.command_line import application
 from tests.support.zoo import patient
-
-POINTS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
-
-
-def application() -> typer.Typer:
-    app = typer.Typer()
-    for name, target in POINTS["surgery.commands"].items():
-        module, _, function = target.partition(":")
-        app.command(name=name)(getattr(import_module(module), function))
-    return app
 
 
 def run(*arguments: object) -> str:

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from exporters import ExportError, compiled
 from surgery import InputError, SurgeryError, set_coeff, sites, steer, to_graph
-from tests.exporters.test_onnx import operated
-from tests.exporters.test_pt2 import shaken, with_variant
+from tests.support.onnx_models import operated
+from tests.support.program_models import shaken, with_variant
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import patient
 

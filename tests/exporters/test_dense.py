@@ -33,20 +33,13 @@ from surgery import (
 )
 from surgery.storage.adapter_reader import module_paths, parameter_names
 from surgery.variants import REGISTRY
-from tests.exporters.test_checkpoint import build, disturb
+from tests.support.checkpoints import build, disturb
+from tests.support.dense_models import operated
 from tests.support.reference import reference_delta_weight
 from tests.support.tolerance import assert_close
-from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, Patient, patient
+from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, patient
 
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls().linear)
-
-
-def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
-    p = patient(name, dtype)
-    options.setdefault("calibration", [p.inputs] if REGISTRY[variant]().needs_calibration else None)
-    apply_surgery(p.model, variant, example_inputs=p.inputs, progress=False, **{"r": 6, **options})
-    disturb(p.model)
-    return p
 
 
 def rounded(exact: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -320,7 +313,7 @@ FULL = """
 import resource, sys
 import torch
 from exporters import export
-from tests.exporters.test_dense import operated
+from tests.support.dense_models import operated
 p = operated(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 export(p.model, "dense", sys.argv[2], example_inputs=p.inputs)

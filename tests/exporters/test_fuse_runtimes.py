@@ -23,8 +23,8 @@ from passes.transforms.fuse_projections import Fuse, Rows
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, fuse, load_adapter, save_adapter, set_coeff, sites, steer, to_graph
 from surgery.verbs.apply import record_of
-from tests.exporters.test_onnx import session
-from tests.passes.test_fuse import aten, block, graphs, holders, operated, products, run, trained
+from tests.support.fused_graphs import aten, block, graphs, holders, operated, products, run, trained
+from tests.support.onnx_models import session
 from tests.support.tolerance import assert_close
 
 

@@ -9,30 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from exporters import ExportError, export, formats
 from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
+from tests.support.onnx_models import operated, session
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
-
-
-def operated(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    p = patient(name, dtype)
-    apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
-    generator = torch.Generator().manual_seed(1)
-    for site in sites(p.model).values():
-        site.core.g.data.normal_(std=0.3, generator=generator)
-    return p
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray) -> torch.Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 
 from exporters import ExportError, export, export_core
 from surgery import apply_surgery, sites, steer
-from tests.exporters.test_onnx import operated, session
-from tests.exporters.test_onnx_swappable import train
+from tests.support.onnx_models import operated, session
+from tests.support.swappable_models import train
 from tests.support.zoo import HUB, Patient, full, patient
 
 TOKENS = 8

@@ -16,13 +16,13 @@ from exporters import ExportError, export
 from exporters.shared.archive import _Sink
 from surgery import set_coeff, sites, steer, to_graph
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx import operated
-from tests.exporters.test_pt2 import first, shaken, with_variant
+from tests.support.expert_models import IDS
+from tests.support.expert_models import operated as stacked
 from tests.support.fresh import run_fresh
+from tests.support.onnx_models import operated
+from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Forward, Patient, patient
-from tests.surgery.test_stacked import IDS
-from tests.surgery.test_stacked import operated as stacked
 
 LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("bert", "vit", "t5", "llama")]
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", "gpt2", *LONG]

@@ -14,18 +14,7 @@ from passes.infra.pass_manager import Culprit, bisect, run_pipeline
 from passes.transforms.fold import Fold
 from passes.transforms.merge import Merge
 from surgery import sites
-from tests.passes.test_translation_validation import (
-    KEYS,
-    STAGES,
-    X,
-    after,
-    between,
-    chain,
-    graph_of,
-    named,
-    nodes_at,
-    operated,
-)
+from tests.support.pass_stages import KEYS, STAGES, X, after, between, chain, graph_of, named, nodes_at, operated
 from tests.support.tolerance import assert_close
 
 

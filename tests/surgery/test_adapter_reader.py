@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
 
 from surgery.verbs.save_load import CONFIG, TENSORS
+from tests.support.adapter_files import Edit, edit_config, edit_tensors, refused, saved, site
 from tests.support.zoo import patient
-from tests.surgery.test_save_load import refused, saved
-
-Edit = Callable[[dict[str, Any]], Any]
-
-
-def edit_config(path: Path, edit: Edit) -> None:
-    config = json.loads((path / CONFIG).read_text())
-    edit(config)
-    (path / CONFIG).write_text(json.dumps(config))
-
-
-def edit_tensors(path: Path, edit: Edit, *, signed: bool = True) -> None:
-    """Change the tensors, and have the configuration agree with the new file if signed."""
-    tensors = load_file(path / TENSORS)
-    edit(tensors)
-    data = save(tensors)
-    (path / TENSORS).write_bytes(data)
-    if signed:
-        edit_config(path, lambda config: config.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
 
 
 @pytest.mark.parametrize("file", [CONFIG, TENSORS])
@@ -80,10 +57,6 @@ def test_damaged_tensors(damage, signed, tmp_path):
     edit, message = TENSOR_DAMAGE[damage]
     edit_tensors(tmp_path, edit, signed=signed)
     assert (message if signed else "is damaged or not the one") in refused(tmp_path)
-
-
-def site(key: str, **values: Any) -> Edit:
-    return lambda config: config["sites"][key].update(values)
 
 
 CONFIG_DAMAGE: dict[str, tuple[Edit, str]] = {

@@ -24,8 +24,8 @@ from surgery import save_adapter
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.tensor_file import CONFIG, TENSORS, settled
 from surgery.support.atomic_directory import locked, write_directory
+from tests.support.operated_models import operated
 from tests.support.processes import at_call, calls_of, in_child, kills
-from tests.surgery.test_apply import operated
 
 Files = dict[str, bytes]
 

@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import surgery
 from surgery import load_adapter, merge, report, save_adapter, set_coeff, sites, steer, undo_surgery
+from tests.support.operated_models import operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import patient
-from tests.surgery.test_apply import operate, operated, randomise
 
 compiled_patients = pytest.mark.parametrize("name", ["mlp", "qwen3", "raw"])
 

@@ -20,10 +20,10 @@ from surgery.modules.core import Factors
 from surgery.storage.factor_digest import TOLERANCE, digest
 from surgery.variants import REGISTRY
 from surgery.verbs.save_load import CONFIG, TENSORS
+from tests.support.adapter_files import edit_config, edit_tensors, refused, site
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
 from tests.support.zoo import patient
-from tests.surgery.test_adapter_reader import edit_config, edit_tensors, site
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, randomise, state_of
-from tests.surgery.test_save_load import refused
 
 FROM_DATA = {"antipasto_corda", "antipasto_asvd", "sspace"}
 

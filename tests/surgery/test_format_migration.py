@@ -15,9 +15,9 @@ import surgery
 from surgery import load_adapter, merge, save_adapter, sites
 from surgery.storage.format_migration import VERSION
 from surgery.verbs.save_load import CONFIG
+from tests.support.adapter_files import refused
+from tests.support.operated_models import operate, operated, randomise
 from tests.support.zoo import HUB_NAMES, patient
-from tests.surgery.test_apply import operate, operated, randomise
-from tests.surgery.test_save_load import refused
 
 DATA = Path(__file__).parents[1] / "data"
 X = torch.arange(12.0).reshape(2, 6) / 8 - 0.5

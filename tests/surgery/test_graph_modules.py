@@ -22,11 +22,12 @@ from surgery import (
     undo_surgery,
 )
 from surgery.hosting.hosts import host_of
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import base, graph, graph_state, operate, operated
+from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_graphs import base, graph, graph_state, operate, operated
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 
 class Composite(nn.Module):

@@ -33,6 +33,7 @@ from surgery import (
     undo_surgery,
 )
 from surgery.hosting.hosts import host_of
+from tests.support.graph_listing import listing, tensors
 from tests.support.tolerance import assert_close
 
 PRODUCTS = {
@@ -332,15 +333,6 @@ def close(found: Any, expected: Any, made: Made) -> None:
     if narrow and sum(t.numel() for t in found) < 8:
         return
     assert_close(flat(found), flat(expected), torch.float32 if narrow else torch.float64)
-
-
-def listing(graph: fx.GraphModule) -> list[tuple[str, ...]]:
-    return [(n.op, str(n.target), n.name, str(n.args), str(n.kwargs)) for n in graph.graph.nodes]
-
-
-def tensors(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name: (id(t), t.requires_grad, str(t.detach().tolist())) for name, t in named}
 
 
 def randomise(model: nn.Module) -> None:

@@ -20,11 +20,12 @@ from surgery import (
     sites,
     undo_surgery,
 )
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
+from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, relative_error
 from tests.support.zoo import Patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 
 @each_graph

@@ -10,9 +10,10 @@ from torch import nn
 
 from surgery import WeightError, load_adapter, report, save_adapter, sites, undo_surgery
 from surgery.hosting.hosts import host_of
+from tests.support.model_state import state_of
+from tests.support.operated_models import operate, randomise
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import operate, randomise, state_of
 
 
 def gains(found: Patient, value: float) -> Patient:

@@ -20,8 +20,8 @@ import torch
 import surgery
 from surgery import load_adapter, pull_adapter, push_adapter
 from surgery.verbs.save_load import CONFIG, TENSORS
+from tests.support.adapter_files import contents, saved
 from tests.support.zoo import patient
-from tests.surgery.test_save_load import contents, saved
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "1" * 40

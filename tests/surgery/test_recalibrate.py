@@ -24,10 +24,11 @@ from surgery import (
     to_graph,
     undo_surgery,
 )
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_models import randomise
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 NAMES = ("mlp", "raw", "attention", "encoder_layer", "gpt2")
 GRAPHS = ("symbolic", "exported", "delta", "residual")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from surgery import apply_surgery, inspect_sites, load_adapter, report, save_adapter, sites
 from surgery.hosting.hosts import host_of
+from tests.support.operated_models import each_patient, operated
 from tests.support.zoo import patient
-from tests.surgery.test_apply import each_patient, operated
 
 
 @each_patient

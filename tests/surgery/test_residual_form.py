@@ -15,9 +15,9 @@ import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
 from surgery.modules.residual_host import SSpaceResidual
 from surgery.verbs import calibrate as recalibrate
+from tests.support.lowering_models import PLAIN, inputs, model_of, reference, shake
 from tests.support.tolerance import assert_close
 from tests.support.zoo import patient
-from tests.surgery.test_lowerings import PLAIN, inputs, model_of, reference, shake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -14,30 +14,15 @@ import surgery
 from surgery import load_adapter, save_adapter, set_coeff, sites, undo_surgery
 from surgery.hosting.hosts import host_of
 from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, randomise, state_of
-
-
-def saved(path: Path, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
-    """An operated patient, saved to a directory."""
-    found = operated(name, dtype)
-    assert save_adapter(found.model, path) == path
-    return found
+from tests.support.adapter_files import contents, refused, saved
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.zoo import patient
 
 
 def tensors_of(model: nn.Module) -> list[str]:
     """What ``state_of`` says of parameters and buffers."""
     return [line for line in state_of(model) if "<class" not in line]
-
-
-def refused(path: Path, model: nn.Module | None = None) -> str:
-    """Assert that loading raises and leaves the model as it was; return the message."""
-    model = patient("mlp").model if model is None else model
-    before = state_of(model)
-    with pytest.raises(surgery.AdapterError) as caught:
-        load_adapter(model, path)
-    assert state_of(model) == before
-    return str(caught.value)
 
 
 @each_dtype
@@ -147,10 +132,6 @@ def test_a_refused_load_keeps_a_present_adapter(tmp_path):
     (saved(tmp_path, "raw") and tmp_path / TENSORS).unlink()
     refused(tmp_path, found.model)
     assert len(sites(found.model)) == 4
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_other_files_of_the_directory_are_kept(tmp_path):

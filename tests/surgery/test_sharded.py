@@ -20,8 +20,8 @@ import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, sites
 from surgery.verbs import calibrate as recalibrate
 from surgery.verbs.save_load import CONFIG, TENSORS
+from tests.support.operated_models import randomise
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise
 
 WORLD = 2
 

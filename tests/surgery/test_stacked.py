@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -17,33 +16,13 @@ from surgery import inspect_sites, load_adapter, merge, report, save_adapter, se
 from surgery.hosting.hosts import host_of
 from surgery.modules.adapter import SSpaceLinear
 from surgery.variants import REGISTRY
+from tests.support.expert_models import BUILD, EXPERTS, IDS, build, operated
+from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-from tests.surgery.test_apply import state_of
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8,
-}  # fmt: skip
-IDS = torch.arange(12).reshape(2, 6)
-EXPERTS = "model.layers.0.mlp.experts"
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear and not variant(r=4).needs_calibration]
 
 
-def mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
-
-
-def qwen3_moe() -> nn.Module:
-    sizes = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": []}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **sizes, decoder_sparse_step=1))
-
-
-def gpt_oss() -> nn.Module:
-    config = transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    return transformers.GptOssForCausalLM(config)
-
-
-BUILD = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 LAYOUTS = {"mixtral": "out_in", "qwen3_moe": "out_in", "gpt_oss": "in_out"}
 each_model = pytest.mark.parametrize("name", BUILD)
 every_variant = pytest.mark.parametrize(
@@ -52,26 +31,10 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = BUILD[name]().eval()
-    with torch.no_grad():
-        for parameter in model.get_submodule(EXPERTS).parameters():
-            parameter.mul_(10)  # so that the experts matter beside the residual stream
-    return model
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         out = model(input_ids=IDS)
     return out.logits if hasattr(out, "logits") else out[0]
-
-
-def operated(name: str, variant: Any = "antipasto", **options: Any) -> nn.Module:
-    options = {"r": 4, "target_modules": ["gate_up_proj", "down_proj"], "progress": False, **options}
-    model = build(name)
-    surgery.apply_surgery(model, variant, **options)
-    return model
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 
 import surgery
 from surgery import merge, set_coeff, sites, steer, to_graph
-from tests.surgery.test_apply import operated
+from tests.support.operated_models import operated
 
 WORDS = "is being steered by another thread or task"
 

@@ -12,21 +12,12 @@ from hypothesis import strategies as st
 
 from passes.errors import VariantError
 from surgery.factors.svd import BLOCK, GRAM_LIMIT, factorise, gram_matrix
+from tests.support.spectra import with_spectrum
 from tests.support.tolerance import assert_close, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 9), (9, 1), (5, 8), (8, 5), (8, 8), (3, 40), (40, 3))
 sizes = st.integers(1, 24)
-
-
-def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
-
-
-def with_spectrum(d_out: int, d_in: int, S: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """A float64 matrix with given singular values."""
-    generator = torch.Generator().manual_seed(seed)
-    return orthonormal(d_out, len(S), generator) * S @ orthonormal(d_in, len(S), generator).T
 
 
 def check(weight: torch.Tensor, r: int) -> None:

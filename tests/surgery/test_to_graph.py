@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -29,10 +28,12 @@ from surgery import (
 )
 from surgery.hosting.hosts import host_of
 from surgery.verbs.apply import record_of
+from tests.support.graph_inputs import inputs_of
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import graph_state, shape_of
+from tests.support.operated_models import frozen, operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import frozen, operate, operated, randomise, state_of
-from tests.surgery.test_graphs import graph_state, shape_of
 
 HUB = tuple(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "qwen3"))
 NAMES = ("mlp", "raw", "attention", "encoder_layer", *HUB)
@@ -53,18 +54,6 @@ def patient_and_graph(
 ) -> tuple[Patient, fx.GraphModule]:
     """An operated patient and its graph, which share their cores."""
     return copy.deepcopy(_made(name, dtype, form, keep_base))
-
-
-def inputs_of(name: str, batch: int, length: int) -> Any:
-    generator = torch.Generator().manual_seed(batch)
-    if name == "mlp" or name == "raw":
-        return torch.randn(batch, 12, generator=generator)
-    if name == "attention":
-        return (torch.randn(batch, length, 16, generator=generator),) * 3
-    if name == "encoder_layer":
-        return torch.randn(batch, length, 16, generator=generator)
-    ids = torch.randint(0, 64, (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @each_form

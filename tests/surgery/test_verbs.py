@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 
 import surgery
 from surgery import merge, report, set_coeff, sites, steer, undo_surgery
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, reference
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import HUB_NAMES, Patient, patient
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, reference, state_of
 
 CALLED = ("mlp", *HUB_NAMES)  # patients all of whose sites are modules
 MODEL_VERBS = {

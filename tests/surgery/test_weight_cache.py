@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from passes.infra.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
-from tests.surgery.test_lowerings import KEPT, inputs, model_of, operated, reference, shake
+from tests.support.lowering_models import KEPT, inputs, model_of, operated, reference, shake
 
 
 @pytest.mark.parametrize("lowering", KEPT)

@@ -14,8 +14,8 @@ from torch import fx, nn
 import surgery
 from surgery import inspect_sites, load_adapter, merge, save_adapter, set_coeff, sites, to_graph, undo_surgery
 from surgery.hosting.hosts import host_of
+from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-from tests.surgery.test_apply import state_of
 
 
 class Forward(nn.Module):
