@@ -23,8 +23,8 @@ def demo(
     seed: int = typer.Option(0, help="Seed of everything."),
 ) -> None:
     """Operate on a model, train the core on another domain, steer, save, merge, export, and verify every step."""
-    from bench.demo import run
-    from bench.steps import Settings
+    from bench.demo.results import Settings
+    from bench.demo.run import run
 
     settings = Settings(
         model=model, text=text, out=out, cache=cache, r=r, steps=steps, batch=batch, length=length, lr=lr,
@@ -58,8 +58,8 @@ def cost(
     resume: bool = typer.Option(False, "--resume", help="Keep the rows that an earlier run left in the directory."),
 ) -> None:
     """Measure what each variant costs on a model: time, memory, size, beside the base and full fine-tuning."""
-    from bench.cost import run
-    from bench.cost_worker import Settings
+    from bench.cost.run import run
+    from bench.cost.worker import Settings
     from passes.errors import InputError
     from surgery.cli.main import patterns
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cost_table import markdown, number, record, size, speed
-from bench.cost_worker import BASE, FULL, Measurement, disturb
-from bench.loading import device_of, inputs_for, load, varied
-from bench.memory import Meter, held_by
-from bench.runs import forward, products, shadow, step
-from bench.timing import paired, quartiles
+from bench.common.load_model import device_of, inputs_for, load, varied
+from bench.common.memory import Meter, held_by
+from bench.common.runs import forward, products, shadow, step
+from bench.common.timing import paired, quartiles
+from bench.cost.table import markdown, number, record, size, speed
+from bench.cost.worker import BASE, FULL, Measurement, disturb
 from surgery import InputError, apply_surgery, report
 from surgery.variants import REGISTRY
 from tests.support.cost_runs import measured, run

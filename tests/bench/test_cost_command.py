@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from bench import cost
-from bench.cost_figure import cost_figure
-from bench.cost_rows import SAME, Rows
-from bench.cost_table import markdown, record, size, speed
-from bench.cost_worker import BASE, FULL, Settings
-from bench.figures import plt
+from bench.common.figures import plt
+from bench.cost import run as cost
+from bench.cost.figure import cost_figure
+from bench.cost.rows import SAME, Rows
+from bench.cost.table import markdown, record, size, speed
+from bench.cost.worker import BASE, FULL, Settings
 from surgery import InputError, VariantError
 from tests.support.cost_runs import HERE, measured, run
 

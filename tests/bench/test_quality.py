@@ -16,9 +16,13 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench import quality, quality_figure, quality_report, quality_steps
-from bench.methods import BASE, FULL, GRID, Method, build, methods, rate, trains, untrainable
-from bench.training import Settings, Task, schedule
+from bench.__main__ import main
+from bench.quality import figure as quality_figure
+from bench.quality import report as quality_report
+from bench.quality import run as quality
+from bench.quality import step_time as quality_steps
+from bench.quality.methods import BASE, FULL, GRID, Method, build, methods, rate, trains, untrainable
+from bench.quality.training import Settings, Task, schedule
 from passes.errors import InputError
 from surgery import AntiPaSTO, sites
 from surgery.variants import REGISTRY, Variant
@@ -41,7 +45,7 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quality")
     sizes = [(f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(TINY).items()]
     places = ["--out", str(out), "--cache", str(cache), "--workers", "1"]
-    quality.main([*places, *itertools.chain(*sizes), "--methods", *COMPARED])
+    assert main(["quality", *places, *itertools.chain(*sizes), "--methods", ";".join(COMPARED)]) == 0
     return out
 
 
@@ -230,7 +234,7 @@ def test_the_table_and_the_figure_come_from_the_data(finished: Path, tmp_path: P
         if row in used["runs"]:
             row["held_out_loss"] = 1.25 if row["seed"] else 1.75
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    quality.main(["--report", "--out", str(tmp_path)])
+    assert main(["quality", "--report", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "quality.md").read_text()
     assert "1.5000 (1.2500 to 1.7500)" in text
     assert "The lowest mean is that of antipasto" in text

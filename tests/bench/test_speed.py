@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
-from bench import rows, speed, speed_contenders
-from bench.speed import Settings, cells, run
-from bench.speed_check import Answer, errors
-from bench.speed_contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
-from bench.timing import settled
+from bench.common import results_store as rows
+from bench.common.timing import settled
+from bench.speed import contenders as speed_contenders
+from bench.speed import matrix as speed
+from bench.speed.check import Answer, errors
+from bench.speed.contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
+from bench.speed.matrix import Settings, cells, run
 
 QUICK = {"config": "tiny", "layers": 1, "r": 8, "tokens": 6, "repeats": 3, "cell_seconds": 0.0}
 

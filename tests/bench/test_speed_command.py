@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import speed
 from bench.__main__ import main
-from bench.speed import Settings
-from bench.speed_limits import LARGE, ceilings, minimum_ms, work
-from bench.speed_model import CONFIGS
-from bench.speed_timing import repeated
+from bench.common.paired_timing import repeated
+from bench.models.decoder import CONFIGS
+from bench.speed import matrix as speed
+from bench.speed.matrix import Settings
+from bench.speed.roofline import LARGE, ceilings, minimum_ms, work
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from bench.cost_worker import Measurement, Settings
+from bench.cost.worker import Measurement, Settings
 from tests.support.command_line import application
 
 HERE = "tests.support.cost_models"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
-from bench.runs import IN_PLACE
+from bench.common.runs import IN_PLACE
 from passes.infra.tolerance import disagreement
 from surgery import InputError, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
 from surgery.lowerings import REGISTRY, Size, step

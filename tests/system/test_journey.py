@@ -50,7 +50,7 @@ def test_the_readme_shows_what_it_promises() -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_readmes_tables_are_recorded_runs(name: str) -> None:
-    """That they are what the data says is checked by ``bench.report``."""
+    """That they are what the data says is checked by ``bench.pages.report``."""
     table = re.search(rf"<!-- {name} table: (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert table is not None
     assert (ROOT / table.group(1)).read_text().strip() == table.group(2).strip() != ""
