@@ -111,11 +111,13 @@ def test_a_row_replaces_those_of_its_variant_settings_and_device(tmp_path: Path)
     assert rows.path.read_text().splitlines() == rows.lines
 
 
+@pytest.mark.bench
 def test_a_device_that_is_gone_is_told_when_a_run_is_taken_up_again() -> None:
     with pytest.raises(InputError, match=r"^there is no device 'nowhere' here: Expected one of"):
         cost._device_here("nowhere")
 
 
+@pytest.mark.bench
 def test_a_killed_process_is_a_row() -> None:
     stages: list[str] = []
     row = cost.measured(Settings(f"{HERE}:deadly", r=4, repeats=1, device="cpu"), "antipasto", stages.append)

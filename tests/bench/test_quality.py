@@ -165,6 +165,7 @@ def stable(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in quality.read(path)]
 
 
+@pytest.mark.bench
 def test_every_run_is_recorded_with_where_it_comes_from(finished: Path) -> None:
     rows = quality.read(finished / "quality.jsonl")
     for row in rows:
@@ -180,6 +181,7 @@ def test_every_run_is_recorded_with_where_it_comes_from(finished: Path) -> None:
     assert len(set(losses)) == len(losses)  # seeds and methods are all different runs
 
 
+@pytest.mark.bench
 def test_a_run_that_was_broken_off_is_taken_up_again(finished: Path, cache: Path, tmp_path: Path) -> None:
     path, whole = tmp_path / "quality.jsonl", (finished / "quality.jsonl").read_text()
     path.write_text(whole)
@@ -192,6 +194,7 @@ def test_a_run_that_was_broken_off_is_taken_up_again(finished: Path, cache: Path
     assert stable(path) == stable(finished / "quality.jsonl")
 
 
+@pytest.mark.bench
 def test_steps_are_timed_in_turn_and_once(finished: Path, cache: Path) -> None:
     path = finished / "quality_steps.json"
     data = json.loads(path.read_text())
@@ -205,6 +208,7 @@ def test_steps_are_timed_in_turn_and_once(finished: Path, cache: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.bench
 def test_runs_of_another_python_are_not_mixed(finished: Path, cache: Path, tmp_path: Path) -> None:
     rows = [{**row, "python": "3.9.0"} for row in quality.read(finished / "quality.jsonl")]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -212,6 +216,7 @@ def test_runs_of_another_python_are_not_mixed(finished: Path, cache: Path, tmp_p
         quality.complete(TINY, compared(), tmp_path / "quality.jsonl", cache=cache)
 
 
+@pytest.mark.bench
 def test_runs_with_other_settings_are_not_mixed(finished: Path, cache: Path) -> None:
     before = (finished / "quality.jsonl").read_text()
     with pytest.raises(InputError, match="other settings"):
@@ -225,6 +230,7 @@ def test_results_do_not_depend_on_the_number_of_processes(finished: Path, cache:
     assert stable(tmp_path / "quality.jsonl") == stable(finished / "quality.jsonl")
 
 
+@pytest.mark.bench
 def test_the_table_and_the_figure_come_from_the_data(finished: Path, tmp_path: Path) -> None:
     table, figure = (finished / "quality.md").read_text(), (finished / "quality.png").read_bytes()
     assert quality.report(finished) == table
@@ -254,6 +260,7 @@ def axes() -> Iterator[tuple[Any, Any]]:
     plt.close(figure)
 
 
+@pytest.mark.bench
 def test_labels_never_overlap(axes: tuple[Any, Any]) -> None:
     figure, on = axes
     heights = [1.5 + 0.002 * (i % 4) for i in range(12)]

@@ -16,6 +16,7 @@ from torch import nn
 from exporters import ExportError, export, formats
 from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
 from tests.support.onnx_models import operated, session
+from tests.support.shared_exports import SharedExports
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
 
@@ -47,10 +48,9 @@ def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name", ["mlp", "raw", "attention", "qwen3", *full("encoder_layer", "gpt2", "bert", "vit", "t5")]
 )
-def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
-    assert report.files == (tmp_path / "m.onnx",)
+def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name)
+    assert report.files == (report.path,)
     assert 0 <= report.max_error < 1e-5
     assert_close(first_output(report.path, p), p.run())
     graph = onnx.load(report.path).graph
@@ -61,10 +61,9 @@ def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["mlp", "raw", "encoder_layer", "gpt2", "bert", "t5", "vit", *full("attention", "qwen3")]
 )
-def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    path = export(p.model, "onnx", tmp_path / "live", mode="live", example_inputs=p.inputs).path
-    assert path == tmp_path / "live" / "model.onnx"
+def test_live_takes_coeff_and_defaults_to_one(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "live")
+    path = report.path
     assert_close(first_output(path, p), p.run())
     for coeff in (0.0, 0.5, -1.0):
         with steer(p.model, coeff):
@@ -73,19 +72,26 @@ def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None
         assert_close(first_output(path, p, coeff=np.array([coeff], np.float32)), expected)
 
 
+def test_a_new_directory_gets_the_graph(tmp_path: Path) -> None:
+    p = operated("mlp")
+    path = export(p.model, "onnx", tmp_path / "live", mode="live", example_inputs=p.inputs).path
+    assert path == tmp_path / "live" / "model.onnx"
+    assert_close(first_output(path, p), p.run())
+
+
 @pytest.mark.parametrize("name", ["mlp", "qwen3", *full("t5")])
-def test_live_steers_rows_apart(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_live_steers_rows_apart(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "live")
+    path = report.path
     rows = torch.linspace(-1, 1, p.run().shape[0])
     with steer(p.model, rows):
         expected = p.run()
     assert_close(first_output(path, p, coeff=rows.numpy()), expected)
 
 
-def test_sizes_are_dynamic_and_names_are_the_models_own(tmp_path: Path) -> None:
-    p = operated("qwen3")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_sizes_are_dynamic_and_names_are_the_models_own(exported: SharedExports) -> None:
+    p, report = exported(operated, "qwen3", "live")
+    path = report.path
     running = session(path)
     assert [(v.name, v.shape) for v in running.get_inputs()] == [
         ("input_ids", ["batch", "sequence"]),
@@ -120,14 +126,15 @@ def test_float16_keeps_the_knob_in_float32(tmp_path: Path) -> None:
         assert_close(first_output(path, p, coeff=np.array(0.5, np.float32)), p.run(), torch.float16)
 
 
-@pytest.mark.parametrize("mode", ["merged", *full("live")])
-def test_export_leaves_the_model_as_it_was(mode: str, tmp_path: Path) -> None:
-    p = operated("qwen3")
+@pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
+def test_a_live_export_leaves_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    """As ``tests/contracts/test_exporters.py`` holds of every format in its first mode."""
+    p = operated(name)
     set_coeff(p.model, 0.7)
     p.model.train()
     tensors = {name: (id(t), t.clone()) for name, t in p.model.state_dict(keep_vars=True).items()}
     modules = [(name, id(m), type(m), m.training) for name, m in p.model.named_modules()]
-    export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs)
+    export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs)
     assert modules == [(name, id(m), type(m), m.training) for name, m in p.model.named_modules()]
     for name, tensor in p.model.state_dict(keep_vars=True).items():
         assert id(tensor) == tensors[name][0]
@@ -256,9 +263,8 @@ def tensors_of(path: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mode", [*full("merged", "live"), "swappable"])
 @pytest.mark.parametrize("name", ["raw", "attention", "qwen3", *full("gpt2", "t5")])
-def test_no_tensor_is_stored_twice(name: str, mode: str, tmp_path: Path) -> None:
-    p = operated(name)
-    found = tensors_of(export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs).path)
+def test_no_tensor_is_stored_twice(name: str, mode: str, exported: SharedExports) -> None:
+    found = tensors_of(exported(operated, name, mode)[1].path)
     large = [tensor for tensor in found if tensor.size > 36]
     assert large
     for i, one in enumerate(large):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgery import apply_surgery, sites, steer, to_graph
 from surgery.variants import REGISTRY, Variant
 from surgery.verbs import calibrate as recalibrate
 from tests.support.onnx_models import operated, session
+from tests.support.shared_exports import SharedExports
 from tests.support.swappable_models import train, with_variant
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
@@ -40,9 +42,8 @@ def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) ->
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention", "qwen3", "gpt2", *full("bert", "t5")])
-def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    report = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)
+def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "swappable")
     assert 0 <= report.max_error < 1e-5
     assert_close(run(report.path, p), p.run())
     first = p.run()
@@ -140,12 +141,11 @@ def test_experts(tmp_path: Path) -> None:
     assert_close(run(path, p, core), p.run())
 
 
-def test_two_exports_are_byte_identical(tmp_path: Path) -> None:
-    p = operated("qwen3")
-    graphs, cores = [], []
+def test_two_exports_are_byte_identical(tmp_path: Path, exported: SharedExports) -> None:
+    p, first = exported(operated, "qwen3", "swappable")
+    again = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)
+    graphs, cores = [report.path.read_bytes() for report in (first, again)], []
     for i in range(2):
-        report = export(p.model, "onnx", tmp_path / f"{i}.onnx", mode="swappable", example_inputs=p.inputs)
-        graphs.append(report.path.read_bytes())
         cores.append(export_core(copy.deepcopy(p.model), tmp_path / f"{i}.onnx_adapter").path.read_bytes())
     assert graphs[0] == graphs[1]
     assert cores[0] == cores[1]
@@ -172,9 +172,9 @@ def another(p: Patient, **changes: Any) -> nn.Module:
     ],
     ids=["base", "settings", "rank", "variant", "sites"],
 )
-def test_a_wrong_core_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    p = operated("mlp")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path
+def test_a_wrong_core_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, "mlp", "swappable")
+    path = Path(shutil.copy(report.path, tmp_path))
     model = another(p, **changes)
     core = export_core(model, tmp_path / "c.onnx_adapter").path
     with pytest.raises(Exception, match=r"Invalid input name: .*\.core\."):  # a type of ONNX Runtime's
@@ -194,13 +194,13 @@ def test_factors_chosen_anew_make_another_digest(tmp_path: Path) -> None:
         export_core(p.model, tmp_path / "c.onnx_adapter", onnx_path=path)
 
 
-def test_files_that_are_no_cores(tmp_path: Path) -> None:
-    p = operated("mlp")
-    live = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_files_that_are_no_cores(tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, "mlp", "live")
+    live = report.path
     core = export_core(p.model, tmp_path / "c.onnx_adapter").path
     with pytest.raises(ExportError, match="takes no core"):
         check_core(live, core)
-    swappable = export(p.model, "onnx", tmp_path / "s.onnx", mode="swappable", example_inputs=p.inputs).path
+    swappable = exported(operated, "mlp", "swappable")[1].path
     for data in (b"", b"nonsense" * 9, core.read_bytes()[:200]):
         (tmp_path / "bad").write_bytes(data)
         with pytest.raises(ExportError, match=r"no \.onnx_adapter"):
@@ -212,9 +212,11 @@ def test_files_that_are_no_cores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../other.data", "a/../../b", "..\\b", "C:\\b"])
-def test_graphs_that_point_outside_of_their_folder_are_refused(location: str, tmp_path: Path) -> None:
-    p = operated("mlp")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path
+def test_graphs_that_point_outside_of_their_folder_are_refused(
+    location: str, tmp_path: Path, exported: SharedExports
+) -> None:
+    p, report = exported(operated, "mlp", "swappable")
+    path = Path(shutil.copy(report.path, tmp_path))
     core = export_core(p.model, tmp_path / "c.onnx_adapter").path
     model = onnx.load(path)
     tensor = model.graph.initializer[0]
