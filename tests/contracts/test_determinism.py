@@ -21,7 +21,7 @@ from surgery import Contrast, apply_surgery, set_coeff, sites
 from surgery.factors.svd import factorise
 from surgery.support.determinism import one_thread, side_by_side
 from tests.support.deterministic_runs import D_IN, data_of, digests, patient, saved, some
-from tests.support.registered_variants import VARIANTS
+from tests.support.variant_cases import VARIANTS
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
 

@@ -13,8 +13,7 @@ from passes.errors import SurgeryError, WeightError
 from surgery import SSpaceLinear, apply_surgery, set_coeff, sites, undo_surgery
 from surgery.modules.adapter import rebuilt, remainder
 from surgery.variants import Variant
-from tests.support.reference import array
-from tests.support.stress_weights import (
+from tests.support.hard_weights import (
     DTYPES,
     F64,
     WEIGHTS,
@@ -24,6 +23,7 @@ from tests.support.stress_weights import (
     some,
     weight_of,
 )
+from tests.support.reference import array
 from tests.support.tolerance import ROUNDED
 
 each_dtype = of_every("dtype", DTYPES, (torch.float32, torch.float16), ids=lambda d: str(d).removeprefix("torch."))

@@ -17,10 +17,10 @@ from passes.errors import InputError
 from surgery import SSpaceLinear, apply_surgery, merge, set_coeff, sites
 from surgery.lowerings import REGISTRY as LOWERINGS
 from surgery.variants import Variant
+from tests.support.hard_weights import DTYPES, FAST, WEIGHTS, calibration, each_variant, of_every, some, weight_of
 from tests.support.reference import array, arrays, reference_delta, reference_delta_weight, reference_output
-from tests.support.registered_variants import VARIANTS
-from tests.support.stress_weights import DTYPES, FAST, WEIGHTS, calibration, each_variant, of_every, some, weight_of
 from tests.support.tolerance import RELATIVE, assert_close
+from tests.support.variant_cases import VARIANTS
 
 F64 = torch.float64
 FILLS = (0.0, 50.0, -50.0, 1e4, -1e4, 1e30)

@@ -18,7 +18,7 @@ from surgery.modules.core import Core
 from surgery.planning.adapter_init import initial_core
 from surgery.variants import REGISTRY
 from surgery.variants.antipasto_ablate import orthonormal
-from tests.support.core_maths import F64, core_of, delta, expected_delta, some
+from tests.support.core_deltas import F64, core_of, delta, expected_delta, some
 from tests.support.reference import array, reference_delta
 from tests.support.tolerance import assert_close
 

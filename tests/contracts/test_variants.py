@@ -27,8 +27,8 @@ from surgery.hosting.hosts import Graft, attach
 from surgery.modules.adapter import SSpaceLinear, rows_like
 from surgery.modules.core import Core, Factors
 from surgery.variants import REGISTRY, Variant, resolve_variant, variant_from_dict
-from tests.support.registered_variants import VARIANTS
 from tests.support.tolerance import assert_close
+from tests.support.variant_cases import VARIANTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 R, D_IN, D_OUT = 8, 12, 10

@@ -14,7 +14,7 @@ from torch import nn
 import surgery
 from surgery import Contrast, apply_surgery, load_adapter, merge, save_adapter, undo_surgery
 from surgery.variants import Variant
-from tests.support.registered_variants import VARIANTS
+from tests.support.variant_cases import VARIANTS
 
 RANK, D_IN = 9, 29
 

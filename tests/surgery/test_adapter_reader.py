@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.adapter_files import Edit, edit_config, edit_tensors, refused, saved, site
+from tests.support.saved_adapters import Edit, edit_config, edit_tensors, refused, saved, site
 from tests.support.zoo import patient
 
 

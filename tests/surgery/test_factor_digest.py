@@ -20,9 +20,9 @@ from surgery.modules.core import Factors
 from surgery.storage.factor_digest import TOLERANCE, digest
 from surgery.variants import REGISTRY
 from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.adapter_files import edit_config, edit_tensors, refused, site
 from tests.support.model_state import state_of
 from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.saved_adapters import edit_config, edit_tensors, refused, site
 from tests.support.zoo import patient
 
 FROM_DATA = {"antipasto_corda", "antipasto_asvd", "sspace"}

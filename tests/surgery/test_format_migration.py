@@ -15,8 +15,8 @@ import surgery
 from surgery import load_adapter, merge, save_adapter, sites
 from surgery.storage.format_migration import VERSION
 from surgery.verbs.save_load import CONFIG
-from tests.support.adapter_files import refused
 from tests.support.operated_models import operate, operated, randomise
+from tests.support.saved_adapters import refused
 from tests.support.zoo import HUB_NAMES, patient
 
 DATA = Path(__file__).parents[1] / "data"

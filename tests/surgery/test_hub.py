@@ -20,7 +20,7 @@ import torch
 import surgery
 from surgery import load_adapter, pull_adapter, push_adapter
 from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.adapter_files import contents, saved
+from tests.support.saved_adapters import contents, saved
 from tests.support.zoo import patient
 
 ROOT = Path(__file__).parents[2]

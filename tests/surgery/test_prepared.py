@@ -14,7 +14,7 @@ from passes.infra.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
 from surgery.variants import antipasto_ablate
 from surgery.variants.antipasto_ablate import orthonormal
-from tests.support.core_maths import some
+from tests.support.core_deltas import some
 
 
 def ablated(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:

@@ -16,7 +16,7 @@ import surgery
 from surgery import apply_surgery, set_coeff, sites
 from surgery.modules.core import Core
 from surgery.variants import Variant, antipasto_rot
-from tests.support.core_maths import F64, core_of, delta, expected_delta, some
+from tests.support.core_deltas import F64, core_of, delta, expected_delta, some
 from tests.support.reference import array
 from tests.support.tolerance import RELATIVE, assert_close
 

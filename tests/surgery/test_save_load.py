@@ -14,9 +14,9 @@ import surgery
 from surgery import load_adapter, save_adapter, set_coeff, sites, undo_surgery
 from surgery.hosting.hosts import host_of
 from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.adapter_files import contents, refused, saved
 from tests.support.model_state import state_of
 from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.saved_adapters import contents, refused, saved
 from tests.support.zoo import patient
 
 

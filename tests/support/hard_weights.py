@@ -1,4 +1,4 @@
-"""Weights that are hard to factorise, and every variant on them."""
+"""Weights and data that are hard on floating point, and the variants that meet them in the fast lane."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from surgery import Contrast
 from surgery.variants import Variant
-from tests.support.registered_variants import VARIANTS
+from tests.support.variant_cases import VARIANTS
 
 F64 = torch.float64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +25,7 @@ def of_every(name: str, values: Any, fast: Any, **options: Any) -> Any:
     )
 
 
+each_dtype = of_every("dtype", DTYPES, (torch.float32, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
 each_variant = of_every("variant", VARIANTS, FAST, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
 
 
@@ -70,12 +72,30 @@ WEIGHTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "wide": lambda d: some(3, 400),
     "tall": lambda d: some(400, 3),
 }
+each_weight = pytest.mark.parametrize("name", WEIGHTS)
+
+DATA: dict[str, Callable[[int], torch.Tensor]] = {
+    "normal": lambda n: some(40, n, seed=3),
+    "of rank 1": lambda n: torch.outer(some(40, seed=4), some(n, seed=5)),
+    "zero": lambda n: torch.zeros(40, n, dtype=F64),
+    "one token": lambda n: some(1, n, seed=6),
+    "huge": lambda n: some(40, n, seed=7) * 1e4,
+    "enormous": lambda n: some(40, n, seed=7) * 1e30,
+    "tiny": lambda n: some(40, n, seed=8) * 1e-7,
+    "vanishing": lambda n: some(40, n, seed=8) * 1e-35,
+}
 
 
 def weight_of(name: str, dtype: torch.dtype) -> torch.Tensor:
     W = WEIGHTS[name](dtype).to(dtype)
     assert torch.isfinite(W).all()
     return W
+
+
+def model_of(W: torch.Tensor) -> nn.Module:
+    model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype))
+    model[0].weight = nn.Parameter(W.clone())
+    return model
 
 
 def calibration(variant: Variant, X: torch.Tensor, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""The delta of one core alone, by the library and by the reference."""
+"""Cores of normal values, and what their delta gives and should give."""
 
 from __future__ import annotations
 
