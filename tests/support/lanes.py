@@ -1,7 +1,8 @@
 """The lanes of the tests, and what one process of a parallel run should take together.
 
 ``fast`` (``make check``) is found, not written: every test of passes, surgery and the contracts that names no model of
-transformers, no exporter and no process. A run of the lane fails if it imports transformers or ONNX all the same.
+transformers, no exporter and no process, and whose file captures no graphs by ``to_graph``. A run of the lane fails if
+it imports transformers or ONNX all the same.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOMS = ("tests/passes/", "tests/surgery/", "tests/contracts/")
 HEAVY = ("transformers", "onnx", "onnxruntime")
 SLOW = re.compile(
     r"(import|from) (transformers|onnx|exporters|subprocess|tests\.support\.(expert_models|processes|fuzz))\b"
-    r"|torch\.compile\(|in_child|run_fresh|\.spawn\("
+    r"|torch\.compile\(|in_child|run_fresh|\.spawn\(|operated_graphs|to_graph\(\w"
 )
 LARGE = re.compile("|".join(rf'"{name}"' for name in HUB) + "|HUB|ALL_NAMES")
 
