@@ -1,8 +1,8 @@
 """The lanes of the tests, and what one process of a parallel run should take together.
 
 ``fast`` (``make check``) is found, not written: every test of passes, surgery and the contracts that names no model of
-transformers, no exporter and no process, and whose file captures no graphs by ``to_graph``. A run of the lane fails if
-it imports transformers or ONNX all the same.
+transformers, no exporter and no process, and captures no graph itself. A run of the lane fails if it imports
+transformers or ONNX all the same.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ ROOMS = ("tests/passes/", "tests/surgery/", "tests/contracts/")
 HEAVY = ("transformers", "onnx", "onnxruntime")
 SLOW = re.compile(
     r"(import|from) (transformers|onnx|exporters|subprocess|tests\.support\.(expert_models|processes|fuzz))\b"
-    r"|torch\.compile\(|in_child|run_fresh|\.spawn\(|operated_graphs|to_graph\(\w"
+    r"|torch\.compile\(|in_child|run_fresh|\.spawn\(|operated_graphs"
 )
 LARGE = re.compile("|".join(rf'"{name}"' for name in HUB) + "|HUB|ALL_NAMES")
+CAPTURES = re.compile(r"\b(to_graph|pipeline)\(")
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def is_fast(item: pytest.Item) -> bool:
         return False
     given = "callspec" in vars(item)
     large = LARGE.search(_source(item.function)) and not (given and "name" in item.callspec.params)
-    return not large
+    return not (large or CAPTURES.search(_source(item.function)))
 
 
 def group_of(item: pytest.Item) -> str:
