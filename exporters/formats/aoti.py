@@ -31,6 +31,7 @@ from exporters.program.live_program import NOISY, foreign_operations, program_of
 from exporters.program.swap import FORMAT, names_in, swap
 from exporters.shared.agreement import compare, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
+from exporters.shared.failures import summary
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.errors import ExportError
@@ -115,8 +116,7 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
             module: Any = program.module()
             files: Any = torch._inductor.aot_compile(module, args, kwargs, options=settings | places)
         except Exception as error:  # inductor may fail in any way; the cause is chained
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise ExportError(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
+            raise ExportError(f"{name} cannot be compiled: {summary(error)}") from error
         # the sources are not needed to run, and name this machine's folders;
         # torch 2.11 needs the name of one to find the metadata
         kept = [file for file in files if not str(file).endswith(".h")]

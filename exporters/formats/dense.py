@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_iter
 
 from exporters.checkpoint.folder import SINGLE, other_files
 from exporters.checkpoint.verify import merge_error
-from exporters.onnx.runtime import TOLERANCE
+from exporters.shared.failures import run_on_examples, summary
 from exporters.shared.report import Exported, inputs_for, working_copy
 from passes.analysis.linear_sites import part_of
 from passes.capture.capture import default_inputs, is_pretrained
-from passes.errors import ExportError, InputError
-from passes.infra.tolerance import relative_error
+from passes.errors import ExportError
+from passes.infra.tolerance import ELSEWHERE, relative_error
 from passes.ir.forward_context import quiet, set_mode
 from surgery.storage.adapter_reader import module_paths, parameter_names
 from surgery.support.untrusted_files import read_json
@@ -37,7 +37,6 @@ from surgery.verbs.steer_and_merge import merge, sites
 
 DEFAULT_NAME = None
 NEEDS_INPUTS = False  # without, weights alone are compared
-LIMITS = {**TOLERANCE, torch.bfloat16: 8 * TOLERANCE[torch.float16]}  # three bits fewer than float16
 
 
 def write(
@@ -73,8 +72,7 @@ def write(
             _save_state(state, path, max_shard_size, tokenizer)
             loaded = _load_state(subject, path)
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise ExportError(f"{type(model).__name__} cannot be saved: {type(error).__name__}: {reason}") from error
+        raise ExportError(f"{type(model).__name__} cannot be saved: {summary(error)}") from error
     stored = _compare_tensors(state, _state(loaded))
     parts = {key: part_of(stored[names[key]], getattr(site, "rows", None)) for key, site in found.items()}
     weights = max((merge_error(site, key, parts[key]) for key, site in found.items()), default=0.0)
@@ -194,19 +192,14 @@ def _compare_outputs(model: nn.Module, loaded: nn.Module, example_inputs: Any) -
         ExportError: the deviation is more than the dtype allows.
     """
     args, kwargs = inputs_for(model, example_inputs)
-    try:
-        with torch.no_grad():
-            expected = _tensors(model(*args, **kwargs))
-    except Exception as error:
-        raise InputError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
     with torch.no_grad():
+        expected = _tensors(run_on_examples(model, (args, kwargs)))
         found = _tensors(loaded(*args, **kwargs))
     if len(found) != len(expected):
         raise ExportError(f"the loaded model has {len(found)} outputs, the model {len(expected)}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     worst = max((relative_error(*pair) for pair in zip(found, expected, strict=True)), default=0.0)
-    if not worst <= LIMITS.get(dtype, LIMITS[torch.float32]):
-        limit = LIMITS.get(dtype, LIMITS[torch.float32])
+    if not worst <= (limit := ELSEWHERE.get(dtype, ELSEWHERE[torch.float32])):
         raise ExportError(f"the loaded model differs by {worst:.3g} of the largest output, allowed is {limit:.0e}")
     return worst
 

@@ -29,6 +29,7 @@ from exporters.program.live_program import NOISY, subject_of
 from exporters.program.swap import KNOB
 from exporters.shared.agreement import compare, sizes
 from exporters.shared.archive import archive
+from exporters.shared.failures import summary
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.capture.capture import keyword_inputs
@@ -77,9 +78,7 @@ def _traced(subject: Subject) -> torch.jit.ScriptModule:
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way; the cause is chained
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        name = type(subject.reference).__name__
-        raise ExportError(f"{name} cannot be traced: {type(error).__name__}: {reason}") from error
+        raise ExportError(f"{type(subject.reference).__name__} cannot be traced: {summary(error)}") from error
 
 
 def _save(program: torch.jit.ScriptModule, path: Path) -> None:

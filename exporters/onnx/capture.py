@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_iter
 
 from exporters.onnx.cores import core_slots
+from exporters.shared.failures import run_on_examples, summary
 from exporters.shared.outputs import output_names
 from exporters.shared.report import inputs_for
-from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs
+from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs, with_two_rows
 from passes.errors import ExportError, InputError
 from passes.ir.forward_context import keep_forward, quiet
 from surgery.hosting.hosts import host_of
@@ -80,22 +81,9 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """
     call = inputs_for(model, example_inputs)
     inputs = hub_inputs(model, call) if is_pretrained(model) else keyword_inputs(model, call)
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the model does not run on the example inputs: {reason}") from error
-    tensors = [leaf for leaf in tree_iter(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if {tensor.shape[0] for tensor in tensors} != {1}:
-        return inputs
-    doubled: dict[str, Any] = tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
-    try:
-        with torch.no_grad():
-            model(**doubled)
-    except (RuntimeError, ValueError, IndexError):  # dimension 0 is not a batch: keep it as it is
-        return inputs
-    return doubled
+    with torch.no_grad():
+        run_on_examples(model, ((), inputs))
+    return with_two_rows(model, ((), inputs))[1]
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -173,10 +161,7 @@ def convert(
         with torch.no_grad(), named, quiet(*NOISY):
             graph = (_of_hub if is_pretrained(model) else _of_module)(model, values, shapes, opset)
     except Exception as error:  # any operation may lack a translation; the cause is chained
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported to ONNX: {type(error).__name__}: {reason}"
-        ) from error
+        raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {summary(error)}") from error
     original = {alias[name]: name for name in names if alias[name] != name}
     for value in graph.graph.inputs:
         value.name = original.get(value.name, value.name)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.onnx.runtime import TOLERANCE, Runtime
+from exporters.onnx.runtime import Runtime
 from passes.capture.capture import is_pretrained
 from passes.errors import ExportError, InputError
+from passes.infra.tolerance import ELSEWHERE
 
 IDS, MASK, POSITIONS, PAST, PRESENT = "input_ids", "attention_mask", "position_ids", "past_key_values", "present"
 LEAST = 7  # tokens of an example: 4 of the past and 3 new ones, so that no two sizes are equal
@@ -174,7 +175,7 @@ def compare_generation(cached: Cached, runtime: Runtime, coeff: torch.Tensor | N
         pairs = zip(runs(lambda inputs: cached.forward(cached.model, **inputs)), runs(exported), strict=True)
         for i, (ours, theirs) in enumerate(pairs):
             first, second = ours.double().topk(2, dim=-1).values.unbind(dim=-1)
-            clear = first - second > TOLERANCE[runtime.dtype] * ours.abs().max()
+            clear = first - second > ELSEWHERE[runtime.dtype] * ours.abs().max()
             different = ours.argmax(dim=-1).cpu() != theirs.argmax(dim=-1)
             if (different & clear.cpu()).any():
                 row = int((different & clear.cpu()).nonzero()[0])

@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_iter
 from exporters.onnx.capture import KNOB, flat_inputs
 from exporters.shared.outputs import valid_positions
 from passes.errors import ExportError
-from passes.infra.tolerance import relative_error
+from passes.infra.tolerance import ELSEWHERE, relative_error
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ON_CPU = (torch.float64, torch.float32, torch.float16)
 
@@ -132,11 +131,11 @@ def compare(
     deviation = max(
         relative_error(valid_positions(one, inputs), valid_positions(other.cpu(), inputs)) for one, other in pairs
     )
-    if not deviation <= TOLERANCE[runtime.dtype]:
+    if not deviation <= ELSEWHERE[runtime.dtype]:
         at = "" if coeff is None else f" at coeff={coeff.tolist()}"
         raise ExportError(
             f"ONNX Runtime differs from PyTorch by {deviation:.3g} of the largest output{at}, "
-            f"allowed for {runtime.dtype} is {TOLERANCE[runtime.dtype]:.0e}"
+            f"allowed for {runtime.dtype} is {ELSEWHERE[runtime.dtype]:.0e}"
         )
     return deviation
 

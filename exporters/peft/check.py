@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_iter
 
 from exporters.peft.layers import ADVICE, Place, delta_of
 from exporters.peft.low_rank import LowRank
-from passes.errors import ExportError, InputError
+from exporters.shared.failures import run_on_examples
+from passes.errors import ExportError
 from passes.infra.tolerance import RELATIVE, relative_error
 from passes.ir.forward_context import Call, copied
 from surgery.modules.adapter import SSpaceLinear, of_weight
@@ -24,11 +25,8 @@ def outputs_of(model: nn.Module, call: Call) -> list[torch.Tensor]:
     Raises:
         InputError: it does not run on the inputs.
     """
-    try:
-        return _run(model, call)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the model does not run on the example inputs: {reason}") from error
+    with torch.no_grad():
+        return _tensors(run_on_examples(model, copied(call)))
 
 
 def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[Place, Any]) -> list[torch.Tensor]:
@@ -41,8 +39,10 @@ def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[Place, Any]) 
     called: set[str] = set()
     for name, layer in parameters.items():  # not by hooks: PyTorch's encoder layers leave their fast path for them
         layer.forward = functools.partial(_noted, layer.forward, called, name)
+    args, kwargs = copied(call)
     try:
-        outputs = _run(model, call)
+        with torch.no_grad():
+            outputs = _tensors(model(*args, **kwargs))
     except Exception as error:
         whose = ", ".join(sorted(parameters)) or "of modules"
         what = f"{type(error).__name__}: {error}"
@@ -60,10 +60,8 @@ def _noted(forward: Any, called: set[str], name: str, *args: Any, **kwargs: Any)
     return forward(*args, **kwargs)
 
 
-def _run(model: nn.Module, call: Call) -> list[torch.Tensor]:
-    args, kwargs = copied(call)
-    with torch.no_grad():
-        return [leaf for leaf in tree_iter(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+def _tensors(output: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_iter(output) if isinstance(leaf, torch.Tensor)]
 
 
 def check_sites(found: Mapping[str, SSpaceLinear], adapted: Mapping[str, Any], factors: Mapping[str, LowRank]) -> None:

@@ -17,10 +17,11 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from exporters.program.swap import FORMAT, KNOB, contents
+from exporters.shared.failures import run_on_examples, summary
 from exporters.shared.report import inputs_for, working_copy
 from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
-from passes.errors import ExportError, InputError, SurgeryError
+from passes.errors import ExportError, SurgeryError
 from passes.ir.forward_context import Call, copied, quiet, state_kept
 from surgery.modules.adapter import SSpaceLinear
 from surgery.verbs.steer_and_merge import merge, sites
@@ -74,13 +75,8 @@ def call_of(model: nn.Module, example_inputs: Any) -> tuple[Call, dict[str, Any]
     args, kwargs = ((), hub_inputs(model, call)) if is_pretrained(model) else copied(call)
     flags = (bool, int, float, str, type(None))
     fixed = {name: value for name, value in kwargs.items() if isinstance(value, flags)}
-    given = copied((args, kwargs))
-    try:
-        with state_kept(model), torch.no_grad():
-            model(*given[0], **given[1])
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the model does not run on the example inputs: {reason}") from error
+    with state_kept(model), torch.no_grad():
+        run_on_examples(model, copied((args, kwargs)))
     args, kwargs = with_two_rows(model, (args, kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in fixed}
     # one tensor given twice would be one input of the program
@@ -149,9 +145,8 @@ def _exported(subject: Subject) -> ExportedProgram:
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
         name = type(subject.reference).__name__
-        raise ExportError(f"{name} cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+        raise ExportError(f"{name} cannot be exported by torch.export: {summary(error)}") from error
 
 
 def foreign_operations(program: ExportedProgram) -> list[str]:

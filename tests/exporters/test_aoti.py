@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporters.formats.aoti as module
 from exporters import ExportError, ExportReport, export, swap
+from exporters.formats import aoti as module
 from surgery import AdapterError, apply_surgery, save_adapter, sites, steer, to_graph
 from surgery.variants import REGISTRY
 from tests.exporters.test_onnx import operated

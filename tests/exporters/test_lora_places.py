@@ -150,7 +150,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_factors_that_are_off_by_a_hundredth_are_refused(
     factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import exporters.lora as module
+    from exporters.formats import lora as module
 
     def corrupt(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
         name = next(name for name in tensors if f"lora_{factor}" in name)

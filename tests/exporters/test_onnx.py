@@ -214,7 +214,7 @@ def test_an_operation_without_translation_is_named_and_nothing_is_left(tmp_path:
 
 
 def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.onnx as module
+    from exporters.formats import onnx as module
 
     p = operated("mlp")
     real = module.finish

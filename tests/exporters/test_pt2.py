@@ -369,7 +369,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_a_wrong_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.formats.pt2 as module
+    from exporters.formats import pt2 as module
 
     real = module.program_of
 

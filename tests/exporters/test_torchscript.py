@@ -132,7 +132,7 @@ def test_leaves_the_model_alone_and_holds_no_path(mode: str, tmp_path: Path) -> 
 
 
 def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.formats.torchscript as module
+    from exporters.formats import torchscript as module
 
     broken = Forward(lambda self, x: {"y": x, "z": {"deeper": 3}})
     with pytest.raises(ExportError, match="returns a int"):
