@@ -20,7 +20,7 @@ STAGES = {"live": "insert", "folded": "fold", "merged": "merge"}
 
 def compiled(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     form: str = "delta",
     mode: str = "live",

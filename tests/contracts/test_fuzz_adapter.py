@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporters import swap
-from exporters.program.swap import FORMAT, contents
+from exporters.program.metadata import FORMAT, contents
 from surgery import AdapterError, VariantError, load_adapter, save_adapter, sites, undo_surgery
 from surgery.storage.adapter_reader import CONFIG, TENSORS
 from surgery.variants import REGISTRY

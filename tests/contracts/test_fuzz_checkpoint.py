@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters import ExportError, check_core, export_core, merge_checkpoint
 from exporters.checkpoint.journal import JOURNAL
-from exporters.checkpoint.plan import make_plan
+from exporters.checkpoint.plan import plan_merge
 from exporters.onnx.cores import core_slots, read_core
 from surgery import AdapterError, InputError, Statistics, apply_surgery, calibrate, save_adapter, sites
 from surgery.storage.adapter_reader import read_config
@@ -161,7 +161,7 @@ def test_a_checkpoint_with_sizes_that_no_tensor_has(folders, tmp_path):
 
 def left_behind(folders: dict[str, Path], out: Path, lines: bytes) -> Path:
     """The folder of a run that was killed, with this journal behind its first line."""
-    digest = make_plan(folders["base"], folders["adapter"], read_config(folders["adapter"]), 1.0, False).digest
+    digest = plan_merge(folders["base"], folders["adapter"], read_config(folders["adapter"]), 1.0, False).digest
     staging = out.parent / f".{out.name}.merging"
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "files").mkdir(parents=True)

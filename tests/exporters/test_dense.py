@@ -301,7 +301,7 @@ def test_wrong_weights_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_a_file_that_lost_a_bit_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, loader = operated(name), "_load_pretrained" if name == "llama" else "_load_state"
+    p, loader = operated(name), "load_pretrained" if name == "llama" else "load_state"
     real = getattr(module, loader)
 
     def corrupt(model: nn.Module, path: Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from torch import nn
 
 import surgery
 from exporters import ExportError, export, swap
+from exporters.shared.archive import _Sink
 from surgery import (
     AdapterError,
     InputError,
@@ -348,7 +350,7 @@ def test_swap_takes_other_factors_along(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     p = operated("mlp")
-    with pytest.raises(ExportError, match="'merged' or 'live'"):
+    with pytest.raises(ExportError, match="mode must be one of 'merged', 'live'; found 'fast'"):
         export(p.model, "pt2", tmp_path / "m.pt2", mode="fast", example_inputs=p.inputs)
     with pytest.raises(ExportError, match="carries none"):
         export(patient("mlp").model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
@@ -414,3 +416,17 @@ else:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_waits_for_torchs_writer(tmp_path, monkeypatch):
+    found, write, handler = operated("mlp"), _Sink.write, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, data):
+        signal.raise_signal(signal.SIGINT)
+        return write(self, data)
+
+    monkeypatch.setattr(_Sink, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(found.model, "pt2", tmp_path / "model.pt2", example_inputs=found.inputs)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is handler

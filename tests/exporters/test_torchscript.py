@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from exporters import ExportError, export
-from exporters.shared.archive import _Sink
 from surgery import set_coeff, sites, steer, to_graph
 from surgery.variants import REGISTRY
 from tests.exporters.test_onnx import operated
@@ -150,17 +148,3 @@ def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ExportError, match="differs from PyTorch"):
         export(p.model, "torchscript", tmp_path / "m.pt", example_inputs=p.inputs)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_waits_for_torchs_writer(tmp_path, monkeypatch):
-    found, write, handler = operated("mlp"), _Sink.write, signal.getsignal(signal.SIGINT)
-
-    def interrupted(self, data):
-        signal.raise_signal(signal.SIGINT)
-        return write(self, data)
-
-    monkeypatch.setattr(_Sink, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(found.model, "torchscript", tmp_path / "model.pt", example_inputs=found.inputs)
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGINT) is handler
