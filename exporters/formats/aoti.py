@@ -153,7 +153,12 @@ def _check_replaceable(subject: Subject, loaded: LoadedProgram) -> None:
 
 
 def _forget_paths(file: Path, folders: list[str]) -> None:
-    """Overwrite folders of this machine, in the texts of errors, by relative ones of the same length."""
+    """Overwrite folders of this machine, in the texts of errors, by relative ones of the same length.
+
+    A compiler flag would not do: ``-ffile-prefix-map`` has no setting of inductor's, makes it compile its headers again
+    (94 s more for a first export), for every temporary folder if that is mapped too, and leaves that folder in the
+    file if it is not.
+    """
     with open(file, "r+b") as opened:
         if not file.stat().st_size:
             return
