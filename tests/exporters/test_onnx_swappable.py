@@ -17,7 +17,7 @@ import surgery
 from exporters import ExportError, check_core, export, export_core
 from surgery import Contrast, apply_surgery, sites, steer, to_graph
 from surgery.variants import REGISTRY, Variant
-from surgery.verbs import calibrate as recalibrate
+from surgery.verbs.calibrate import recalibrate
 from tests.exporters.test_onnx import operated, session
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
