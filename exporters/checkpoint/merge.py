@@ -27,9 +27,8 @@ from passes.errors import ExportError
 from surgery.hosting.checks import check_flags
 from surgery.modules.adapter import SSpaceLinear
 from surgery.modules.merged_weight import bare_site, merged_weight
-from surgery.storage.adapter_reader import read_config
+from surgery.storage.adapter_file import AdapterFile, open_adapter
 from surgery.storage.site_entry import read_parts, rows_of
-from surgery.storage.tensor_file import TensorFile, settled
 from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import path_of
 
@@ -67,17 +66,17 @@ def merge_checkpoint(
     """
     check_flags(untie=untie, progress=progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
-    with settled(adapter, read_config) as (config, tensors):
-        plan = make_plan(base, adapter, config, coeff, untie)
+    with open_adapter(adapter) as file:
+        plan = make_plan(base, adapter, file.config, coeff, untie)
         with resumable(out, plan.digest) as (files, journal):
-            touched = _write(plan, tensors, files, journal, progress=progress)
+            touched = _write(plan, file, files, journal, progress=progress)
     names = sorted(file.name for file in out.iterdir())
     details = {"sites": len(plan.sites), "rewritten": touched}
     worst = max(journal.done.values(), default=0.0)
     return ExportReport("dense", out, tuple(out / name for name in names), worst, details)
 
 
-def _write(plan: Plan, tensors: TensorFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
+def _write(plan: Plan, tensors: AdapterFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
     """Take the steps that are not done yet; gives the names of the files that differ from the base's."""
     touched = [
         name
@@ -113,7 +112,7 @@ def _start_file(plan: Plan, name: str, folder: Path, *, linked: bool) -> None:
     file.begin(path, base, copies)
 
 
-def _merge_group(plan: Plan, group: Group, tensors: TensorFile, folder: Path) -> float:
+def _merge_group(plan: Plan, group: Group, tensors: AdapterFile, folder: Path) -> float:
     """Merge the sites of a group of tensors, write the tensors, and compare what was written."""
     originals = plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key)))
     merged, sites = dict(originals), {}
@@ -138,7 +137,7 @@ def _merge_group(plan: Plan, group: Group, tensors: TensorFile, folder: Path) ->
     return _compare(plan, group, sites, originals, folder)
 
 
-def _read_site(plan: Plan, file: TensorFile, key: str, weight: torch.Tensor) -> SSpaceLinear:
+def _read_site(plan: Plan, file: AdapterFile, key: str, weight: torch.Tensor) -> SSpaceLinear:
     entry, where = plan.sites[key], f"{str(file.folder)!r}: site {key!r}"
     weight = part_of(weight, rows_of(where, entry, weight))
     with file.opened() as tensors:  # anew for each site: what is read of a mapped file counts as memory

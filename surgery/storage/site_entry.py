@@ -127,16 +127,16 @@ def read_parts(
     }
     wanted = DTYPES[variant.factors_dtype] if variant.factors_dtype else saved
     if stored == "exact":
-        kept = (wanted, saved)  # a cast of the model casts its factors, and leaves a float64 core as it is
+        dtypes = (wanted, saved)  # a cast of the model casts its factors, and leaves a float64 core as it is
         of_factors = zip(FACTORS, [(*lead, d_out, r), (*lead, r), (*lead, r, d_in)], strict=True)
-        shapes |= {f"factors.{name}": (sizes, kept) for name, sizes in of_factors}
+        shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
     else:
-        factors = as_factors(_made_anew(where, entry, variant, weight, shape, values["digest"]), wanted, weight.device)
+        factors = as_factors(_recomputed(where, entry, variant, weight, shape, values["digest"]), wanted, weight.device)
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     if weight.dtype != saved:
@@ -149,7 +149,7 @@ def read_parts(
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
 
 
-def _made_anew(
+def _recomputed(
     where: str,
     entry: dict[str, Any],
     variant: Variant,
@@ -160,7 +160,7 @@ def _made_anew(
     """Factors that are not stored, checked by their digest."""
     if dtype_name(weight) in entry["casts"]:
         raise AdapterError(
-            f"{where}: factors of a {entry['dtype']} weight cannot be made anew of it in {dtype_name(weight)}; load "
+            f"{where}: factors of a {entry['dtype']} weight cannot be recomputed from it in {dtype_name(weight)}; load "
             f"the adapter on the model in {entry['dtype']}, and cast that"
         )
     wide = weight.to(DTYPES[entry["dtype"]])

@@ -74,13 +74,13 @@ def cases() -> Iterator[tuple[str, Variant, Any]]:
 
 
 def saved(folder: Path, variant: Variant, data: Any, dtype: torch.dtype = torch.float32, **options: Any) -> str:
-    """Digest of the two files of an adapter."""
+    """Digest of the files of an adapter."""
     example = some(2, D_IN).to(dtype)
     options = {"r": RANK, "target_modules": "all-linear", "seed": 3, "progress": False} | options
     model = apply_surgery(patient(dtype), variant, example_inputs=example, calibration=data, **options)
     save_adapter(model, folder)
     files = sorted(folder.iterdir())
-    assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [f.name for f in files] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 

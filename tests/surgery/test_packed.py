@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
 from surgery.verbs import calibrate as recalibrate
+from tests.support.adapter_files import edit_config
 from tests.support.tolerance import assert_close
 from tests.surgery.test_lowerings import shake
 
@@ -166,9 +166,7 @@ def test_calibration_sees_what_each_part_multiplies(call: str) -> None:
 @pytest.mark.parametrize("rows", [[0], [0, 99], [3, 3], [-1, 4], "all", [0, 4.0], [E, 2 * E]])
 def test_wrong_rows_in_a_file_are_refused(rows: Any, tmp_path: Path) -> None:
     save_adapter(operated(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["sites"]["in_proj_weight.q"]["rows"] = rows
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    edit_config(tmp_path, lambda config: config["sites"]["in_proj_weight.q"].update(rows=rows))
     model = attention()
     with pytest.raises(surgery.AdapterError, match=r"in_proj_weight\.q"):
         load_adapter(model, tmp_path)

@@ -13,7 +13,8 @@ from torch import nn
 import surgery
 from surgery import load_adapter, save_adapter, set_coeff, sites, undo_surgery
 from surgery.hosting.hosts import host_of
-from surgery.verbs.save_load import CONFIG, TENSORS
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from surgery.storage.model_card import CARD
 from tests.support.zoo import Patient, patient
 from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, randomise, state_of
 
@@ -61,10 +62,10 @@ def test_saving_twice_gives_identical_bytes(name, tmp_path):
     fresh = load_adapter(patient(name).model, tmp_path / "one")
     set_coeff(fresh, 0.5)
     save_adapter(fresh, str(tmp_path / "new" / "two"))
-    for file in (CONFIG, TENSORS):
+    for file in (CONFIG, TENSORS, CARD):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "new" / "two" / file).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["new", "one"]
-    assert sorted(os.listdir(tmp_path / "one")) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(tmp_path / "one")) == [CARD, CONFIG, TENSORS]
 
 
 def test_coeff_is_one_after_loading(tmp_path):
@@ -176,7 +177,7 @@ def fails_at(monkeypatch, function: str, call: int) -> None:
     monkeypatch.setattr(os, function, failing)
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_a_failing_write_leaves_the_old_adapter(function, call, tmp_path, monkeypatch):
     found = saved(tmp_path / "adapter")
@@ -208,7 +209,7 @@ def test_a_directory_that_is_a_file_system_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", across)
     saved(path, "raw")
-    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(path)) == [CARD, CONFIG, TENSORS]
     load_adapter(patient("raw").model, path)
 
 
@@ -242,7 +243,7 @@ def test_a_failing_write_over_links_puts_them_back(tmp_path, monkeypatch):
     with pytest.raises(surgery.AdapterError, match="what was there is unchanged"):
         save_adapter(operated("mlp", scale=0.3).model, path)
     monkeypatch.undo()
-    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]  # and no card
     assert all((path / file).is_symlink() for file in (CONFIG, TENSORS))
     fresh = patient("mlp")
     load_adapter(fresh.model, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from surgery import inspect_sites, load_adapter, merge, report, save_adapter, se
 from surgery.hosting.hosts import host_of
 from surgery.modules.adapter import SSpaceLinear
 from surgery.variants import REGISTRY
+from tests.support.adapter_files import configuration, edit_config
 from tests.support.tolerance import assert_close
 from tests.surgery.test_apply import state_of
 
@@ -293,11 +293,9 @@ def test_data_that_may_be_seen_is_not_asked_of_a_stack():
 
 def test_a_file_of_another_stack_is_refused(tmp_path):
     path = save_adapter(operated("mixtral"), tmp_path / "adapter")
-    config = json.loads((path / "adapter_config.json").read_text())
-    assert config["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] == [4, 48, 16]
+    assert configuration(path)["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] == [4, 48, 16]
     for shape in ([4, 48, 8], [2, 48, 16], [4, 16, 48], [48, 16], [4, 48, 16, 1], [4.0, 48, 16], [-4, -48, 16]):
-        config["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] = shape
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        edit_config(path, lambda config: config["sites"][f"{EXPERTS}.gate_up_proj"].update(shape=shape))  # noqa: B023
         model = build("mixtral")
         before = state_of(model)
         with pytest.raises(surgery.AdapterError, match="gate_up_proj"):
