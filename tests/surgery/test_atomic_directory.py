@@ -25,6 +25,8 @@ from surgery.storage.adapter_file import CONFIG, TENSORS, open_adapter
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.model_card import CARD
 from surgery.support.atomic_directory import locked, write_directory
+from surgery.support.untrusted_files import read_json
+from tests.support.adapter_files import bare_tensors, configuration, write_older
 from tests.support.processes import at_call, calls_of, in_child, kills
 from tests.surgery.test_apply import operated
 
@@ -107,6 +109,53 @@ def test_a_kill_at_any_system_call_leaves_the_old_or_the_new_adapter(other: int,
     assert count > 15
     assert seen == sorted(seen, key=lambda which: which == other)  # a single point where the one becomes the other
     assert set(seen) == {0, other}
+
+
+def older(path: Path, which: int) -> None:
+    """Put an adapter there as format 2 has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    put(path, which)
+    write_older(path, configuration(path), bare_tensors(path))
+    (path / CARD).unlink()
+
+
+def read_any(path: Path) -> int:
+    """Which adapter a folder holds, in either format, by every tensor."""
+    with opened_adapter(path) as (_, tensors):
+        values = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return next(
+        i for i, (_, found) in enumerate(known())
+        if found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in found)
+    )  # fmt: skip
+
+
+def test_a_kill_while_an_older_format_is_replaced(tmp_path: Path) -> None:
+    adapters(), known()
+    path, seen = tmp_path / "adapter", []
+    older(path, 0)
+    for _ in kills(lambda: put(path, 1)):
+        seen.append(read_any(path))
+        put(path, 2)
+        assert whole(path, 2)
+        shutil.rmtree(path)
+        older(path, 0)
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1}
+
+
+@pytest.mark.parametrize("files", [FILES, FILES[:1]])
+def test_a_reader_of_an_older_format_that_is_replaced_meanwhile(
+    files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two reads, of the tensors and of the configuration beside them."""
+    older(tmp_path / "adapter", 0)
+
+    def replaced_first(file: Path) -> Any:
+        write_directory(tmp_path / "adapter", {name: [adapters()[1][name]] for name in files})
+        return read_json(file)
+
+    monkeypatch.setattr("surgery.storage.adapter_file.read_json", replaced_first)
+    assert read_any(tmp_path / "adapter") in ((1,) if len(files) > 1 else (0, 1))
 
 
 @pytest.mark.full
