@@ -8,7 +8,6 @@ from typing import Any
 
 from passes.errors import AdapterError, SurgeryError
 from surgery.storage.format_migration import Config, migrate
-from surgery.storage.site_entry import check_key
 from surgery.variants import resolve_variant
 
 FORMAT = "sspace-adapter"
@@ -47,8 +46,18 @@ def checked(where: str, content: Any) -> Config:
     except SurgeryError as error:
         raise AdapterError(f"cannot load the adapter: {error}") from error
     for key, entry in config["sites"].items():
-        check_key(f"{where}: site {key!r}", key, entry)
+        _check_key(f"{where}: site {key!r}", key, entry)
     return config
+
+
+def _check_key(where: str, key: str, entry: Any) -> None:
+    """Check that a site is named after its weight, as every site is."""
+    weight = entry.get("weight") if isinstance(entry, dict) else None
+    if isinstance(weight, str):
+        owner = weight.removesuffix(".weight")
+        named = (f"{owner}.{part}" for part in "qkv") if entry.get("rows") is not None else (owner,)
+        if key not in named:
+            raise AdapterError(f"{where} has the weight {weight!r}, which is of site {owner!r}")
 
 
 def mirror(config: Mapping[str, Any]) -> bytes:

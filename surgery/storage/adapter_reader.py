@@ -1,4 +1,4 @@
-"""Read an adapter directory and check all of it against a model, before anything is touched."""
+"""Read an adapter directory, and check all of it against a model before the model is touched."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from surgery.support.progress_bar import track
 
 
 def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[Graft], dict[str, Any]]:
-    """Read an adapter into grafts that fit the model.
+    """Read an adapter into the adapter states of a model's sites.
 
     Args:
         progress: show a progress bar where factors are recomputed.
 
     Returns:
-        The grafts, and what is noted of each site's factorisation.
+        The adapter states, and the record of each site's factorisation.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.

@@ -27,7 +27,7 @@ def push_adapter(
 ) -> str:
     """Send an adapter directory to a repository of the Hub, which is made if it is not there.
 
-    The two files of the adapter go in one commit, and a README.md if the directory has one; nothing else is sent.
+    The adapter, its mirror, and a README.md if the directory has one, go in one commit; nothing else is sent.
 
     Args:
         path: what ``save_adapter`` wrote; it is checked first.
@@ -93,18 +93,17 @@ def pull_adapter(
             place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=".pull.") as temporary:
             staging = None if target is None else Path(temporary) / "adapter"
-            found = Path(
+            fetched = Path(
                 snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FILES, local_dir=staging)
             )
-            check_adapter(found)
+            check_adapter(fetched)
             if target is None or staging is None:
-                return found
+                return fetched
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # what the download notes for itself
             if target.is_dir():
-                for file in sorted(
-                    staging.iterdir(), reverse=True
-                ):  # an older adapter is none before its configuration
-                    os.replace(file, target / file.name)
+                for name in (TENSORS, CONFIG):  # an adapter of format 2 is none before its configuration is there
+                    if (staging / name).exists():
+                        os.replace(staging / name, target / name)
             else:
                 os.rename(staging, target)
             return target

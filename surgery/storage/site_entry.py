@@ -1,4 +1,4 @@
-"""What an adapter's configuration says of one site, read and checked against the base weight."""
+"""Read the adapter of one site from a file, and check it against the base weight that it was made for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from safetensors import SafetensorError
 
 from passes.analysis.linear_sites import Site
 from passes.errors import AdapterError, SurgeryError
-from surgery.factors.svd import Factorisation
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors
-from surgery.storage.factor_digest import SUMS, check_recomputed, recompute
+from surgery.storage.factor_digest import SUMS, recompute_stored
 from surgery.support.fingerprint import DTYPES, can_be_cast, dtype_name, is_base
 from surgery.variants import Variant, variant_from_dict
 
@@ -62,20 +61,6 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
     if entry["dtype"] not in DTYPES or not -(2**63) <= entry["seed"] < 2**64:
         raise AdapterError(f"{where}: unknown dtype {entry['dtype']!r:.40}, or seed {entry['seed']!r:.40}")
-
-
-def check_key(where: str, key: str, entry: Any) -> None:
-    """Check that a site is named after its weight, as every site is.
-
-    Raises:
-        AdapterError: it is not.
-    """
-    weight = entry.get("weight") if isinstance(entry, dict) else None
-    if isinstance(weight, str):
-        owner = weight.removesuffix(".weight")
-        named = (f"{owner}.{part}" for part in "qkv") if entry.get("rows") is not None else (owner,)
-        if key not in named:
-            raise AdapterError(f"{where} has the weight {weight!r}, which is of site {owner!r}")
 
 
 def read_parts(
@@ -136,7 +121,9 @@ def read_parts(
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
     else:
-        factors = as_factors(_recomputed(where, entry, variant, weight, shape, values["digest"]), wanted, weight.device)
+        factors = as_factors(
+            recompute_stored(where, entry, variant, weight, shape, values["digest"]), wanted, weight.device
+        )
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
     if weight.dtype != saved:
@@ -147,26 +134,6 @@ def read_parts(
         raise AdapterError(f"{where}: its factors overflow {wanted}; load it on the model in {entry['dtype']}")
     core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
-
-
-def _recomputed(
-    where: str,
-    entry: dict[str, Any],
-    variant: Variant,
-    weight: torch.Tensor,
-    shape: tuple[int, ...],
-    stored: torch.Tensor,
-) -> Factorisation:
-    """Factors that are not stored, checked by their digest."""
-    if dtype_name(weight) in entry["casts"]:
-        raise AdapterError(
-            f"{where}: factors of a {entry['dtype']} weight cannot be recomputed from it in {dtype_name(weight)}; load "
-            f"the adapter on the model in {entry['dtype']}, and cast that"
-        )
-    wide = weight.to(DTYPES[entry["dtype"]])
-    found, digest = recompute(where, variant, wide, entry["layout"], shape, entry["r"], entry["seed"])
-    check_recomputed(where, digest, stored)
-    return found
 
 
 def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
@@ -210,11 +177,11 @@ def _tensor(
     where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
     try:
-        found = tuple(tensors.get_slice(name).get_shape())
+        present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:
         raise AdapterError(f"{where}: tensor {name!r} is missing") from error
-    if found != shape:
-        raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
+    if present != shape:
+        raise AdapterError(f"{where}: tensor {name!r} has shape {present}, expected {shape}")
     tensor: torch.Tensor = tensors.get_tensor(name)
     if tensor.dtype not in dtypes:
         raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")

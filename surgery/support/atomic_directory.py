@@ -190,6 +190,6 @@ def _folder_in(place: Path, name: str, *, tidy: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def is_left_over(found: str, name: str) -> bool:
+def is_left_over(folder: str, name: str) -> bool:
     """Whether a folder may be one that a killed writer of ``name`` left."""
-    return re.fullmatch(rf"\.{re.escape(name)}\.{HEX}{{16}}\.tmp", found) is not None
+    return re.fullmatch(rf"\.{re.escape(name)}\.{HEX}{{16}}\.tmp", folder) is not None

@@ -1,4 +1,4 @@
-"""Configurations of ``transformers`` models from elsewhere: read without running code that comes with them."""
+"""Read the configurations of untrusted ``transformers`` models without running code that comes with them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def model_class(config: Any, default: Any) -> Any:
 
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else default
+    named = getattr(transformers, name, None)
+    return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else default
 
 
 def base_model_name(model: Any) -> str | None:
