@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -289,11 +290,13 @@ def test_only_what_a_killed_writer_left_is_removed(adapter: Callable[[], Path]) 
 
 @pytest.mark.parametrize("new", [False, True])
 def test_four_writers_and_a_reader(new: bool, adapter: Callable[[], Path], tmp_path: Path) -> None:
-    path, end = (tmp_path / "new" if new else adapter()), time.monotonic() + 1.5
+    path, end = (tmp_path / "new" if new else adapter()), time.monotonic() + 3
 
     def writer(which: int) -> None:
+        pauses = random.Random(which)
         while time.monotonic() < end:
             put(path, which)
+            time.sleep(pauses.uniform(0, 0.02))  # who waits for a lock asks for it every 10 ms
 
     children = []
     for which in range(4):
