@@ -17,7 +17,7 @@ from passes.analysis.residual_stream import residual_writers, strip_views
 from passes.analysis.weight_contractions import pointwise
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import attribute
-from passes.ir.parameter_names import Names
+from passes.ir.parameter_names import Names, tensor_name
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for owners.
     """
-    names = Names(model)
+    names = Names(model, graph_module.graph)
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
@@ -155,7 +155,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for ties and owners.
     """
-    names = Names(model)
+    names = Names(model, graph_module.graph)
     products, skipped = products_by_site(graph_module, model)
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
@@ -246,7 +246,8 @@ def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]
             for local, _ in called.named_parameters(remove_duplicate=False):
                 name = f"{node.target}.{local}"
                 uses[names.canonical(name)].append(f"{node.target} ({type(called).__name__.lower()})")
-        if node.op != "get_attr" or node.target not in names.tensors:
+        read = tensor_name(node)
+        if read not in names.tensors:
             continue
         pending: list[Any] = list(node.users)
         while pending:
@@ -256,5 +257,5 @@ def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]
             if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.to.dtype):
                 pending.extend(user.users)
             elif _operation(user) == "embedding" or user.op == "call_module":
-                uses[names.canonical(node.target)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
+                uses[names.canonical(read)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
     return uses

@@ -16,6 +16,7 @@ from torch import fx
 from passes.analysis.operands import Lookup, Matrices
 from passes.analysis.weight_contractions import RULES as WHOLE_RULES
 from passes.analysis.weight_contractions import Whole, read_whole
+from passes.ir.parameter_names import tensor_name
 
 aten = torch.ops.aten
 
@@ -110,8 +111,7 @@ def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
     """Follow transposes, casts and aliases from an operand to a parameter: its name, and whether it is transposed."""
     transposed = False
     while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            name = str(node.target)
+        if (name := tensor_name(node)) is not None:
             return (name, transposed) if parameter(name) is not None else None
         args: Any = node.args
         if node.target in TRANSPOSES:
@@ -134,7 +134,7 @@ def casts_its_weight(product: Product, dtype: torch.dtype) -> bool:
             wanted = node.args[1] if node.target is aten.to.dtype else node.kwargs.get("dtype")
             cast |= node.target in DTYPE_CASTS and wanted is not dtype
             node = node.all_input_nodes[0]
-        if cast and node.op == "get_attr" and node.target == product.weight:
+        if cast and tensor_name(node) == product.weight:
             return True
     return False
 
@@ -165,10 +165,10 @@ def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.op == "placeholder":
+        if (name := tensor_name(node)) is not None:
+            sources.append(name)
+        elif node.op == "placeholder":
             return "both operands are activations"
-        if node.op == "get_attr":
-            sources.append(str(node.target))
         pending.extend(node.all_input_nodes)
     named = [name for name in sources if parameter(name) is not None]
     if named:

@@ -17,6 +17,7 @@ from torch import fx
 
 from passes.analysis.residual_stream import operation
 from passes.analysis.weight_views import PIECES, STEPS, Dims, digits_of, size_of
+from passes.ir.parameter_names import tensor_name
 
 Lookup = Callable[[str], torch.Tensor | None]
 
@@ -60,10 +61,9 @@ def follow(node: Any, parameter: Lookup) -> Operand | str | None:
             return None
         steps.append(node)
         node = node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    tensor = parameter(str(node.target))
-    if tensor is None:
+    read = tensor_name(node) if isinstance(node, fx.Node) else None
+    tensor = None if read is None else parameter(read)
+    if read is None or tensor is None:
         return None
     dims = digits_of(tensor.shape)
     for step in reversed(steps):
@@ -72,9 +72,9 @@ def follow(node: Any, parameter: Lookup) -> Operand | str | None:
             continue
         found = STEPS[name](step, dims)
         if found is None:
-            return f"the parameter {str(node.target)!r} reaches the product through a {name} that cannot be followed"
+            return f"the parameter {read!r} reaches the product through a {name} that cannot be followed"
         dims = found
-    return Operand(str(node.target), dims)
+    return Operand(read, dims)
 
 
 def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrices | str:

@@ -12,6 +12,8 @@ from collections.abc import Container
 import torch
 from torch import fx
 
+from passes.ir.parameter_names import tensor_name
+
 aten = torch.ops.aten
 
 VIEWS = {
@@ -61,7 +63,7 @@ def residual_writers(graph: fx.Graph, products: Container[fx.Node]) -> set[fx.No
             continue
         one, other = node.all_input_nodes
         for stream, branch in ((one, other), (other, one)):
-            if strip_views(stream).op == "get_attr":  # a bias that several layers share is no stream
+            if tensor_name(strip_views(stream)):  # a bias that several layers share is no stream
                 continue
             ancestors = _terms(stream)
             if _depends(branch, ancestors, order):
@@ -79,7 +81,7 @@ def _terms(stream: fx.Node) -> set[fx.Node]:
             continue
         terms.add(node)
         name = operation(node, node.graph)
-        values = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        values = [n for n in node.all_input_nodes if not tensor_name(n)]
         if name in VIEWS and values:
             pending.append(values[0])
         elif name in ("add", "sub") or (name in ("mul", "div") and len(values) == 1):

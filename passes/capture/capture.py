@@ -34,6 +34,7 @@ from passes.infra.pass_base import run_pass
 from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
+from passes.ir.parameter_names import name_placeholders
 from passes.transforms.normalize import Normalize
 
 
@@ -244,5 +245,6 @@ def normalised(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
 def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
     _inline_regions(graph_module)
+    name_placeholders(graph_module.graph)
     run_pass(Normalize(), graph_module)
     return graph_module

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
 from passes.analysis.matmul_rules import Product, casts_its_weight
 from passes.capture.capture import capture, default_inputs, forward_call, normalised
 from passes.capture.module_calls import CallRecord, record_calls
+from passes.ir.parameter_names import Names, tensor_name
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,17 @@ def _sorted_products(
     model: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, list[Product]], set[str], list[Skipped]]:
     """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
-    products, _ = products_by_site(normalised(model, graph), model)
+    read = normalised(model, graph)
+    products, _ = products_by_site(read, model)
+    weights = Names(model, read.graph).tensors
     nodes = {node.name: node for node in graph.nodes}
     refused: list[Skipped] = []
     whole: set[str] = set()
     for key, found in list(products.items()):
         reasons = (
-            _elsewhere(nodes.get(p.node.name)) if p.matrices else _why_not(model, p, nodes.get(p.node.name))
+            _elsewhere(nodes.get(p.node.name))
+            if p.matrices
+            else _why_not(model, p, nodes.get(p.node.name), weights[p.weight].dtype)
             for p in found
         )
         reason = next(filter(None, reasons), None)
@@ -122,11 +128,11 @@ def _elsewhere(node: fx.Node | None) -> str | None:
     return None
 
 
-def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> str | None:
-    """Why a product cannot be rewritten in a graph, or None."""
+def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None, dtype: torch.dtype) -> str | None:
+    """Why a product with a weight of some dtype cannot be rewritten in a graph, or None."""
     if node is None:
         return _elsewhere(node)
-    if casts_its_weight(product, model.get_parameter(product.weight).dtype):
+    if casts_its_weight(product, dtype):
         return "its weight is cast before the product"
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
@@ -156,6 +162,6 @@ def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
         if path is not None:
             called.add(path)
             read -= {f"{path}.weight", f"{path}.bias"}
-        elif node.op == "get_attr" and not all("called_module" in user.meta for user in node.users):
-            read.add(str(node.target))
+        elif (name := tensor_name(node)) is not None and not all("called_module" in user.meta for user in node.users):
+            read.add(name)
     return CallRecord(frozenset(called), frozenset(read))

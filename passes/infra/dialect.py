@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from passes.ir.adapter_trace import is_adapter
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import META, Mark, mark_of, occurrences
+from passes.ir.provenance import Provenance, adapter_instances, provenance_entry, provenance_of
+from passes.ir.torch_internals import OpOverload, schema_of
 
 aten = torch.ops.aten
 Rule = Callable[[fx.GraphModule], Iterator[str]]
@@ -76,64 +77,62 @@ def attributes_exist(graph_module: fx.GraphModule) -> Iterator[str]:
 def inserted_nodes_are_aten(graph_module: fx.GraphModule) -> Iterator[str]:
     """What surgery inserts is ATen overloads on tensors of the adapter, none of which writes to a tensor."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark is None or mark.role == "base":
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role == "base":
             continue
         if node.op == "call_function":
-            schema = getattr(node.target, "_schema", None)
-            if not isinstance(node.target, torch._ops.OpOverload) or schema is None:
-                yield f"site {mark.key!r}: node {node.name!r} calls {node.target!r}, which is no ATen overload"
+            schema = schema_of(node.target)
+            if not isinstance(node.target, OpOverload) or schema is None:
+                yield f"site {provenance.key!r}: node {node.name!r} calls {node.target!r}, which is no ATen overload"
             elif schema.is_mutable:
-                yield f"site {mark.key!r}: node {node.name!r} calls {node.target}, which writes to a tensor"
+                yield f"site {provenance.key!r}: node {node.name!r} calls {node.target}, which writes to a tensor"
         elif node.op != "get_attr":
-            yield f"site {mark.key!r}: node {node.name!r} is a {node.op}"
+            yield f"site {provenance.key!r}: node {node.name!r} is a {node.op}"
 
 
 @rule
 def inserted_nodes_are_read(graph_module: fx.GraphModule) -> Iterator[str]:
     """No inserted node is dead, but for the output of a product that nothing read."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark and mark.role in ("body", "shared") and not node.users:
-            yield f"site {mark.key!r}: node {node.name!r} is dead"
+        provenance = provenance_of(node)
+        if provenance and provenance.role in ("body", "shared") and not node.users:
+            yield f"site {provenance.key!r}: node {node.name!r} is dead"
 
 
 @rule
 def adapters_are_whole(graph_module: fx.GraphModule) -> Iterator[str]:
     """Each occurrence has a base, an output, and an adapter of the same site that it reads."""
-    for place in occurrences(graph_module.graph):
-        mark: Mark = place.mark
-        lacking = [role for role in ("base", "out") if place.of_role(role) is None]
+    for instance in adapter_instances(graph_module.graph):
+        provenance: Provenance = instance.provenance
+        lacking = [role for role in ("base", "out") if instance.of_role(role) is None]
         if lacking:
-            yield f"site {mark.key!r} at {mark.at!r} lacks its {lacking[0]!r} node"
-        elif not is_adapter(attribute(graph_module, mark.path)):
-            yield f"site {mark.key!r} at {mark.at!r}: {mark.path!r} is no adapter"
-        elif not any(n.op == "get_attr" and str(n.target).startswith(f"{mark.path}.") for n in place.nodes):
-            yield f"site {mark.key!r} at {mark.at!r} reads nothing of its adapter {mark.path!r}"
+            yield f"site {provenance.key!r} at {provenance.at!r} lacks its {lacking[0]!r} node"
+        elif not is_adapter(attribute(graph_module, provenance.path)):
+            yield f"site {provenance.key!r} at {provenance.at!r}: {provenance.path!r} is no adapter"
+        elif not any(n.op == "get_attr" and str(n.target).startswith(f"{provenance.path}.") for n in instance.nodes):
+            yield f"site {provenance.key!r} at {provenance.at!r} reads nothing of its adapter {provenance.path!r}"
 
 
 @rule
 def shared_nodes_are_read_by_sites(graph_module: fx.GraphModule) -> Iterator[str]:
     """What several sites share is read by nothing but adapters, a product of theirs by slices alone."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark is None or mark.role != "shared":
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role != "shared":
             continue
         for user in node.users:
-            if mark_of(user) is None:
+            if provenance_of(user) is None:
                 yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it, which is none of theirs"
             elif node.target is aten.linear.default and user.target is not aten.slice.Tensor:
                 yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it and is no slice"
 
 
 @rule
-def marks_are_marks(graph_module: fx.GraphModule) -> Iterator[str]:
-    """The metadata entry of surgery holds a :class:`Mark` with a known role and form."""
+def provenance_is_known(graph_module: fx.GraphModule) -> Iterator[str]:
+    """The metadata entry of surgery holds a :class:`Provenance` with a known role and form."""
     for node in graph_module.graph.nodes:
-        mark = node.meta.get(META)
-        if mark is None:
-            continue
-        if not isinstance(mark, Mark):
-            yield f"node {node.name!r} has {mark!r} for a mark"
-        elif mark.role not in ROLES or mark.form not in FORMS:
-            yield f"node {node.name!r} has the role {mark.role!r} and the form {mark.form!r}"
+        entry, provenance = provenance_entry(node), provenance_of(node)
+        if entry is not None and provenance is None:
+            yield f"node {node.name!r} has {entry!r} for its provenance"
+        elif provenance and (provenance.role not in ROLES or provenance.form not in FORMS):
+            yield f"node {node.name!r} has the role {provenance.role!r} and the form {provenance.form!r}"

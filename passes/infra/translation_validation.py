@@ -22,7 +22,7 @@ from passes.errors import InputError, PassError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
 from passes.ir.adapter_trace import is_adapter
 from passes.ir.forward_context import Call, copied, state_kept
-from passes.ir.provenance import mark_of
+from passes.ir.provenance import provenance_of
 
 Values = dict[str, Any]
 Reference = Callable[[Any, Any], Any]
@@ -114,13 +114,13 @@ class _Runner(fx.Interpreter):
         self.by_name = {node.name: node for node in graph_module.graph.nodes}
         self.looked_at = {at: at for at in places if at in self.by_name}
         for node in graph_module.graph.nodes:
-            mark = mark_of(node)
-            if mark is not None and mark.at in places:
-                self.looked_at.pop(mark.at, None)
+            provenance = provenance_of(node)
+            if provenance is not None and provenance.at in places:
+                self.looked_at.pop(provenance.at, None)
         for node in graph_module.graph.nodes:
-            mark = mark_of(node)
-            if mark is not None and mark.role == "out" and mark.at in places:
-                self.looked_at[node.name] = mark.at
+            provenance = provenance_of(node)
+            if provenance is not None and provenance.role == "out" and provenance.at in places:
+                self.looked_at[node.name] = provenance.at
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
         signature = inspect.signature(self.graph_module.forward)

@@ -21,10 +21,10 @@ from torch import fx
 
 from passes.ir.adapter_trace import adapter_tensors
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of, occurrences
+from passes.ir.provenance import adapter_instances, provenance_of, sites_by_product
 from passes.transforms.fold_constants import fold_constants, store
 from passes.transforms.fuse_projections import parts_of
-from passes.transforms.insert import Place, insert_delta
+from passes.transforms.insert import InsertionPoint, insert_delta
 from passes.transforms.merge import Merge, take_out
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ class Fold:
 
     def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
-        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.keys)}
+        return sites_by_product(graph_module.graph, self.keys)
 
     def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
         """The tensors that are taken for constants."""
@@ -69,36 +69,43 @@ class Fold:
         dense = self._dense(graph_module)
         modified = bool(dense.weights) and dense.call(graph_module)
         names = {node.name: node for node in graph_module.graph.nodes}
-        for place in occurrences(graph_module.graph, self.keys):
-            if place.mark.form == "residual":
-                adapter: Any = graph_module.get_submodule(place.mark.path)
+        for instance in adapter_instances(graph_module.graph, self.keys):
+            if instance.provenance.form == "residual":
+                adapter: Any = graph_module.get_submodule(instance.provenance.path)
                 adapter.use_base()
-                mark, x, added = place.mark, place.input, place.added
-                node = take_out(place, names)
+                provenance, x, added = instance.provenance, instance.input, instance.added
+                node = take_out(instance, names)
                 insert_delta(
-                    Place(mark.key, mark.path, mark.at, x.name, added.name if added else None), adapter, node, x
+                    InsertionPoint(
+                        provenance.key, provenance.path, provenance.at, x.name, added.name if added else None
+                    ),
+                    adapter,
+                    node,
+                    x,
                 )
                 modified = True
         return self._constants(graph_module) or modified
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """No site is left in residual form."""
-        left = [p for p in occurrences(graph_module.graph, self.keys) if p.mark.form == "residual"]
-        return f"site {left[0].mark.key!r} is still in residual form" if left else None
+        left = [p for p in adapter_instances(graph_module.graph, self.keys) if p.provenance.form == "residual"]
+        return f"site {left[0].provenance.key!r} is still in residual form" if left else None
 
     def _dense(self, graph_module: fx.GraphModule) -> Merge:
         """The merge of the adapters whose every tensor is frozen."""
         weights = {}
-        for place in occurrences(graph_module.graph, self.keys):
-            adapter: Any = graph_module.get_submodule(place.mark.path)
-            if all(f"{place.mark.path}.{name}" in self.frozen for name in adapter_tensors(adapter)):
-                weights[place.mark.key] = adapter.merged_weight()
+        for instance in adapter_instances(graph_module.graph, self.keys):
+            adapter: Any = graph_module.get_submodule(instance.provenance.path)
+            if all(f"{instance.provenance.path}.{name}" in self.frozen for name in adapter_tensors(adapter)):
+                weights[instance.provenance.key] = adapter.merged_weight()
         return Merge(weights, untie=self.untie)
 
     def _constants(self, graph_module: fx.GraphModule) -> bool:
         frozen: Collection[str] = self.frozen
         if self.keys is not None:
-            paths = tuple({f"{place.mark.path}." for place in occurrences(graph_module.graph, self.keys)})
+            paths = tuple(
+                {f"{instance.provenance.path}." for instance in adapter_instances(graph_module.graph, self.keys)}
+            )
             frozen = {name for name in self.frozen if name.startswith(paths)}
         folded = scale_neighbours(graph_module, frozen)
         return bool(fold_constants(graph_module, frozen) + folded)
@@ -109,8 +116,8 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
     changed = 0
     stored: dict[tuple[Any, ...], str] = {}
     for node in list(graph_module.graph.nodes):
-        mark = mark_of(node)
-        if mark is None or mark.role not in ("body", "shared"):
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role not in ("body", "shared"):
             continue
         if node.target is not aten.linear.default or len(node.args) != 2:
             continue
@@ -132,11 +139,11 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
                 folds.append((start, stop, S))
         if not folds:
             continue
-        place = (matrix.target, *folds)
-        if place in stored:
-            matrix.target = stored[place]
+        scaled_by = (matrix.target, *folds)
+        if scaled_by in stored:
+            matrix.target = stored[scaled_by]
         else:
-            stored[place] = store(graph_module, matrix, product.to(Vh.dtype))
+            stored[scaled_by] = store(graph_module, matrix, product.to(Vh.dtype))
         for start, stop, _ in folds:
             for h in parts[start, stop]:
                 for user in list(h.users):

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import META, Mark, mark_of, occurrences
+from passes.ir.provenance import Provenance, adapter_instances, provenance_of, set_provenance, sites_by_product
 
 aten = torch.ops.aten
 HOLDER = "fused"
@@ -113,13 +113,13 @@ class Fuse:
 
     def requires(self, graph_module: fx.GraphModule) -> str | None:
         """The sites to keep to stand in the graph."""
-        standing = {place.mark.key for place in occurrences(graph_module.graph)}
+        standing = {instance.provenance.key for instance in adapter_instances(graph_module.graph)}
         missing = sorted(set(self.keys or ()) - standing)
         return f"site {missing[0]!r} is not in the graph" if missing else None
 
     def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
-        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.keys)}
+        return sites_by_product(graph_module.graph, self.keys)
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Fuse what can be fused."""
@@ -202,16 +202,21 @@ def forget_rows(graph_module: nn.Module) -> None:
 
 
 def _is_shared(node: fx.Node) -> bool:
-    mark = mark_of(node)
-    return mark is not None and mark.role == "shared"
+    provenance = provenance_of(node)
+    return provenance is not None and provenance.role == "shared"
 
 
 def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] | None) -> Head | None:
     """Read ``linear(reshape(unflatten(x, 0, [rows, -1]), [rows, -1, d_in]), cast(tensor))``."""
-    mark = mark_of(product)
-    if product.target is not aten.linear.default or len(product.args) != 2 or mark is None or mark.form != "delta":
+    provenance = provenance_of(product)
+    if (
+        product.target is not aten.linear.default
+        or len(product.args) != 2
+        or provenance is None
+        or provenance.form != "delta"
+    ):
         return None
-    if mark.role != "body" or (keys is not None and mark.key not in keys):
+    if provenance.role != "body" or (keys is not None and provenance.key not in keys):
         return None
     tokens: Any = product.args[0]
     matrix: Any = product.args[1]
@@ -221,9 +226,9 @@ def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] 
     tensor = matrix.args[0] if matrix.target is aten.to.dtype and len(matrix.args) == 2 else matrix
     inner = {split: tokens, tokens: product, matrix: product} | ({} if tensor is matrix else {tensor: matrix})
     for node, reader in inner.items():
-        own = mark_of(node)
+        own = provenance_of(node)
         readers = [user for user in node.users if node is not tokens or not _asks_rows(user)]
-        if own is None or (own.path, own.at) != (mark.path, mark.at) or readers != [reader]:
+        if own is None or (own.path, own.at) != (provenance.path, provenance.at) or readers != [reader]:
             return None
     if tensor.op != "get_attr":
         return None
@@ -256,17 +261,17 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
     """Let adapters go on from their slices of one product, which stands before the first of them."""
     first, x = heads[0], heads[0].x
     graph, at = x.graph, f"{x.name}_{name}"
-    keys = dict.fromkeys(_mark(head.product).key for head in heads)
+    keys = dict.fromkeys(_provenance(head.product).key for head in heads)
 
     def shared(op: str, target: Any, args: tuple[Any, ...], like: fx.Node, suffix: str) -> fx.Node:
         node = graph.create_node(op, target, args, {}, f"{at}_{suffix}")
-        node.meta = _provenance(like)
-        node.meta[META] = Mark(" + ".join(keys), name, at, "shared", "delta", x.name)
+        node.meta = _metadata(like)
+        set_provenance(node, Provenance(" + ".join(keys), name, at, "shared", "delta", x.name))
         return node
 
     def own(head: Head, target: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
-        node = graph.create_node("call_function", target, args, {}, f"{_mark(head.product).at}_{suffix}")
-        node.meta = _provenance(head.product)
+        node = graph.create_node("call_function", target, args, {}, f"{_provenance(head.product).at}_{suffix}")
+        node.meta = _metadata(head.product)
         return node
 
     with graph.inserting_before(min(head.first for head in heads)):
@@ -287,12 +292,12 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
             graph.erase_node(node)
 
 
-def _mark(node: fx.Node) -> Mark:
-    mark = mark_of(node)
-    assert mark is not None
-    return mark
+def _provenance(node: fx.Node) -> Provenance:
+    provenance = provenance_of(node)
+    assert provenance is not None
+    return provenance
 
 
-def _provenance(node: fx.Node) -> dict[str, Any]:
+def _metadata(node: fx.Node) -> dict[str, Any]:
     """Metadata of a node without what tells of its value."""
     return {name: value for name, value in node.meta.items() if name not in STALE}

@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of
+from passes.ir.provenance import provenance_of
 
 
 class Annotate:
@@ -33,7 +33,7 @@ class Annotate:
         mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
         known: dict[Hashable, Any] = {}
         for node in graph_module.graph.nodes if mode else ():
-            if mark_of(node) is not None and "val" not in node.meta:
+            if provenance_of(node) is not None and "val" not in node.meta:
                 _annotate(graph_module, node, mode, known)
         return False
 

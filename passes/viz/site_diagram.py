@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of, occurrences
+from passes.ir.provenance import adapter_instances, provenance_of
 
 COLOURS = {
     "base": ("#dbe7f5", "base product"),
@@ -107,13 +107,13 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
     Raises:
         KeyError: no adapter of that key stands in the graph.
     """
-    found = occurrences(graph_module.graph, [key])
+    found = adapter_instances(graph_module.graph, [key])
     if not found:
         raise KeyError(key)
     inside = set(found[0].nodes)
     for node in reversed(graph_module.graph.nodes):
-        mark = mark_of(node)
-        if mark is not None and mark.role == "shared" and any(user in inside for user in node.users):
+        provenance = provenance_of(node)
+        if provenance is not None and provenance.role == "shared" and any(user in inside for user in node.users):
             inside.add(node)
     readers = {user for node in inside for user in node.users} - inside
     sources = {source for node in inside for source in node.all_input_nodes} - inside
@@ -124,7 +124,7 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
 
 
 def _box(graph_module: fx.GraphModule, node: fx.Node) -> Box:
-    mark = mark_of(node)
+    provenance = provenance_of(node)
     if node.op != "get_attr":
         target = getattr(node.target, "_schema", None)
         title = (
@@ -132,13 +132,13 @@ def _box(graph_module: fx.GraphModule, node: fx.Node) -> Box:
         )
         shape = getattr(node.meta.get("val"), "shape", None)
         detail = node.name if shape is None else f"{node.name}  {tuple(map(str, shape))}".replace("'", "")
-        return Box(node.name, title, detail, mark.role if mark else "outside")
+        return Box(node.name, title, detail, provenance.role if provenance else "outside")
     tensor = attribute(graph_module, str(node.target))
     kind = "trainable" if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad else "frozen"
     short = _end(str(node.target), 27)
-    if mark is not None and str(node.target).startswith(f"{mark.path}."):
-        short = str(node.target).removeprefix(f"{mark.path}.")
-        adapter = graph_module.get_submodule(mark.path)
+    if provenance is not None and str(node.target).startswith(f"{provenance.path}."):
+        short = str(node.target).removeprefix(f"{provenance.path}.")
+        adapter = graph_module.get_submodule(provenance.path)
         kind = "knob" if short == getattr(adapter, "knob", None) else kind
     return Box(node.name, short, f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", kind)
 

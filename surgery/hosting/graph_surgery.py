@@ -23,7 +23,7 @@ from passes.infra.pass_manager import Stages, run_pipeline
 from passes.infra.translation_validation import Validation
 from passes.ir.module_utils import copy_graph
 from passes.transforms.fuse_projections import Rows, forget_rows
-from passes.transforms.insert import Place
+from passes.transforms.insert import InsertionPoint
 from passes.transforms.split_packed_weight import reads_of_part
 from surgery.hosting.transaction import transaction
 from surgery.modules.graph_host_module import SSpaceNode
@@ -94,7 +94,7 @@ class _Sites(nn.Module):
     """Holds the sites of a graph patient."""
 
 
-def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SSpaceNode]) -> list[Place]:
+def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SSpaceNode]) -> list[InsertionPoint]:
     """Give a graph module the submodules of sites, and say where their adapters go.
 
     Args:
@@ -118,14 +118,14 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SS
                 reads = reads_of_part(original, site.weight_name, site.rows)
             else:
                 reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
-            places += [Place(site.key, path, node.name, node.name) for node in reads]
+            places += [InsertionPoint(site.key, path, node.name, node.name) for node in reads]
             site.in_place_host = site.in_place_host or "weight"
             continue
         for p in products[site.key]:
             if site.in_place_host is None:
                 site.in_place_host = _in_place_host(model, site, p)
             added = p.added.name if p.added is not None and p.added.name in known else None
-            places.append(Place(site.key, path, p.node.name, p.input.name, added, p.bias))
+            places.append(InsertionPoint(site.key, path, p.node.name, p.input.name, added, p.bias))
     return places
 
 

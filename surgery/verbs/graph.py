@@ -24,7 +24,7 @@ from passes.infra.translation_validation import Validation
 from passes.ir.adapter_trace import adapter_tensors
 from passes.ir.forward_context import outside_inference_mode
 from passes.ir.module_utils import copy_graph
-from passes.ir.provenance import occurrences
+from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
 from passes.transforms.fuse_projections import Fuse, shared_tensors
 from passes.transforms.insert import Insert
@@ -260,7 +260,7 @@ def _settle(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = (
         bases: weights that the graph had, by name, whose flags are put back with the last site.
     """
     nodes = graph_sites(graph)
-    standing = {place.mark.key for place in occurrences(graph.graph)}
+    standing = {instance.provenance.key for instance in adapter_instances(graph.graph)}
     original = record_of(graph).original
     for site in nodes.values():
         if site.form == "delta":

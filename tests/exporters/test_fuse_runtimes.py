@@ -18,7 +18,7 @@ from passes.errors import PassError
 from passes.infra.dialect import check_graph
 from passes.infra.pass_base import run_pass
 from passes.infra.pass_manager import run_pipeline
-from passes.ir.provenance import META, mark_of
+from passes.ir.provenance import provenance_of
 from passes.transforms.fuse_projections import Fuse, Rows
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, fuse, load_adapter, save_adapter, set_coeff, sites, steer, to_graph
@@ -40,7 +40,7 @@ def test_undo_is_bit_for_bit():
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(run(fused, x), run(base, x))
-    assert not any(META in node.meta for node in fused.graph.nodes)
+    assert not any(provenance_of(node) for node in fused.graph.nodes)
 
 
 def test_save_and_load(tmp_path):
@@ -175,9 +175,13 @@ def test_chosen_sites():
 
 def test_values_of_nodes_are_annotated():
     _, fused, _ = graphs()
-    wide = [n for n in fused.graph.nodes if mark_of(n) and mark_of(n).role == "shared" and n.op == "call_function"]
+    wide = [
+        n
+        for n in fused.graph.nodes
+        if provenance_of(n) and provenance_of(n).role == "shared" and n.op == "call_function"
+    ]
     assert sorted(n.meta["val"].shape[-1] for n in wide) == [14, 18]
-    assert all("val" in n.meta for n in fused.graph.nodes if mark_of(n) is not None)
+    assert all("val" in n.meta for n in fused.graph.nodes if provenance_of(n) is not None)
 
 
 class Odd(nn.Module):

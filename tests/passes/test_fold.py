@@ -9,7 +9,7 @@ from torch import fx, nn
 import surgery
 from passes.errors import PassError
 from passes.infra.pass_base import run_pass
-from passes.ir.provenance import occurrences
+from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
 from passes.transforms.fold_constants import fold_constants, is_pure
 from surgery import apply_surgery, fold, merge, set_coeff, sites, steer, to_graph, undo_surgery
@@ -221,7 +221,7 @@ def test_only_chosen_sites_fold():
     key = next(iter(sites(graph)))
     path = f"sspace.{key}."
     run_pass(Fold([name for name in _tensors(graph, "factors.") if name.startswith(path)], [key]), graph)
-    forms = {place.mark.key: place.mark.form for place in occurrences(graph.graph)}
+    forms = {place.provenance.key: place.provenance.form for place in adapter_instances(graph.graph)}
     assert forms.pop(key) == "delta"
     assert set(forms.values()) == {"residual"}
 

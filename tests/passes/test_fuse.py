@@ -12,7 +12,7 @@ from torch import fx, nn
 import surgery
 from passes.infra.dialect import check_graph
 from passes.infra.pass_base import run_pass
-from passes.ir.provenance import mark_of, occurrences
+from passes.ir.provenance import adapter_instances, provenance_of
 from passes.transforms.fuse_projections import Fuse, Rows
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, fuse, merge, set_coeff, sites, to_graph
@@ -122,7 +122,7 @@ def test_what_is_fused_and_what_is_modified():
     again = run_pass(Fuse(), plain, debug=True)
     assert (again.modified, again.nodes, len(holders(plain))) == (False, again.nodes_before, 2)
     assert sorted(len(rows.rows) for rows in holders(plain)) == [6 + 8, 7 + 5 + 6]
-    keys = {mark_of(n).key for n in plain.graph.nodes if mark_of(n) and mark_of(n).role == "shared"}
+    keys = {provenance_of(n).key for n in plain.graph.nodes if provenance_of(n) and provenance_of(n).role == "shared"}
     assert {frozenset(key.split(" + ")) for key in keys} == {frozenset("qkv"), frozenset(("gate", "up"))}
 
 
@@ -225,8 +225,8 @@ def test_merging_some_sites_leaves_the_others():
         assert products(fused) == left
         assert not check_graph(fused)
         assert_close(run(fused, x), live)
-    assert not any(mark_of(node) and mark_of(node).role == "shared" for node in fused.graph.nodes)
-    assert {place.mark.key for place in occurrences(fused.graph)} == {"o", "down"}
+    assert not any(provenance_of(node) and provenance_of(node).role == "shared" for node in fused.graph.nodes)
+    assert {place.provenance.key for place in adapter_instances(fused.graph)} == {"o", "down"}
 
 
 def test_a_merged_site_is_dropped_and_the_others_keep_their_rows():

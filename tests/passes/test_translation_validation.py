@@ -14,7 +14,7 @@ import surgery
 from passes.errors import PassError
 from passes.infra.pass_base import run_pass
 from passes.infra.translation_validation import Validation
-from passes.ir.provenance import mark_of
+from passes.ir.provenance import provenance_of
 from passes.transforms import fold as fold_pass
 from passes.transforms import fold_constants as constants
 from passes.transforms import merge as merge_pass
@@ -55,7 +55,7 @@ def refused(name: str, site: str = "2") -> Any:
 
 
 def nodes_at(graph: fx.GraphModule, key: str) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if (mark := mark_of(node)) and mark.key == key]
+    return [node for node in graph.graph.nodes if (mark := provenance_of(node)) and mark.key == key]
 
 
 def named(graph: fx.GraphModule, key: str, ending: str) -> fx.Node:
@@ -122,13 +122,13 @@ def baked(ending: str, value: float) -> Any:
 
 
 def without_bias(graph: fx.GraphModule) -> None:
-    node = next(n for n in nodes_at(graph, "2") if mark_of(n).role == "base")
+    node = next(n for n in nodes_at(graph, "2") if provenance_of(n).role == "base")
     node.args = node.args[:2]
 
 
 def scaled(graph: fx.GraphModule) -> None:
     """One per cent too much, which bfloat16's own tolerance would let pass."""
-    out = next(n for n in nodes_at(graph, "2") if mark_of(n).role == "out")
+    out = next(n for n in nodes_at(graph, "2") if provenance_of(n).role == "out")
     between(out, torch.ops.aten.mul.Tensor, 1.01)
 
 
@@ -214,7 +214,7 @@ def test_a_stale_constant_is_refused(monkeypatch):
     store = constants.store
 
     def stale(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
-        old = 1.1 * value if mark_of(node).key == "2" else value
+        old = 1.1 * value if provenance_of(node).key == "2" else value
         return store(graph_module, node, old)
 
     monkeypatch.setattr(fold_pass, "store", stale)
@@ -229,7 +229,7 @@ def test_a_wrong_base_after_residual_form_is_refused(keep_base, monkeypatch):
 
     def broken(place: Any, names: Any) -> fx.Node:
         node = take_out(place, names)
-        if place.mark.key == "2":
+        if place.provenance.key == "2":
             node.args = node.args[:2]
         return node
 
@@ -272,7 +272,7 @@ def test_a_dropped_bias_in_merge_is_refused(form, monkeypatch):
 
     def broken(place: Any, names: Any) -> fx.Node:
         node = take_out(place, names)
-        if place.mark.key == "2":
+        if place.provenance.key == "2":
             node.args = node.args[:2]
         return node
 
@@ -330,7 +330,7 @@ def test_a_fault_after_the_last_site_is_named_so(monkeypatch):
 def test_a_lost_site_is_named(monkeypatch):
     def fault(graph: fx.GraphModule) -> None:
         for node in nodes_at(graph, "2"):
-            if mark_of(node).role == "out":
+            if provenance_of(node).role == "out":
                 node.replace_all_uses_with(node.args[0])
         graph.graph.eliminate_dead_code()
 
@@ -403,7 +403,7 @@ def test_validation_leaves_everything_as_it_was():
     graph = torch.export.export(Stateful().eval(), (X,), strict=False).module()
     apply_surgery(graph, "antipasto", r=4, progress=False)
     set_coeff(graph, 0.5)
-    places = {n.name: mark_of(n).key for n in graph.graph.nodes if (m := mark_of(n)) and m.role == "base"}
+    places = {n.name: provenance_of(n).key for n in graph.graph.nodes if (m := provenance_of(n)) and m.role == "base"}
     objects = [*graph.parameters(), *graph.buffers()]
     x, before = X.clone(), tensors(graph)
     torch.manual_seed(3)
@@ -412,7 +412,7 @@ def test_validation_leaves_everything_as_it_was():
     validation = Validation(((x,), {}), random=2)
     found = validation.observe(graph, places)
     assert len(found) == 3
-    assert set(found[0]) == {mark_of(n).at for n in graph.graph.nodes if mark_of(n)} | {""}
+    assert set(found[0]) == {provenance_of(n).at for n in graph.graph.nodes if provenance_of(n)} | {""}
     again = validation.observe(graph, places)[0]
     assert all(torch.equal(value, again[at]) for at, value in found[0].items())
     assert torch.equal(torch.get_rng_state(), numbers)
@@ -430,7 +430,7 @@ def test_noise_stands_for_the_cores_and_another_knob():
     """At identity a broken adapter gives what a whole one does: only noise shows the fault."""
     graph = set_coeff(graph_of(), 0.0)
     zero = graph(X)
-    places = {n.name: mark_of(n).key for n in graph.graph.nodes if (m := mark_of(n)) and m.role == "base"}
+    places = {n.name: provenance_of(n).key for n in graph.graph.nodes if (m := provenance_of(n)) and m.role == "base"}
     set_coeff(graph, 1.0)
     for site in sites(graph).values():
         site.core.g.data.zero_()

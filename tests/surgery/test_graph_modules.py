@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-import passes.transforms.insert
 import surgery
 import surgery.hosting.graph_surgery
+from passes.ir.provenance import provenance_of
 from surgery import (
     apply_surgery,
     load_adapter,
@@ -267,7 +267,7 @@ def test_the_graph_module_stays_the_callers():
     found = graph("symbolic")
     assert apply_surgery(found.model, "antipasto", r=4, progress=False) is found.model
     assert merge(found.model) is found.model
-    assert passes.transforms.insert.META not in {key for node in found.model.graph.nodes for key in node.meta}
+    assert not any(provenance_of(node) for node in found.model.graph.nodes)
 
 
 def test_pickling_an_operated_graph_is_refused_and_works_again_without(tmp_path):

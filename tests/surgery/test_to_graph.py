@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 import surgery
+from passes.ir.provenance import provenance_of
 from surgery import (
     apply_surgery,
     fold,
@@ -367,7 +368,7 @@ def test_the_whole_pipeline_gives_back_the_names_of_the_base(name, form):
     assert sorted(shape_of(compiled.graph.graph)) == sorted(shape_of(plain.graph))
     assert_close(found.run(compiled.graph), found.run())
     half_way = pipeline(found.model, found.inputs, form=form, stop_after="fold").graph
-    products = {node.meta["surgery"].at for node in half_way.graph.nodes if "surgery" in node.meta}
+    products = {p.at for node in half_way.graph.nodes if (p := provenance_of(node))}
     assert products <= {node.name for node in half_way.graph.nodes}
 
 
