@@ -12,10 +12,14 @@ from exporters.shared.agreement import differ
 from exporters.shared.report import working_copy
 from exporters.shared.subject import Subject
 from passes.errors import ExportError
+from passes.transforms.fold import Fold
+from passes.transforms.fuse_projections import Fuse
+from passes.transforms.insert import Insert
+from passes.transforms.merge import Merge
 from surgery import pipeline
 from surgery.verbs.apply import unwrap
 
-STAGES = {"live": "insert", "folded": "fold", "merged": "merge"}
+STAGES = {"live": Insert.name, "folded": Fold.name, "merged": Merge.name}
 
 
 def compiled(
@@ -50,8 +54,8 @@ def compiled(
     """
     if mode not in STAGES:
         raise ExportError(f"mode must be one of {', '.join(STAGES)}; found {mode!r}")
-    stop = "fuse" if fuse and mode != "merged" else STAGES[mode]
-    disable = ["fold"] if fuse and mode == "live" else []
+    stop = Fuse.name if fuse and mode != "merged" else STAGES[mode]
+    disable = [Fold.name] if fuse and mode == "live" else []
     model = unwrap(model)
     graph = pipeline(model, example_inputs, form=form, fuse=fuse, stop_after=stop, disable=disable).graph
     program = torch.compile(graph, **options)

@@ -30,7 +30,6 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from passes.errors import InputError
-from passes.infra.pass_base import run_pass
 from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
@@ -246,5 +245,5 @@ def normalised(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
     _inline_regions(graph_module)
     name_placeholders(graph_module.graph)
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     return graph_module

@@ -1,7 +1,7 @@
 """The graph dialect as an executable specification: what every graph keeps to between any two passes.
 
 Each rule is one function that yields what is wrong; :func:`check_graph` runs them all.
-:func:`passes.infra.pass_base.run_pass` does so after every pass in debug mode (``SURGERY_DEBUG=1``, or ``debug=True``).
+:meth:`passes.infra.pass_base.Pass.run` does so after every pass in debug mode (``SURGERY_DEBUG=1``, or ``debug=True``).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.infra.pass_base import Pass
 from passes.ir.adapter_trace import adapter_tensors
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import adapter_instances, provenance_of, sites_by_product
@@ -30,7 +31,7 @@ from passes.transforms.merge import Merge, take_out
 aten = torch.ops.aten
 
 
-class Fold:
+class Fold(Pass):
     """Fold the frozen tensors of adapters.
 
     Args:
@@ -38,8 +39,6 @@ class Fold:
         keys: sites to keep to; all by default.
         untie: give a site that folds completely a weight of its own where others read it too.
     """
-
-    name = "fold"
 
     def __init__(self, frozen: Collection[str], keys: Collection[str] | None = None, *, untie: bool = False) -> None:
         self.frozen = frozenset(frozen)
@@ -56,7 +55,7 @@ class Fold:
                 return f"{name!r} is listed as frozen and requires a gradient"
         return self._dense(graph_module).requires(graph_module)
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
         return sites_by_product(graph_module.graph, self.keys)
 

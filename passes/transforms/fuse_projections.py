@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import Provenance, adapter_instances, provenance_of, set_provenance, sites_by_product
 
@@ -99,14 +100,12 @@ class Head:
         return str(self.tensor.target)
 
 
-class Fuse:
+class Fuse(Pass):
     """Fuse the down-projections of adapters in delta form.
 
     Args:
         keys: sites to keep to; all by default.
     """
-
-    name = "fuse"
 
     def __init__(self, keys: Collection[str] | None = None) -> None:
         self.keys = keys
@@ -117,7 +116,7 @@ class Fuse:
         missing = sorted(set(self.keys or ()) - standing)
         return f"site {missing[0]!r} is not in the graph" if missing else None
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
         return sites_by_product(graph_module.graph, self.keys)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.infra.pass_base import Pass
 from passes.infra.translation_validation import Reference
 from passes.ir.adapter_trace import INPUT, adapter_tensors, inline, is_adapter, trace_adapter
 from passes.ir.erased_nodes import erase_product, set_erased_nodes
@@ -48,14 +49,12 @@ class InsertionPoint:
     bias: str | None = None
 
 
-class Insert:
+class Insert(Pass):
     """Inline adapters, which are submodules of the graph module already, at their insertion points.
 
     Args:
         keep_base: keep the weights that only remainders stand for now.
     """
-
-    name = "insert"
 
     def __init__(self, points: Sequence[InsertionPoint], *, keep_base: bool = True) -> None:
         self._points = points
@@ -96,7 +95,7 @@ class Insert:
             self._forget_bases(graph_module)
         return bool(self._points)
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: each product with its adapter."""
         return {point.node: point.key for point in self._points}
 

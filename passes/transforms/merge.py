@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from passes.analysis.residual_stream import VIEWS, operation
+from passes.infra.pass_base import Pass
 from passes.ir.erased_nodes import erase_unread, erased_nodes_of, restore_product
 from passes.ir.module_utils import attribute, set_parameter
 from passes.ir.parameter_names import tensor_name
@@ -20,15 +21,13 @@ from passes.transforms.split_packed_weight import is_part
 VIEWS_OF_A_WEIGHT = VIEWS | {"t", "transpose", "permute", "numpy_t", "mt", "getattr", "detach", "expand"}
 
 
-class Merge:
+class Merge(Pass):
     """Replace adapters by weights.
 
     Args:
         weights: the dense weight of each site to merge, by key, in the layout and dtype of its base weight.
         untie: give a site whose weight has other readers a weight of its own.
     """
-
-    name = "merge"
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, untie: bool = False) -> None:
         self.weights = weights
@@ -54,7 +53,7 @@ class Merge:
                 )
         return None
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: each product, as it was named before surgery."""
         return sites_by_product(graph_module.graph, self.weights)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from passes.infra.pass_base import Pass
 from passes.ir.linear_modules import linear_layout
 
 aten = torch.ops.aten
@@ -44,14 +45,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Normalize:
+class Normalize(Pass):
     """Rewrite the products and additions of any dialect to ATen overloads, keeping names and metadata."""
-
-    name = "normalize"
-
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any graph."""
-        return None
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Rewrite in place; nodes that have no ATen counterpart here stay as they are."""

@@ -14,18 +14,13 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
+from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import provenance_of
 
 
-class Annotate:
+class Annotate(Pass):
     """Set ``val`` on inserted nodes, where the graph carries it; metadata only, so it never reports a change."""
-
-    name = "annotate"
-
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any graph."""
-        return None
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Annotate in the order of execution."""
@@ -36,10 +31,6 @@ class Annotate:
             if provenance_of(node) is not None and "val" not in node.meta:
                 _annotate(graph_module, node, mode, known)
         return False
-
-    def ensures(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any result: what reads a node without ``val`` has none either."""
-        return None
 
 
 def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dict[Hashable, Any]) -> None:

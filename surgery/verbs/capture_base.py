@@ -188,7 +188,7 @@ def check_capture(
     tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls), *vals]
     dtypes = {t.dtype for t in tensors_of_all if isinstance(t, torch.Tensor) and t.dtype in RELATIVE}
     coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)  # an output may have been computed in another dtype
-    places, references = insert.places(graph), insert.references(graph)
+    places, references = insert.comparison_points(graph), insert.references(graph)
     found = validation.observe(graph, places, references=references, frozen=tensors)
     for (args, kwargs), values in zip(validation.calls, found, strict=True):
         with inference_mode_of(model), state_kept(model), torch.no_grad():

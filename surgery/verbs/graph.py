@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from passes.capture.capture import forward_call
 from passes.errors import InputError
-from passes.infra.pass_base import Pass, PassResult, run_pass
+from passes.infra.pass_base import Pass, PassResult
 from passes.infra.pass_manager import run_pipeline
 from passes.infra.translation_validation import Validation
 from passes.ir.adapter_trace import adapter_tensors
@@ -87,8 +87,8 @@ def to_graph(
         PassError: the insertion failed, or verification found a difference.
     """
     compiled = pipeline(
-        model, example_inputs, form=form, keep_base=keep_base, fuse=fuse, stop_after="fuse" if fuse else "insert",
-        disable=["fold"] if fuse else [], verify=verify, debug=debug,
+        model, example_inputs, form=form, keep_base=keep_base, fuse=fuse, stop_after=Fuse.name if fuse else Insert.name,
+        disable=[Fold.name] if fuse else [], verify=verify, debug=debug,
     )  # fmt: skip
     return compiled.graph
 
@@ -127,7 +127,7 @@ def pipeline(
     check_flags(keep_base=keep_base, fuse=fuse, untie=untie, verify=verify)
     if not keep_base and form != "residual":
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
-    if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):
+    if fuse and form == "residual" and (Fold.name in disable or stop_after == Insert.name):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record = record_of(model)
     with transaction(model):  # whose cores the graph shares
@@ -143,7 +143,7 @@ def pipeline(
             site.base_fingerprint = fingerprint(site.weight)
         places = register_sites(graph, graph.graph, sites)
         graph.graph = copy_graph(graph.graph)
-        merging = "merge" not in disable and stop_after in (None, "merge")
+        merging = Merge.name not in disable and stop_after in (None, Merge.name)
         stages: list[Pass] = [
             Insert(places, keep_base=keep_base),
             Fold(_tensors(graph, "factors.")),
@@ -156,7 +156,7 @@ def pipeline(
         results = run_pipeline(
             graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug
         )
-        results.append(run_pass(Annotate(), graph))
+        results.append(Annotate().run(graph))
         _settle(graph)
     return Compiled(graph, tuple(results))
 

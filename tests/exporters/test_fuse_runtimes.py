@@ -16,7 +16,6 @@ import surgery
 from exporters import export
 from passes.errors import PassError
 from passes.infra.dialect import check_graph
-from passes.infra.pass_base import run_pass
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.provenance import provenance_of
 from passes.transforms.fuse_projections import Fuse, Rows
@@ -156,21 +155,21 @@ def test_the_pipeline_with_and_without():
     with pytest.raises(surgery.InputError, match="use to_graph first"):
         fuse(model)
     residual = to_graph(model, x, form="residual")
-    assert not run_pass(Fuse(), residual).modified
+    assert not Fuse().run(residual).modified
 
 
 def test_chosen_sites():
     plain, _, x = graphs()
     live = run(plain, x)
-    assert run_pass(Fuse(["q", "k", "up"]), plain, debug=True).modified
+    assert Fuse(["q", "k", "up"]).run(plain, debug=True).modified
     assert [sorted(rows.bounds()) for rows in holders(plain)] == [[(0, 7), (7, 12)]] or products(plain) == 20
     assert products(plain) == 20
     assert_close(run(plain, x), live)
-    assert run_pass(Fuse(), plain).modified  # gate and up; v is alone
+    assert Fuse().run(plain).modified  # gate and up; v is alone
     assert products(plain) == 19
     assert_close(run(plain, x), live)
     with pytest.raises(PassError, match="site 'nothing' is not in the graph"):
-        run_pass(Fuse(["nothing"]), plain)
+        Fuse(["nothing"]).run(plain)
 
 
 def test_values_of_nodes_are_annotated():

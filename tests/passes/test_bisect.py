@@ -10,6 +10,7 @@ from torch import fx, nn
 
 import surgery
 from passes.errors import PassError
+from passes.infra.pass_base import Pass
 from passes.infra.pass_manager import Culprit, bisect, run_pipeline
 from passes.transforms.fold import Fold
 from passes.transforms.merge import Merge
@@ -102,20 +103,12 @@ def test_bisect_of_insert_finds_a_wrong_adapter():
     assert bisect(build, good, KEYS) == Culprit("toggle", "2")
 
 
-class Toggle:
+class Toggle(Pass):
     """A stage of a test's own, which notes whether it saw a site."""
-
-    name = "toggle"
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module, keys: Any) -> None:
         self.keys = list(keys)
 
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        return None
-
     def call(self, graph_module: fx.GraphModule) -> bool:
         graph_module.__dict__["wrong"] = "2" in self.keys
         return False
-
-    def ensures(self, graph_module: fx.GraphModule) -> str | None:
-        return None

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from passes.errors import PassError
 from passes.infra import dialect as spec
-from passes.infra.pass_base import PassResult, run_pass
+from passes.infra.pass_base import Pass, PassResult
 from passes.ir.provenance import KEY, adapter_instances, clear_provenance, provenance_of, set_provenance
 from surgery import apply_surgery, fold, sites
 
@@ -125,24 +125,16 @@ def test_a_broken_rule_is_named(harm, expected):
 
 
 def test_debug_mode_checks_after_every_pass(monkeypatch):
-    class Harm:
-        name = "harm"
-
-        def requires(self, graph_module):
-            return None
-
+    class Harm(Pass):
         def call(self, graph_module):
             dead_node(graph_module)
             return True
 
-        def ensures(self, graph_module):
-            return None
-
-    assert isinstance(run_pass(Harm(), operated()), PassResult)
+    assert isinstance(Harm().run(operated()), PassResult)
     with pytest.raises(PassError, match=r"'harm' left a graph outside of the dialect: site '0'.*is dead"):
-        run_pass(Harm(), operated(), debug=True)
+        Harm().run(operated(), debug=True)
     monkeypatch.setenv("SURGERY_DEBUG", "1")
     with pytest.raises(PassError, match="is dead"):
-        run_pass(Harm(), operated())
+        Harm().run(operated())
     monkeypatch.setenv("SURGERY_DEBUG", "0")
-    assert sites(run_pass(Harm(), operated()).graph_module)
+    assert sites(Harm().run(operated()).graph_module)

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 import surgery
 from passes.infra.dialect import check_graph
-from passes.infra.pass_base import run_pass
 from passes.ir.provenance import adapter_instances, provenance_of
 from passes.transforms.fuse_projections import Fuse, Rows
 from passes.transforms.merge import Merge
@@ -117,9 +116,9 @@ def test_what_is_fused_and_what_is_modified():
     assert (products(plain), products(fused)) == (21, 21 - 2 - 1)
     # for n sites: n products and n tensors go, n slices, one product and one tensor come
     assert len(plain.graph.nodes) - len(fused.graph.nodes) == (3 - 2) + (2 - 2)
-    assert run_pass(Fuse(), plain).modified
+    assert Fuse().run(plain).modified
     assert len(plain.graph.nodes) == len(fused.graph.nodes)
-    again = run_pass(Fuse(), plain, debug=True)
+    again = Fuse().run(plain, debug=True)
     assert (again.modified, again.nodes, len(holders(plain))) == (False, again.nodes_before, 2)
     assert sorted(len(rows.rows) for rows in holders(plain)) == [6 + 8, 7 + 5 + 6]
     keys = {provenance_of(n).key for n in plain.graph.nodes if provenance_of(n) and provenance_of(n).role == "shared"}
@@ -130,7 +129,7 @@ def test_nothing_to_fuse():
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 6)
     apply_surgery(model, "antipasto", r=3, example_inputs=x, progress=False)
     graph = to_graph(model, x)
-    result = run_pass(Fuse(), graph)
+    result = Fuse().run(graph)
     assert (result.modified, result.nodes, holders(graph)) == (False, result.nodes_before, [])
 
 
@@ -202,7 +201,7 @@ def test_S_meets_the_rows_of_its_own_site(first):
         read = rows.folded_0 if first == "fuse" else rows.rows
         for start, stop in rows.bounds():
             assert any(s.shape == read[start:stop].shape and torch.allclose(s, read[start:stop]) for s in scaled)
-    assert not run_pass(Fuse(), graph).modified
+    assert not Fuse().run(graph).modified
     count = len(graph.graph.nodes)
     fold(graph)
     assert len(graph.graph.nodes) == count
@@ -221,7 +220,7 @@ def test_merging_some_sites_leaves_the_others():
     plain, fused, x = graphs()
     live, weights = run(plain, x), {key: site.merged_weight() for key, site in sites(fused).items()}
     for keys, left in ((["q"], 18 - 1), (["gate", "up"], 17 - 2 - 1), (["k"], 14 - 1), (["v"], 13 - 2)):
-        assert run_pass(Merge({key: weights[key] for key in keys}), fused, debug=True).modified
+        assert Merge({key: weights[key] for key in keys}).run(fused, debug=True).modified
         assert products(fused) == left
         assert not check_graph(fused)
         assert_close(run(fused, x), live)
@@ -239,7 +238,7 @@ def test_a_merged_site_is_dropped_and_the_others_keep_their_rows():
             model, variant, r=5, target_modules=targets, example_inputs=x, calibration=calibration, progress=False
         )
     graph = to_graph(trained(model), x, fuse=True)
-    run_pass(Merge({key: sites(graph)[key].merged_weight() for key in ("q", "v")}), graph)
+    Merge({key: sites(graph)[key].merged_weight() for key in ("q", "v")}).run(graph)
     surgery.hosting.graph_surgery.drop_sites(graph, ["q", "v"])
     assert len(holders(graph)) == 1
     assert_close(run(graph, x), run(model, x))

@@ -12,7 +12,6 @@ from torch import fx, nn
 
 import surgery
 from passes.errors import PassError
-from passes.infra.pass_base import run_pass
 from passes.infra.translation_validation import Validation
 from passes.ir.provenance import provenance_of
 from passes.transforms import fold as fold_pass
@@ -287,7 +286,7 @@ def test_a_weight_of_a_stale_coeff_is_refused(monkeypatch):
     set_coeff(graph, 0.9)
     validation = Validation(((X,), {}))
     with refused("merge", "0"):
-        run_pass(Merge(weights), copy.deepcopy(graph), validation=validation)
+        Merge(weights).run(copy.deepcopy(graph), validation=validation)
     monkeypatch.setattr(SSpaceNode, "merged_weight", lambda site: weights[site.key])
     for form in ("delta", "residual"):
         dense = graph_of(form)
