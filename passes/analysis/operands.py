@@ -1,8 +1,7 @@
 """Follow a parameter through views to the operand of a product, and see the parameter as a matrix or a stack of them.
 
-A view of a parameter is written as one tuple of *digits* per dimension: a digit ``(stride, size)`` counts ``size``
-entries that lie ``stride`` apart in the parameter. Transposes reorder the dimensions, views regroup the digits, slices
-cut a digit, and an index takes one out. Nothing is computed: of a weight of any size only the shape is looked at.
+A view of a parameter is written as one tuple of *digits* per dimension (:mod:`passes.analysis.weight_views`). Nothing
+is computed: of a weight of any size only the shape is looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 
 from passes.analysis.residual_stream import operation
-from passes.analysis.weight_views import PIECES, STEPS, Dims, digits_of, size_of
+from passes.analysis.weight_views import Dims, View, can_be_followed, size_of
 from passes.ir.parameter_names import tensor_name
 
 Lookup = Callable[[str], torch.Tensor | None]
@@ -56,8 +55,7 @@ def follow(node: Any, parameter: Lookup) -> Operand | str | None:
     """
     steps: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
-        name = operation(node, node.graph)
-        if not (name in SAME or name in PIECES or name in STEPS) or not node.args:
+        if not node.args or not (operation(node, node.graph) in SAME or can_be_followed(node)):
             return None
         steps.append(node)
         node = node.args[0]
@@ -65,16 +63,12 @@ def follow(node: Any, parameter: Lookup) -> Operand | str | None:
     tensor = None if read is None else parameter(read)
     if read is None or tensor is None:
         return None
-    dims = digits_of(tensor.shape)
+    view = View(tensor.shape)
     for step in reversed(steps):
         name = operation(step, step.graph)
-        if name in SAME or name in PIECES:  # of pieces, the getitem says which
-            continue
-        found = STEPS[name](step, dims)
-        if found is None:
+        if name not in SAME and not view.see_through(step):
             return f"the parameter {read!r} reaches the product through a {name} that cannot be followed"
-        dims = found
-    return Operand(read, dims)
+    return Operand(read, view.dims)
 
 
 def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrices | str:
