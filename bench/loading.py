@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from passes.capture.capture import default_inputs, forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
 from passes.ir.forward_context import Call, quiet
+from passes.ir.torch_internals import tree_map_only
 from surgery.cli.inspect import is_callable, load_model
 from surgery.support.hf_config import first_line, hub_config, model_class
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import Run
 from passes.errors import InputError
 from passes.ir.forward_context import Call
+from passes.ir.torch_internals import tree_iter, tree_map_only
 from surgery import sites
 from surgery.hosting.hosts import host_of
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from bench.runs import products
 from bench.speed_model import Sizes
 from bench.speed_timing import repeated
 from bench.timing import Run, milliseconds, settled
+from passes.ir.torch_internals import TorchDispatchMode, tree_iter
 
 SAMPLE_MS = 20.0  # of a sample at least: beside it, launching and waiting once take next to nothing
 MOST_LOOPS = 2**16

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.speed_contenders import BASE, BESIDE, Absent
 from exporters import export
+from passes.ir.torch_internals import load_package
 from surgery import sites
 
 RUNTIMES = ("eager", "compile", "aoti", "onnx", "max-autotune")
@@ -67,7 +68,7 @@ def prepare(
     path = folder / f"{next(COUNTER)}.{'onnx' if runtime == 'onnx' else 'pt2'}"
     export(model, runtime, path, example_inputs={"x": x}, mode="live" if sites(model) else "merged")
     if runtime == "aoti":
-        package = torch._inductor.aoti_load_package(str(path))
+        package = load_package(path)
         return lambda x: _only(package(x=x))
     return _session(path)
 

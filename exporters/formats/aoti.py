@@ -35,6 +35,13 @@ from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.errors import ExportError
 from passes.ir.forward_context import quiet
+from passes.ir.torch_internals import (
+    compile_ahead_of_time,
+    has_line_tables,
+    load_package,
+    missing_cpp_compiler,
+    write_package,
+)
 from surgery.verbs.steer_and_merge import sites
 
 DEFAULT_NAME = "model.pt2"
@@ -62,7 +69,7 @@ def write(
     program = program_of(subject)
     free = refuse_wrong(sizes(subject, program.module()), "the exported program")
     _compile(program, path, {**(inductor_configs or {}), **_configs(program)}, type(subject.reference).__name__)
-    loaded = torch._inductor.aoti_load_package(str(path))
+    loaded = load_package(path)
     if gone := names_in(program.graph_module.meta) - set(loaded.get_constant_fqns()):
         raise ExportError(f"inductor made {min(gone)!r} part of the code, so it could not be replaced")
     error = compare(subject, loaded, lambda coeff: swap(loaded, coeff=coeff), "the compiled package")
@@ -76,21 +83,14 @@ def write(
 
 
 def _need_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    if lacking := missing_cpp_compiler():
         raise ExportError(
-            f"AOTInductor needs a C++ compiler, and there is none: install g++ or clang, or set CXX ({error})"
-        ) from error
+            f"AOTInductor needs a C++ compiler, and there is none: install g++ or clang, or set CXX ({lacking})"
+        ) from lacking
 
 
 def _configs(program: ExportedProgram) -> dict[str, Any]:
     """Settings that keep what is live replaceable, and the sources' paths out of the machine code."""
-    from torch._inductor import config
-
     held = program.graph_module.meta.get("custom", {}).get(FORMAT)
     settings: dict[str, Any] = {
         "freezing": False,
@@ -99,21 +99,19 @@ def _configs(program: ExportedProgram) -> dict[str, Any]:
     }
     if held:  # a core at identity is all zeros, and coeff is a number: inductor would take both for constants
         settings |= {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
-    if hasattr(config.aot_inductor, "enable_line_tables"):
+    if has_line_tables():
         settings["aot_inductor.enable_line_tables"] = False
     return settings
 
 
 def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], name: str) -> None:
-    from torch._inductor.package.package import package_aoti
-
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     with tempfile.TemporaryDirectory() as folder, quiet(*NOISY):
         places = {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         try:
             module: Any = program.module()
-            files: Any = torch._inductor.aot_compile(module, args, kwargs, options=settings | places)
+            files = compile_ahead_of_time(module, args, kwargs, settings | places)
         except Exception as error:  # inductor may fail in any way; the cause is chained
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise ExportError(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
@@ -126,7 +124,7 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
             elif isinstance(file, str) and file:
                 _forget_paths(Path(file), [folder, str(Path(torch.__file__).parent.parent)])
         with archive(path) as written:
-            package_aoti(written, kept)
+            write_package(written, kept)
 
 
 def _check_replaceable(subject: Subject, loaded: Any) -> None:

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._pytree import tree_iter
 
 from exporters.checkpoint.folder import SINGLE, other_files
 from exporters.checkpoint.verify import merge_error
@@ -31,6 +30,7 @@ from passes.capture.capture import default_inputs, is_pretrained
 from passes.errors import ExportError, InputError
 from passes.infra.tolerance import relative_error
 from passes.ir.forward_context import quiet, set_mode
+from passes.ir.torch_internals import tree_iter
 from surgery.storage.adapter_reader import module_paths, parameter_names
 from surgery.support.untrusted_files import read_json
 from surgery.verbs.steer_and_merge import merge, sites

@@ -34,6 +34,7 @@ from exporters.shared.subject import Subject
 from passes.capture.capture import keyword_inputs
 from passes.errors import ExportError, SurgeryError
 from passes.ir.forward_context import copied, quiet, state_kept
+from passes.ir.torch_internals import archive_reader, archive_writer
 
 DEFAULT_NAME = "model.pt"
 NOTE = "TorchScript is deprecated in PyTorch: use the formats 'pt2' or 'aoti' where the host can load them"
@@ -87,9 +88,9 @@ def _save(program: torch.jit.ScriptModule, path: Path) -> None:
     with quiet(*NOISY):
         buffer = io.BytesIO()
         torch.jit.save(program, buffer)
-    reader = torch._C.PyTorchFileReader(io.BytesIO(buffer.getbuffer()))
+    reader = archive_reader(io.BytesIO(buffer.getbuffer()))
     with archive(path) as file:
-        writer = torch._C.PyTorchFileWriter(file)
+        writer = archive_writer(file)
         for name in reader.get_all_records():
             if not name.endswith(".debug_pkl") and name not in ("version", ".data/serialization_id"):
                 record = reader.get_record(name)

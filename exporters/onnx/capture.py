@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_map_only
 
 from exporters.onnx.cores import core_slots
 from exporters.shared.outputs import output_names
@@ -22,6 +21,7 @@ from exporters.shared.report import inputs_for
 from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs
 from passes.errors import ExportError, InputError
 from passes.ir.forward_context import keep_forward, quiet
+from passes.ir.torch_internals import tree_flatten_with_path, tree_iter, tree_map_only
 from surgery.hosting.hosts import host_of
 from surgery.verbs.steer_and_merge import sites, steer
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_iter
 
 from exporters.peft.layers import ADVICE, Place, delta_of
 from exporters.peft.low_rank import LowRank
 from passes.errors import ExportError, InputError
 from passes.infra.tolerance import RELATIVE, relative_error
 from passes.ir.forward_context import Call, copied
+from passes.ir.torch_internals import tree_iter
 from surgery.modules.adapter import SSpaceLinear, of_weight
 
 

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
 
 from exporters.program.swap import FORMAT, KNOB, contents
 from exporters.shared.report import inputs_for, working_copy
@@ -22,6 +20,7 @@ from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
 from passes.errors import ExportError, InputError, SurgeryError
 from passes.ir.forward_context import Call, copied, quiet, state_kept
+from passes.ir.torch_internals import OpOverload, tree_map_only
 from surgery.modules.adapter import SSpaceLinear
 from surgery.verbs.steer_and_merge import merge, sites
 

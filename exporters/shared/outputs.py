@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path
+
+from passes.ir.torch_internals import tree_flatten_with_path
 
 
 def output_names(output: Any) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from exporters.shared.outputs import output_names
 from passes.errors import ExportError
 from passes.ir.forward_context import Call, copied, state_kept
+from passes.ir.torch_internals import tree_leaves
 
 
 @dataclass(frozen=True)

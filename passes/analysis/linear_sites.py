@@ -18,6 +18,7 @@ from passes.analysis.weight_contractions import pointwise
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import attribute
 from passes.ir.parameter_names import Names, tensor_name
+from passes.ir.torch_internals import Convolution
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
             yield path, module, "out_in", "weight"
 
 
-OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+OPAQUE = (Convolution, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 def _module_path(node: fx.Node) -> str | None:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices, sizes_of
 from passes.analysis.residual_stream import operation
+from passes.ir.torch_internals import Convolution
 
 Label = Callable[[Operand], str]
 
@@ -71,7 +72,7 @@ def read_whole(node: fx.Node, parameter: Lookup) -> Whole | str | None:
 
 def pointwise(module: nn.Module) -> bool | str:
     """Whether a module is a convolution of single positions in one group; a sentence says why another one is not."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, Convolution):
         return False
     kind = type(module).__name__.lower()
     if "forward" in vars(module) or type(module).forward not in (

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.analysis.linear_sites import Site
+from passes.ir.torch_internals import TorchDispatchMode, storage_address
 
 aten = torch.ops.aten
 See = Callable[[str, torch.Tensor], None]
@@ -95,15 +95,16 @@ class _Products(TorchDispatchMode):
     def _watch(self, tensor: torch.Tensor, site: Site, sequence_first: bool) -> None:
         storage, start = tensor.untyped_storage(), tensor.data_ptr()
         found = _Weight(start, start + tensor.numel() * tensor.element_size(), site, sequence_first)
-        if storage._cdata not in self.alive or self.alive[storage._cdata].expired():
-            self.weights[storage._cdata] = []
-            self.alive[storage._cdata] = StorageWeakRef(storage)  # while it is held, the address means this storage
-        self.weights[storage._cdata].append(found)
+        address = storage_address(tensor)
+        if address not in self.alive or self.alive[address].expired():
+            self.weights[address] = []
+            self.alive[address] = StorageWeakRef(storage)  # while it is held, the address means this storage
+        self.weights[address].append(found)
 
     def _known(self, tensor: Any) -> list[_Weight]:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
             return []
-        address = tensor.untyped_storage()._cdata
+        address = storage_address(tensor)
         if address not in self.weights or self.alive[address].expired():
             return []
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()

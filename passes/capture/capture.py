@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
 from passes.ir.parameter_names import name_placeholders
+from passes.ir.torch_internals import tree_iter, tree_map, tree_map_only
 from passes.transforms.normalize import Normalize
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.errors import InputError, PassError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
 from passes.ir.adapter_trace import is_adapter
 from passes.ir.forward_context import Call, copied, state_kept
 from passes.ir.provenance import provenance_of
+from passes.ir.torch_internals import tree_leaves, tree_map
 
 Values = dict[str, Any]
 Reference = Callable[[Any, Any], Any]

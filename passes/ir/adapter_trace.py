@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
+from passes.ir.torch_internals import fake_mode_with_symbols
+
 aten = torch.ops.aten
 INPUT = "input"
 
@@ -92,12 +94,12 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype, rows: bool) -> fx.Graph:
-    from torch._subclasses import FakeTensorMode  # here, since sympy takes a third of a second to import
+    # here, since sympy takes a third of a second to import
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     tensors, device = adapter_tensors(adapter), adapter.device
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode: Any = fake_mode_with_symbols()
     free = {INPUT: tuple(range(len(shape))), **adapter.free_sizes}
 
     def fake(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -108,7 +110,10 @@ def _trace(adapter: Any, shape: tuple[int, ...], dtype: torch.dtype, rows: bool)
         sizes = tuple(2 if i in open_sizes and size == 1 else size for i, size in enumerate(sizes))
         kinds = [DimDynamic.DYNAMIC if i in open_sizes else DimDynamic.STATIC for i in range(len(sizes))]
         stand_in = torch.empty(sizes, dtype=dtype, device=device)  # never written: no memory is touched
-        return mode.from_tensor(stand_in, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+        tensor: torch.Tensor = mode.from_tensor(
+            stand_in, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
+        )
+        return tensor
 
     names = list(tensors)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,66 @@ def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
 
     manager: contextlib.AbstractContextManager[Any] = enable_python_dispatcher()
     return manager
+
+
+def sizes_of_one_are_free() -> contextlib.AbstractContextManager[Any]:
+    """Let ``torch.export`` treat a size of 1 like any other."""
+    from torch.fx.experimental import _config
+
+    config: Any = _config
+    manager: contextlib.AbstractContextManager[Any] = config.patch(backed_size_oblivious=True)
+    return manager
+
+
+def load_package(path: Path) -> Any:
+    """Load an AOTInductor package."""
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[Any]:
+    """Compile a graph module with the inductor; the paths of the files that belong in a package.
+
+    ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
+    """
+    program: Any = module
+    files: Any = torch._inductor.aot_compile(program, args, kwargs, options=options)
+    return list(files)
+
+
+def write_package(file: Any, files: list[Any]) -> None:
+    """Write compiled files into an AOTInductor package."""
+    from torch._inductor.package.package import package_aoti
+
+    package_aoti(file, files)
+
+
+def missing_cpp_compiler() -> Exception | None:
+    """Why the inductor has no C++ compiler, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return error
+    return None
+
+
+def has_line_tables() -> bool:
+    """Whether the inductor of this torch may write line tables, which name source files."""
+    from torch._inductor import config
+
+    return hasattr(config.aot_inductor, "enable_line_tables")
+
+
+def archive_reader(file: Any) -> Any:
+    """Torch's reader of the records of an archive."""
+    return torch._C.PyTorchFileReader(file)
+
+
+def archive_writer(file: Any) -> Any:
+    """Torch's writer of the records of an archive."""
+    return torch._C.PyTorchFileWriter(file)
 
 
 _ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")

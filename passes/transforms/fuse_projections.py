@@ -22,6 +22,7 @@ from torch import fx, nn
 from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import Provenance, adapter_instances, provenance_of, set_provenance, sites_by_product
+from passes.ir.torch_internals import HigherOrderOperator, storage_address
 
 aten = torch.ops.aten
 HOLDER = "fused"
@@ -68,7 +69,7 @@ class Rows(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         parts = [module.get_buffer(name) for module, name in self.parts]
-        if any(part.untyped_storage()._cdata != self.rows.untyped_storage()._cdata for part in parts):
+        if any(storage_address(part) != storage_address(self.rows) for part in parts):
             self._tie()  # assign=True put other tensors in; parts are loaded first, since they are registered first
 
 
@@ -253,7 +254,7 @@ def _may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     in_place = node.target in WRITING or bool(node.kwargs.get("inplace")) or name.endswith("_")
-    return in_place or isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+    return in_place or isinstance(node.target, HigherOrderOperator) or node.is_impure()
 
 
 def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) -> None:

@@ -17,6 +17,7 @@ from torch import fx
 
 from passes.infra.pass_base import Pass
 from passes.ir.linear_modules import linear_layout
+from passes.ir.torch_internals import schema_of
 
 aten = torch.ops.aten
 
@@ -118,7 +119,7 @@ def _is_sum_of_sizes(node: fx.Node) -> bool:
 
 def _retarget(node: fx.Node, target: Callable[..., Any]) -> bool:
     """Point a node at an ATen overload, with all arguments positional where the Python call named them."""
-    arguments = target._schema.arguments  # type: ignore[attr-defined]
+    arguments = schema_of(target).arguments
     names = [argument.name for argument in arguments if not argument.kwarg_only]
     kwargs = {("self" if name == "input" and name not in names else name): v for name, v in node.kwargs.items()}
     positional = list(node.args)

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensor
 
 from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import provenance_of
+from passes.ir.torch_internals import is_fake, python_dispatcher
 
 
 class Annotate(Pass):
@@ -25,7 +24,7 @@ class Annotate(Pass):
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Annotate in the order of execution."""
         values = (node.meta.get("val") for node in graph_module.graph.nodes)
-        mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+        mode = next((value.fake_mode for value in values if is_fake(value)), None)
         known: dict[Hashable, Any] = {}
         for node in graph_module.graph.nodes if mode else ():
             if provenance_of(node) is not None and "val" not in node.meta:
@@ -45,7 +44,7 @@ def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dic
         if key not in known:
             values: Any = [fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs)]
             # by torch's Python kernels: the native one of a linear may ask for sizes as numbers
-            with torch.no_grad(), mode, enable_python_dispatcher():
+            with torch.no_grad(), mode, python_dispatcher():
                 known[key] = node.target(*values[0], **values[1])  # type: ignore[operator]
         node.meta["val"] = known[key]
 

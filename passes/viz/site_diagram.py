@@ -12,6 +12,7 @@ from torch import fx
 
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import adapter_instances, provenance_of
+from passes.ir.torch_internals import schema_of
 
 COLOURS = {
     "base": ("#dbe7f5", "base product"),
@@ -126,7 +127,7 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
 def _box(graph_module: fx.GraphModule, node: fx.Node) -> Box:
     provenance = provenance_of(node)
     if node.op != "get_attr":
-        target = getattr(node.target, "_schema", None)
+        target = schema_of(node.target)
         title = (
             target.name.replace("::", ".") if target is not None else str(getattr(node.target, "__name__", node.target))
         )

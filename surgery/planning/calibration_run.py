@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_iter, tree_map_only
 
 from passes.analysis.linear_sites import Site
 from passes.capture.activations import observed
 from passes.capture.capture import forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.torch_internals import tree_iter, tree_map_only
 from surgery.factors.padding import Tokens
 from surgery.factors.statistic import Statistic
 from surgery.factors.statistics_file import Statistics

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.capture.capture import (
     default_inputs,
@@ -26,6 +25,7 @@ from passes.infra.tolerance import RELATIVE, disagreement
 from passes.infra.translation_validation import Validation
 from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
 from passes.ir.module_utils import attribute, copy_graph
+from passes.ir.torch_internals import sizes_of_one_are_free, tree_leaves, tree_map_only
 from passes.transforms.split_packed_weight import split_reads
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, original_graph
 from surgery.hosting.hosts import detach, host_of, operated_sites, require_bases
@@ -80,21 +80,13 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     return private_parameters(module), call
 
 
-def free_ones() -> Any:
-    """Let ``torch.export`` treat a size of 1 like any other."""
-    from torch.fx.experimental import _config
-
-    patch: Any = _config.patch  # type: ignore[attr-defined]
-    return patch(backed_size_oblivious=True)
-
-
 def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
     doubled = with_two_rows(model, call)
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     if any(1 in tensor.shape for tensor in tensors):
         try:
-            with free_ones():
+            with sizes_of_one_are_free():
                 module = export_program(model, call, dynamic=True).module()
             for args, kwargs in (copied(call), copied(doubled)):  # its guards may still fix a size
                 module(*args, **kwargs)
