@@ -160,7 +160,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     products, skipped = products_by_site(graph_module, model)
     writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
     uses = _other_uses(graph_module.graph, names, products)
-    groups: dict[tuple[Any, ...], int] = {}
+    groups: dict[tuple[object, ...], int] = {}
     sites = []
     for key, found in products.items():
         first = found[0]
@@ -250,7 +250,7 @@ def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]
         read = tensor_name(node)
         if read not in names.tensors:
             continue
-        pending: list[Any] = list(node.users)
+        pending = list(node.users)
         while pending:
             user = pending.pop()
             if user in counted:

@@ -17,6 +17,7 @@ from passes.analysis.operands import Lookup, Matrices
 from passes.analysis.weight_contractions import RULES as WHOLE_RULES
 from passes.analysis.weight_contractions import Whole, read_whole
 from passes.ir.parameter_names import tensor_name
+from passes.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -38,7 +39,8 @@ class Product:
     matrices: Matrices | None = None
 
 
-RULES: dict[Any, Callable[[fx.Node, Lookup], Product | str]] = {}
+Rule = Callable[[fx.Node, Lookup], Product | str]
+RULES: dict[object, Rule] = {}
 UNCOVERED = {
     **dict.fromkeys(["bilinear", "addbilinear"], "it multiplies two inputs"),
     **dict.fromkeys(["chain_matmul", "linalg_multi_dot"], "it multiplies more than two operands at once"),
@@ -59,10 +61,10 @@ CASTS = (
 DTYPE_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
-def rule(*targets: Any) -> Callable[[Callable[[fx.Node, Lookup], Product | str]], Any]:
+def rule(*targets: OpOverload) -> Callable[[Rule], Rule]:
     """Register a rule for ATen overloads."""
 
-    def register(function: Callable[[fx.Node, Lookup], Product | str]) -> Any:
+    def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, function))
         return function
 
@@ -107,7 +109,7 @@ def whole_product(node: fx.Node, whole: Whole, parameter: Lookup) -> Product:
     return Product(node, whole.input, whole.weight, whole.matrices.layout, name, None, whole.matrices)
 
 
-def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
+def _parameter(node: object, parameter: Lookup) -> tuple[str, bool] | None:
     """Follow transposes, casts and aliases from an operand to a parameter: its name, and whether it is transposed."""
     transposed = False
     while isinstance(node, fx.Node):
@@ -140,7 +142,7 @@ def casts_its_weight(product: Product, dtype: torch.dtype) -> bool:
 
 
 def _product(
-    node: fx.Node, x: Any, weight: Any, bias: Any, *, times_transpose: bool, parameter: Lookup
+    node: fx.Node, x: Any, weight: object, bias: object, *, times_transpose: bool, parameter: Lookup
 ) -> Product | str:
     found = _parameter(weight, parameter)
     if found is None:
@@ -157,7 +159,7 @@ def _product(
     return Product(node, x, name, layout, bias_name, bias if isinstance(bias, fx.Node) else None)
 
 
-def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
+def _not_a_parameter(weight: object, parameter: Lookup) -> str:
     """Say what a second operand is that is no parameter: made of one, a constant, or an activation."""
     pending, seen, sources = [weight], set(), []
     while pending:

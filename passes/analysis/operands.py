@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -43,7 +42,7 @@ class Matrices:
     layout: str
 
 
-def follow(node: Any, parameter: Lookup) -> Operand | str | None:
+def follow(node: object, parameter: Lookup) -> Operand | str | None:
     """Follow views and casts from an operand to a parameter.
 
     Args:

@@ -84,7 +84,7 @@ def pointwise(module: nn.Module) -> bool | str:
     return _kernel(kind, list(module.kernel_size), module.groups) or True
 
 
-def _kernel(kind: str, sizes: list[int], groups: Any) -> str:
+def _kernel(kind: str, sizes: list[int], groups: object) -> str:
     if any(size != 1 for size in sizes):
         return f"{kind} with a parameter: its kernel of {'x'.join(map(str, sizes))} mixes positions"
     if groups != 1:

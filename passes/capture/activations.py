@@ -52,8 +52,8 @@ def observed(model: nn.Module, sites: Sequence[Site], called: Container[str], se
             handle.remove()
 
 
-def _hook(key: str, watch: _Products) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hook(key: str, watch: _Products) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         watch.show(key, args[0] if args else next(iter(kwargs.values())))
 
     return hook
@@ -84,7 +84,7 @@ class _Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.see, self.quiet = see, False
         self.weights: dict[int, list[_Weight]] = {}
-        self.alive: dict[int, Any] = {}
+        self.alive: dict[int, StorageWeakRef] = {}
         self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
             weight = site.weight_of(model)
@@ -101,7 +101,7 @@ class _Products(TorchDispatchMode):
             self.alive[address] = StorageWeakRef(storage)  # while it is held, the address means this storage
         self.weights[address].append(found)
 
-    def _known(self, tensor: Any) -> list[_Weight]:
+    def _known(self, tensor: object) -> list[_Weight]:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
             return []
         address = storage_address(tensor)

@@ -46,7 +46,7 @@ class Capture:
     note: str | None = None
 
 
-def forward_call(example_inputs: Any) -> Call:
+def forward_call(example_inputs: object) -> Call:
     """Turn example inputs into ``(args, kwargs)``: a mapping gives keywords, a tuple positions, a tensor one argument.
 
     Raises:
@@ -172,7 +172,7 @@ def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return inputs
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Capture:
+def capture(model: nn.Module | ExportedProgram, example_inputs: object = None) -> Capture:
     """Capture a model as one normalised FX graph; the model is left as it was.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -39,7 +38,7 @@ class Inspection:
         return self.how != "module walk"
 
 
-def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspect_model(model: nn.Module, example_inputs: object = None) -> Inspection:
     """Capture a model and find its sites; the model is left as it was.
 
     Args:

@@ -93,12 +93,12 @@ class _Recorder(TorchDispatchMode):
             before.remove()
             after.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: object) -> None:
         if id(module) in self.paths:
             self.called.add(self.paths[id(module)])
         self.stack.append(module)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if self.stack:
             self.stack.pop()
 

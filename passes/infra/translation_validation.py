@@ -89,7 +89,7 @@ class Validation:
                         self.error = max(self.error, relative_error(found, expected))
 
 
-def _difference(found: Any, expected: Any) -> str | None:
+def _difference(found: object, expected: object) -> str | None:
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         same = type(found) is type(expected) and found == expected
         return None if same else f"{found!r:.80}, expected {expected!r:.80}"
@@ -106,7 +106,7 @@ class _Runner(fx.Interpreter):
         graph_module: fx.GraphModule,
         places: Mapping[str, str],
         references: Mapping[str, tuple[str, Reference]],
-        forced: Mapping[str, Any],
+        forced: Values,
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=not references)
         self.graph_module, self.references, self.forced = graph_module, references, forced
@@ -122,7 +122,7 @@ class _Runner(fx.Interpreter):
             if provenance is not None and provenance.role == "out" and provenance.at in places:
                 self.looked_at[node.name] = provenance.at
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
+    def observe(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Values:
         signature = inspect.signature(self.graph_module.forward)
         known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no labels, no flags
         try:
@@ -133,7 +133,7 @@ class _Runner(fx.Interpreter):
         output = self.run(*bound.args, *bound.kwargs.values())
         return {**self.found, "": output}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.references:
             source, function = self.references[n.name]
@@ -177,7 +177,7 @@ def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> 
 def _randomised(call: Call, generator: torch.Generator) -> Call:
     """Inputs of the same shapes: normal noise of the same scale, integers and the like in another order."""
 
-    def other(value: Any) -> Any:
+    def other(value: object) -> object:
         if not isinstance(value, torch.Tensor) or value.numel() == 0:
             return value
         value = value.detach()

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Target
 
+from passes.ir.module_utils import map_inputs
 from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import is_erased
 
@@ -27,10 +29,10 @@ class ErasedNode:
 
     name: str
     op: str
-    target: Any
-    args: Any
+    target: Target
+    args: Any  # as a node's, with a NodeRef for each node
     kwargs: Any
-    meta: dict[str, Any] = field(repr=False, compare=False)
+    meta: dict[str, object] = field(repr=False, compare=False)
 
 
 def set_erased_nodes(node: fx.Node, erased: Sequence[ErasedNode]) -> None:
@@ -57,8 +59,7 @@ def erase_product(graph: fx.Graph, node: fx.Node) -> tuple[ErasedNode, ...]:
         if current is not node and (current.name in erased or not _shows_a_parameter(current)):
             continue
         sources = current.all_input_nodes
-        named: Any = lambda n: NodeRef(n.name)  # noqa: E731
-        args, kwargs = (fx.map_arg(a, named) for a in (current.args, current.kwargs))
+        args, kwargs = map_inputs(current, lambda n: NodeRef(n.name))
         erased.pop(current.name, None)
         erased[current.name] = ErasedNode(current.name, current.op, current.target, args, kwargs, dict(current.meta))
         if not current.users:
@@ -114,7 +115,7 @@ def restore_product(
     return known[erased[-1].name]
 
 
-def _refs(value: Any) -> Iterator[NodeRef]:
+def _refs(value: object) -> Iterator[NodeRef]:
     if isinstance(value, NodeRef):
         yield value
     elif isinstance(value, (tuple, list, dict)):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from passes.ir.torch_internals import copy_signature, graph_like
 
@@ -65,6 +66,13 @@ def set_parameter(
     path, _, local = name.rpartition(".")
     owner = private_module(root, path, shared)
     owner._parameters[local] = nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def map_inputs(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
+    """The arguments and keywords of a node, with each node among them changed."""
+    args: Any = fx.map_arg(node.args, change)
+    kwargs: Any = fx.map_arg(node.kwargs, change)
+    return args, kwargs
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -10,13 +10,16 @@ import contextlib
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_leaves, tree_map, tree_map_only
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensor, FakeTensorMode
 
 __all__ = [
     "Convolution",
@@ -48,7 +51,7 @@ def is_erased(node: fx.Node) -> bool:
     return node._erased
 
 
-def schema_of(target: Any) -> Any:
+def schema_of(target: object) -> Any:
     """The schema of an ATen overload; None for anything else."""
     return getattr(target, "_schema", None)
 
@@ -58,14 +61,14 @@ def storage_address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def is_fake(value: Any) -> bool:
+def is_fake(value: object) -> TypeGuard[FakeTensor]:
     """Whether a value is a fake tensor."""
     from torch._subclasses import FakeTensor
 
     return isinstance(value, FakeTensor)
 
 
-def fake_mode_with_symbols() -> Any:
+def fake_mode_with_symbols() -> FakeTensorMode:
     """A fake tensor mode whose sizes may be symbols."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -73,21 +76,18 @@ def fake_mode_with_symbols() -> Any:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
-def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
+def python_dispatcher() -> contextlib.AbstractContextManager[None]:
     """Run operations by torch's Python kernels: native ones may ask for symbolic sizes as numbers."""
     from torch._dispatch.python import enable_python_dispatcher
 
-    manager: contextlib.AbstractContextManager[Any] = enable_python_dispatcher()
-    return manager
+    return enable_python_dispatcher()  # type: ignore[no-any-return]
 
 
-def sizes_of_one_are_free() -> contextlib.AbstractContextManager[Any]:
+def sizes_of_one_are_free() -> contextlib.AbstractContextManager[None]:
     """Let ``torch.export`` treat a size of 1 like any other."""
     from torch.fx.experimental import _config
 
-    config: Any = _config
-    manager: contextlib.AbstractContextManager[Any] = config.patch(backed_size_oblivious=True)
-    return manager
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
 
 
 def load_package(path: Path) -> Any:
@@ -95,17 +95,15 @@ def load_package(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[Any]:
+def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[object]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
     """
-    program: Any = module
-    files: Any = torch._inductor.aot_compile(program, args, kwargs, options=options)
-    return list(files)
+    return list(torch._inductor.aot_compile(module, args, kwargs, options=options))  # type: ignore[arg-type]
 
 
-def write_package(file: Any, files: list[Any]) -> None:
+def write_package(file: IO[bytes], files: list[Any]) -> None:
     """Write compiled files into an AOTInductor package."""
     from torch._inductor.package.package import package_aoti
 
@@ -131,12 +129,12 @@ def has_line_tables() -> bool:
     return hasattr(config.aot_inductor, "enable_line_tables")
 
 
-def archive_reader(file: Any) -> Any:
+def archive_reader(file: IO[bytes]) -> Any:
     """Torch's reader of the records of an archive."""
     return torch._C.PyTorchFileReader(file)
 
 
-def archive_writer(file: Any) -> Any:
+def archive_writer(file: IO[bytes]) -> Any:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
 
@@ -151,7 +149,7 @@ def dynamo_source(node: fx.Node) -> tuple[str, str] | None:
     ``lin.weight``.
     """
     source = getattr(node.meta.get("grapharg"), "source", None)
-    name: Any = getattr(source, "name", None)
+    name = getattr(source, "name", None)
     text = str(name() if callable(name) else name)  # a method until torch 2.12
     path = _ENTRY.findall(text)
     return (_ENTRY.split(text)[0].rstrip("."), ".".join(path)) if path else None

@@ -13,14 +13,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Hashable
 
 import torch
 from torch import fx
 
 from passes.infra.pass_base import Pass
-from passes.ir.adapter_trace import adapter_tensors
+from passes.ir.adapter_trace import adapter_at, adapter_tensors
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import adapter_instances, provenance_of, sites_by_product
 from passes.transforms.fold_constants import fold_constants, store
@@ -70,7 +69,7 @@ class Fold(Pass):
         names = {node.name: node for node in graph_module.graph.nodes}
         for instance in adapter_instances(graph_module.graph, self.keys):
             if instance.provenance.form == "residual":
-                adapter: Any = graph_module.get_submodule(instance.provenance.path)
+                adapter = adapter_at(graph_module, instance.provenance.path)
                 adapter.use_base()
                 provenance, x, added = instance.provenance, instance.input, instance.added
                 node = take_out(instance, names)
@@ -94,7 +93,7 @@ class Fold(Pass):
         """The merge of the adapters whose every tensor is frozen."""
         weights = {}
         for instance in adapter_instances(graph_module.graph, self.keys):
-            adapter: Any = graph_module.get_submodule(instance.provenance.path)
+            adapter = adapter_at(graph_module, instance.provenance.path)
             if all(f"{instance.provenance.path}.{name}" in self.frozen for name in adapter_tensors(adapter)):
                 weights[instance.provenance.key] = adapter.merged_weight()
         return Merge(weights, untie=self.untie)
@@ -113,7 +112,7 @@ class Fold(Pass):
 def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> int:
     """Fold frozen scales of the rows of ``Vh`` into ``Vh``; returns the number of products that changed."""
     changed = 0
-    stored: dict[tuple[Any, ...], str] = {}
+    stored: dict[tuple[Hashable, ...], str] = {}
     for node in list(graph_module.graph.nodes):
         provenance = provenance_of(node)
         if provenance is None or provenance.role not in ("body", "shared"):
@@ -189,7 +188,8 @@ def _drop_scale(user: fx.Node, h: fx.Node, scale: fx.Node, path: list[fx.Node]) 
     graph = user.graph
     if path and path[-1].target is aten.mul.Tensor:
         inner = path[-1]
-        rest: Any = next(a for a in inner.args if a is not scale)
+        rest = next(a for a in inner.args if a is not scale)
+        assert isinstance(rest, fx.Node)
         inner.replace_all_uses_with(rest)
         graph.erase_node(inner)
     else:

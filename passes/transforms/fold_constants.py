@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from passes.ir.erased_nodes import erase_unread
-from passes.ir.module_utils import attribute
+from passes.ir.module_utils import attribute, map_inputs
 from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import OpOverload, is_erased, schema_of
 
@@ -72,8 +72,7 @@ def store(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
     graph, provenance = node.graph, provenance_of(node)
     if not isinstance(value, torch.Tensor):
         for user in list(node.users):
-            arguments: Any = [fx.map_arg(a, lambda n: value if n is node else n) for a in (user.args, user.kwargs)]
-            user.args, user.kwargs = arguments
+            user.args, user.kwargs = map_inputs(user, lambda n: value if n is node else n)
         erase_unread(graph, [node])
         return ""
     path = provenance.path if provenance else ""

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.fx.node import Argument
 
 from passes.infra.pass_base import Pass
 from passes.infra.translation_validation import Reference
-from passes.ir.adapter_trace import INPUT, adapter_tensors, inline, is_adapter, trace_adapter
+from passes.ir.adapter_trace import INPUT, Adapter, adapter_at, adapter_tensors, inline, is_adapter, trace_adapter
 from passes.ir.erased_nodes import erase_product, set_erased_nodes
 from passes.ir.module_utils import attribute
 from passes.ir.provenance import Provenance, clear_provenance, provenance_of, set_provenance
@@ -82,7 +82,7 @@ class Insert(Pass):
         order = {name: i for i, name in enumerate(current)}
         current |= {p.at: node for node in graph.nodes if (p := provenance_of(node)) and p.role == "out"}
         for point in sorted(self._points, key=lambda point: order[point.node]):
-            adapter: Any = graph_module.get_submodule(point.path)
+            adapter = adapter_at(graph_module, point.path)
             node = current[point.node]
             if point.input == point.node:
                 out = insert_weight(point, adapter, node)
@@ -102,15 +102,15 @@ class Insert(Pass):
     def references(self, graph_module: fx.GraphModule) -> dict[str, tuple[str, Reference]]:
         """What each point should give: the product changed by the forward that an in-place host runs."""
         outs = {p.at: n.name for n in graph_module.graph.nodes if (p := provenance_of(n)) and p.role == "out"}
-        modules: dict[str, Any] = {point.path: graph_module.get_submodule(point.path) for point in self._points}
-        return {p.node: (outs.get(p.input, p.input), modules[p.path].reference) for p in self._points}
+        adapters = {point.path: adapter_at(graph_module, point.path) for point in self._points}
+        return {p.node: (outs.get(p.input, p.input), adapters[p.path].reference) for p in self._points}
 
     def _forget_bases(self, graph_module: fx.GraphModule) -> None:
         """Remove the weights that no node uses any more, by whichever of their names, and what still shows them."""
         shown = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
         used = {id(attribute(graph_module, str(node.target))) for node in shown if node.users}
         for point in self._points:
-            adapter: Any = graph_module.get_submodule(point.path)
+            adapter = adapter_at(graph_module, point.path)
             path, _, local = adapter.weight_name.rpartition(".")
             if adapter.base is not None and id(attribute(graph_module, adapter.weight_name)) not in used:
                 graph_module.get_submodule(path)._parameters.pop(local, None)
@@ -141,7 +141,7 @@ def _stale_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
     return stale
 
 
-def insert_delta(point: InsertionPoint, adapter: nn.Module, node: fx.Node, x: fx.Node) -> fx.Node:
+def insert_delta(point: InsertionPoint, adapter: Adapter, node: fx.Node, x: fx.Node) -> fx.Node:
     """Add the adapter's term to a product, whose own node is not touched; returns the sum's node."""
     build = _NodeBuilder(node, point, "delta", x)
     readers = list(node.users)
@@ -154,10 +154,13 @@ def insert_delta(point: InsertionPoint, adapter: nn.Module, node: fx.Node, x: fx
     return out
 
 
-def insert_residual(point: InsertionPoint, adapter: Any, node: fx.Node, x: fx.Node, added: fx.Node | None) -> fx.Node:
+def insert_residual(
+    point: InsertionPoint, adapter: Adapter, node: fx.Node, x: fx.Node, added: fx.Node | None
+) -> fx.Node:
     """Replace a product by the remainder's product and the adapter's term; returns the sum's node."""
     build = _NodeBuilder(node, point, "residual", x, added)
     readers = list(node.users)
+    assert adapter.base is not None
     graph, wide, narrow = node.graph, adapter.get_buffer(adapter.base).dtype, adapter.weight_dtype
     with graph.inserting_before(node.next):
         x = build.cast(x, narrow, wide)
@@ -181,7 +184,7 @@ def insert_residual(point: InsertionPoint, adapter: Any, node: fx.Node, x: fx.No
     return out
 
 
-def insert_weight(point: InsertionPoint, adapter: Any, node: fx.Node) -> fx.Node:
+def insert_weight(point: InsertionPoint, adapter: Adapter, node: fx.Node) -> fx.Node:
     """Let the adapter change a weight wherever the graph reads it; returns the changed weight's node."""
     build = _NodeBuilder(node, point, "weight", node)
     readers = list(node.users)
@@ -213,7 +216,7 @@ class _NodeBuilder:
         set_provenance(node, self.provenance("body"))
         return node
 
-    def function(self, target: Callable[..., Any], args: tuple[Any, ...], suffix: str) -> fx.Node:
+    def function(self, target: Callable[..., object], args: tuple[Argument, ...], suffix: str) -> fx.Node:
         return self.tag(self.graph.create_node("call_function", target, args, {}, f"{self.point.node}_{suffix}"))
 
     def tensor(self, name: str) -> fx.Node:
@@ -222,7 +225,7 @@ class _NodeBuilder:
     def cast(self, node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
         return node if source == target else self.function(aten.to.dtype, (node, target), "cast")
 
-    def term(self, adapter: Any, x: fx.Node) -> fx.Node:
+    def term(self, adapter: Adapter, x: fx.Node) -> fx.Node:
         """The adapter's forward on x, seen as (rows, tokens, d_in)."""
         d_in = adapter.features[0]
         knob = self.tensor(f"{self.point.path}.{adapter.knob}")
@@ -235,7 +238,7 @@ class _NodeBuilder:
         return self.inline(trace_adapter(adapter, (5, 7, d_in), dtype), adapter, tokens, {adapter.knob: flat})
 
     def inline(
-        self, traced: fx.Graph, adapter: nn.Module, x: fx.Node, known: dict[str, fx.Node] | None = None
+        self, traced: fx.Graph, adapter: Adapter, x: fx.Node, known: dict[str, fx.Node] | None = None
     ) -> fx.Node:
         values: dict[str, Callable[[], fx.Node]] = {INPUT: lambda: x}
         for name in adapter_tensors(adapter):

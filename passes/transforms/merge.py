@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from passes.analysis.residual_stream import VIEWS, operation
 from passes.infra.pass_base import Pass
+from passes.ir.adapter_trace import Adapter, adapter_at
 from passes.ir.erased_nodes import erase_unread, erased_nodes_of, restore_product
-from passes.ir.module_utils import attribute, set_parameter
+from passes.ir.module_utils import attribute, map_inputs, set_parameter
 from passes.ir.parameter_names import tensor_name
 from passes.ir.provenance import AdapterInstance, adapter_instances, clear_provenance, provenance_of, sites_by_product
 from passes.transforms.split_packed_weight import is_part
@@ -39,7 +39,7 @@ class Merge(Pass):
         for key, weight in self.weights.items():
             if key not in found:
                 return f"site {key!r} is not in the graph"
-            adapter: Any = graph_module.get_submodule(found[key][0].provenance.path)
+            adapter = adapter_at(graph_module, found[key][0].provenance.path)
             if weight.shape != adapter.weight.shape or weight.dtype != adapter.weight.dtype:
                 return (
                     f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
@@ -70,15 +70,15 @@ class Merge(Pass):
         found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
         names = {node.name: node for node in graph_module.graph.nodes}
         shared = dict(graph_module._modules)
-        for key, places in found.items():
-            adapter: Any = graph_module.get_submodule(places[0].provenance.path)
+        for key, instances in found.items():
+            adapter = adapter_at(graph_module, instances[0].provenance.path)
             weight, name = adapter.weight, adapter.weight_name
-            merged, rows = self.weights[key], getattr(adapter, "rows", None)
+            merged, rows = self.weights[key], adapter.rows
             if rows is not None:
                 whole = attribute(graph_module, name).detach()
                 merged = torch.cat([whole[: rows[0]], merged, whole[rows[1] :]])
-            tied = bool(_others(places, readers[identity(graph_module, adapter)]))
-            nodes = [take_out(instance, names) for instance in places]
+            tied = bool(_others(instances, readers[identity(graph_module, adapter)]))
+            nodes = [take_out(instance, names) for instance in instances]
             # a module that is called gets a copy of its own, in which the weight has its old name
             if tied and nodes[0].op != "call_module":
                 name = _free_name(graph_module, key)
@@ -141,11 +141,11 @@ def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int | str, list[
                 readers[id(value)].append(user)
     for instance in adapter_instances(graph_module.graph):
         if instance.provenance.form == "residual":  # reads its weight again when it is taken out
-            readers[identity(graph_module, graph_module.get_submodule(instance.provenance.path))].append(instance.base)
+            readers[identity(graph_module, adapter_at(graph_module, instance.provenance.path))].append(instance.base)
     return readers
 
 
-def identity(graph_module: fx.GraphModule, adapter: Any) -> int | str:
+def identity(graph_module: fx.GraphModule, adapter: Adapter) -> int | str:
     """What tells the weight of an adapter from others: the tensor, or its name where it was not kept."""
     kept = attribute(graph_module, adapter.weight_name)
     return adapter.weight_name if kept is None else id(kept)
@@ -154,12 +154,12 @@ def identity(graph_module: fx.GraphModule, adapter: Any) -> int | str:
 def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """What reads the weight of a site beside the site itself, by the site's key."""
     readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
-    adapters: dict[str, Any] = {key: graph_module.get_submodule(p[0].provenance.path) for key, p in found.items()}
-    return {key: _others(places, readers[identity(graph_module, adapters[key])]) for key, places in found.items()}
+    adapters = {key: adapter_at(graph_module, instances[0].provenance.path) for key, instances in found.items()}
+    return {key: _others(instances, readers[identity(graph_module, adapters[key])]) for key, instances in found.items()}
 
 
-def _others(places: list[AdapterInstance], readers: list[fx.Node]) -> list[fx.Node]:
-    own = {instance.base for instance in places}
+def _others(instances: list[AdapterInstance], readers: list[fx.Node]) -> list[fx.Node]:
+    own = {instance.base for instance in instances}
     split = all(is_part(base) for base in own)  # then the other parts are no other readers
     return [node for node in readers if node not in own and not (split and is_part(node))]
 
@@ -197,5 +197,4 @@ def _read_instead(graph_module: fx.GraphModule, node: fx.Node, old: str, name: s
         return graph.node_copy(source, lambda n: inner if n is source.all_input_nodes[0] else n)
 
     with graph.inserting_before(node):
-        arguments: Any = [fx.map_arg(a, renewed) for a in (node.args, node.kwargs)]
-        node.args, node.kwargs = arguments
+        node.args, node.kwargs = map_inputs(node, renewed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,11 @@ from torch import fx
 
 from passes.infra.pass_base import Pass
 from passes.ir.linear_modules import linear_layout
-from passes.ir.torch_internals import schema_of
+from passes.ir.torch_internals import OpOverload, schema_of
 
 aten = torch.ops.aten
 
-FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+FUNCTIONS: dict[Callable[..., object], OpOverload] = {
     F.linear: aten.linear.default,
     torch.matmul: aten.matmul.default,
     operator.matmul: aten.matmul.default,
@@ -34,7 +33,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.t: aten.t.default,
     torch.transpose: aten.transpose.int,
 }
-METHODS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, OpOverload] = {
     "matmul": aten.matmul.default,
     "mm": aten.mm.default,
     "addmm": aten.addmm.default,
@@ -99,7 +98,7 @@ SIZES = ("size", "dim", "numel", "item", "stride", "ndimension", "nelement", "to
 INTEGERS = (operator.getitem, operator.floordiv, operator.mul, operator.sub, operator.mod, operator.neg, *SUMS)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     """Whether an operand of ``+`` is a shape, a number read off a tensor, or a sequence: no tensor to add."""
     if isinstance(value, (tuple, list)):
         return True
@@ -117,7 +116,7 @@ def _is_sum_of_sizes(node: fx.Node) -> bool:
     return all(_is_size(a) for a in node.args if isinstance(a, (fx.Node, tuple, list)))
 
 
-def _retarget(node: fx.Node, target: Callable[..., Any]) -> bool:
+def _retarget(node: fx.Node, target: OpOverload) -> bool:
     """Point a node at an ATen overload, with all arguments positional where the Python call named them."""
     arguments = schema_of(target).arguments
     names = [argument.name for argument in arguments if not argument.kwarg_only]

@@ -49,7 +49,7 @@ def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dic
         node.meta["val"] = known[key]
 
 
-def _key(value: Any) -> Hashable:
+def _key(value: object) -> Hashable:
     """The metadata of what a node reads, as something to look up by."""
     if isinstance(value, fx.Node):
         return _key(value.meta["val"])
