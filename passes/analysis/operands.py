@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from passes.analysis.residual_stream import operation
-from passes.analysis.weight_views import Dims, View, can_be_followed, size_of
+from passes.analysis.weight_views import Dims, View, can_be_followed, dim_size
 from passes.ir.parameter_names import tensor_name
 
 Lookup = Callable[[str], torch.Tensor | None]
@@ -47,7 +47,7 @@ def follow(node: object, parameter: Lookup) -> Operand | str | None:
 
     Args:
         node: of a normalised graph.
-        parameter: gives the patient's parameter of a name, or None.
+        parameter: gives the model's parameter of a name, or None.
 
     Returns:
         The operand; or why a view of a parameter cannot be followed; or None if it is no view of a parameter.
@@ -82,7 +82,7 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
     """
     if len(shape) < 2:
         return f"the parameter {operand.weight!r} is a vector, not a matrix"
-    found = [
+    digits = [
         (stride, size, label)
         for dim, label in zip(operand.dims, labels, strict=True)
         for stride, size in dim
@@ -91,7 +91,7 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
     edges = sorted({math.prod(shape[i:]) for i in range(len(shape) + 1)})
     parts: list[tuple[str, int]] = []
     top = math.prod(shape)
-    for stride, size, label in sorted(found, reverse=True):
+    for stride, size, label in sorted(digits, reverse=True):
         if stride * size > top:
             return f"the parameter {operand.weight!r} is read through overlapping views"
         end = min(edge for edge in (*edges, top) if edge >= stride * size)  # a slice shows a part of a dimension
@@ -119,4 +119,4 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
 
 def sizes_of(operand: Operand) -> list[int]:
     """The shape of an operand."""
-    return [size_of(dim) for dim in operand.dims]
+    return [dim_size(dim) for dim in operand.dims]

@@ -1,4 +1,4 @@
-"""Which products write to the residual stream, found from dataflow and not from names.
+"""Which products write to the residual stream, read off the dataflow and not from names.
 
 A residual addition is ``x + f(x)``: one operand (the *stream*) is an ancestor of the other (the *branch*). The writers
 of the stream are the last products of the branch: those that reach the addition through linear, elementwise and
@@ -104,16 +104,16 @@ def _depends(node: fx.Node, ancestors: set[fx.Node], order: dict[fx.Node, int]) 
 
 
 def _last_products(branch: fx.Node, stop: set[fx.Node], products: Container[fx.Node], graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    last: set[fx.Node] = set()
     pending, seen = [branch], {branch}
     while pending:
         node = pending.pop()
         if node in stop:
             continue
         if node in products:
-            found.add(node)
+            last.add(node)
         elif operation(node, graph) in LINEAR:
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
             pending.extend(new)
-    return found
+    return last

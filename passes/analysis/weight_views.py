@@ -34,7 +34,7 @@ def digits_of(shape: Sequence[int]) -> Dims:
     return tuple(((math.prod(shape[i + 1 :]), n),) if n != 1 else () for i, n in enumerate(shape))
 
 
-def size_of(dim: Dim) -> int:
+def dim_size(dim: Dim) -> int:
     """The size of a dimension."""
     return math.prod(size for _, size in dim)
 
@@ -81,7 +81,7 @@ class View:
         elif name in PICKS:
             dims = _picked(node, name, self.dims)
         else:
-            whole = torch.empty([size_of(dim) for dim in self.dims], device="meta")
+            whole = torch.empty([dim_size(dim) for dim in self.dims], device="meta")
             views = _views(node, name, whole)
             if isinstance(views, (list, tuple)):
                 self._pieces = [_digits(view, self.dims) for view in views]

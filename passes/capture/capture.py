@@ -1,7 +1,7 @@
 """Capture: a model becomes one FX graph in one dialect, whatever it was.
 
 ============================  =============================================================================
-patient                       way
+model                         way
 ============================  =============================================================================
 ``transformers`` model        ``transformers.exporters.DynamoExporter`` (copes with caches), inputs optional
 module with example inputs    ``torch.export.export(strict=False)``
@@ -11,8 +11,8 @@ module without inputs         ``fx.symbolic_trace``
 anything that fails           no graph; ``Capture.note`` says why, and sites come from the module walk
 ============================  =============================================================================
 
-The captured graph is for reading. Its ``get_attr`` targets are the patient's own parameter names and its parameters
-alias the patient's.
+The captured graph is for reading. Its ``get_attr`` targets are the model's own parameter names and its parameters
+alias the model's.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_
 from passes.analysis.matmul_rules import Product, casts_its_weight
 from passes.capture.capture import capture, default_inputs, forward_call, normalised
 from passes.capture.module_calls import CallRecord, record_calls
-from passes.ir.parameter_names import Names, tensor_name
+from passes.ir.parameter_names import ParameterNames, tensor_name
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites of a model and how they were found.
+    """The sites of a model and where they come from.
 
     Attributes:
         sites: in order of execution (of registration where the model was not captured).
@@ -60,25 +60,25 @@ def inspect_model(model: nn.Module, example_inputs: object = None) -> Inspection
                 raise
             notes.append(f"default inputs do not fit: {error}")
             example_inputs = None
-    found = capture(model, example_inputs)
-    if found.note:
-        notes.append(f"not captured: {found.note}")
-    if found.graph is None:
+    captured = capture(model, example_inputs)
+    if captured.note:
+        notes.append(f"not captured: {captured.note}")
+    if captured.graph is None:
         sites, skipped = sites_from_walk(model)
     else:
-        sites, skipped = sites_from_graph(found.graph, model)
+        sites, skipped = sites_from_graph(captured.graph, model)
         refused: list[Skipped] = []
         if isinstance(model, fx.GraphModule):
             rewritable, whole, refused = _sorted_products(model, model.graph)
             skipped = [*skipped, *refused]
             sites = [site for site in sites if site.key in rewritable or site.key in whole]
-        hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
-        calls = calls or _calls_of(found.graph)
+        hidden = _reached(model, calls) if calls else _inside_leaf_modules(model, captured.graph)
+        calls = calls or _calls_of(captured.graph)
         known = {site.weight for site in sites}
         sites += [site for site in hidden if site.weight not in known]
         hosted = {site.key for site in sites}
         skipped = [skip for skip in skipped if skip not in refused or skip.where not in hosted]
-    return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+    return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls)
 
 
 def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, list[Product]], list[Skipped]]:
@@ -97,23 +97,23 @@ def _sorted_products(
     """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
     read = normalised(model, graph)
     products, _ = products_by_site(read, model)
-    weights = Names(model, read.graph).tensors
+    weights = ParameterNames(model, read.graph).tensors
     nodes = {node.name: node for node in graph.nodes}
     refused: list[Skipped] = []
     whole: set[str] = set()
-    for key, found in list(products.items()):
+    for key, of_site in list(products.items()):
         reasons = (
             _elsewhere(nodes.get(p.node.name))
             if p.matrices
             else _why_not(model, p, nodes.get(p.node.name), weights[p.weight].dtype)
-            for p in found
+            for p in of_site
         )
         reason = next(filter(None, reasons), None)
-        if not reason and any(p.matrices for p in found) and len({nodes[p.node.name].op for p in found}) > 1:
+        if not reason and any(p.matrices for p in of_site) and len({nodes[p.node.name].op for p in of_site}) > 1:
             reason = "its weight is read by a module's call, and without one"
         if reason:
             refused.append(Skipped(key, "linear", reason))
-        elif any(p.matrices for p in found):
+        elif any(p.matrices for p in of_site):
             whole.add(key)
         else:
             continue
@@ -142,11 +142,11 @@ def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None, dtyp
 
 def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:
     """Sites that ran but that the graph shows in pieces or not at all, such as a packed weight that is cut in three."""
-    found, _ = sites_from_walk(model)
-    return [s for s in found if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
+    walked, _ = sites_from_walk(model)
+    return [s for s in walked if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
 
 
-def _kept_whole(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
+def _inside_leaf_modules(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
     """Sites inside the modules that a symbolic trace does not look into."""
     leaves = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
     return [site for site in sites_from_walk(model)[0] if site.weight.startswith(leaves)]

@@ -23,7 +23,7 @@ RULES: list[Rule] = []
 ROLES, FORMS = ("base", "body", "biased", "out", "shared"), ("delta", "residual", "weight")
 
 
-def rule(function: Rule) -> Rule:
+def dialect_rule(function: Rule) -> Rule:
     """Register a rule of the specification."""
     RULES.append(function)
     return function
@@ -34,7 +34,7 @@ def check_graph(graph_module: fx.GraphModule) -> list[str]:
     return [problem for each in RULES for problem in each(graph_module)]
 
 
-@rule
+@dialect_rule
 def ends_with_one_output(graph_module: fx.GraphModule) -> Iterator[str]:
     """Exactly one output, and it is the last node."""
     outputs = [i for i, node in enumerate(graph_module.graph.nodes) if node.op == "output"]
@@ -42,7 +42,7 @@ def ends_with_one_output(graph_module: fx.GraphModule) -> Iterator[str]:
         yield f"expected one output at the end, found outputs at {outputs} of {len(graph_module.graph.nodes)} nodes"
 
 
-@rule
+@dialect_rule
 def names_are_unique(graph_module: fx.GraphModule) -> Iterator[str]:
     """No two nodes share a name."""
     for name, n in Counter(node.name for node in graph_module.graph.nodes).items():
@@ -50,7 +50,7 @@ def names_are_unique(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"{n} nodes are named {name!r}"
 
 
-@rule
+@dialect_rule
 def nodes_read_earlier_nodes(graph_module: fx.GraphModule) -> Iterator[str]:
     """Nodes stand after what they read, and know their readers."""
     seen: set[fx.Node] = set()
@@ -63,7 +63,7 @@ def nodes_read_earlier_nodes(graph_module: fx.GraphModule) -> Iterator[str]:
         seen.add(node)
 
 
-@rule
+@dialect_rule
 def attributes_exist(graph_module: fx.GraphModule) -> Iterator[str]:
     """Every ``get_attr`` gives something, and every ``call_module`` calls a module."""
     for node in graph_module.graph.nodes:
@@ -73,7 +73,7 @@ def attributes_exist(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"node {node.name!r} calls {node.target!r}, which is no module"
 
 
-@rule
+@dialect_rule
 def inserted_nodes_are_aten(graph_module: fx.GraphModule) -> Iterator[str]:
     """What surgery inserts is ATen overloads on tensors of the adapter, none of which writes to a tensor."""
     for node in graph_module.graph.nodes:
@@ -90,7 +90,7 @@ def inserted_nodes_are_aten(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"site {provenance.key!r}: node {node.name!r} is a {node.op}"
 
 
-@rule
+@dialect_rule
 def inserted_nodes_are_read(graph_module: fx.GraphModule) -> Iterator[str]:
     """No inserted node is dead, but for the output of a product that nothing read."""
     for node in graph_module.graph.nodes:
@@ -99,9 +99,9 @@ def inserted_nodes_are_read(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"site {provenance.key!r}: node {node.name!r} is dead"
 
 
-@rule
+@dialect_rule
 def adapters_are_whole(graph_module: fx.GraphModule) -> Iterator[str]:
-    """Each occurrence has a base, an output, and an adapter of the same site that it reads."""
+    """Each instance has a base, an output, and an adapter of the same site that it reads."""
     for instance in adapter_instances(graph_module.graph):
         provenance: Provenance = instance.provenance
         lacking = [role for role in ("base", "out") if instance.of_role(role) is None]
@@ -113,7 +113,7 @@ def adapters_are_whole(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"site {provenance.key!r} at {provenance.at!r} reads nothing of its adapter {provenance.path!r}"
 
 
-@rule
+@dialect_rule
 def shared_nodes_are_read_by_sites(graph_module: fx.GraphModule) -> Iterator[str]:
     """What several sites share is read by nothing but adapters, a product of theirs by slices alone."""
     for node in graph_module.graph.nodes:
@@ -127,7 +127,7 @@ def shared_nodes_are_read_by_sites(graph_module: fx.GraphModule) -> Iterator[str
                 yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it and is no slice"
 
 
-@rule
+@dialect_rule
 def provenance_is_known(graph_module: fx.GraphModule) -> Iterator[str]:
     """The metadata entry of surgery holds a :class:`Provenance` with a known role and form."""
     for node in graph_module.graph.nodes:

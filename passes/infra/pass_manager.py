@@ -1,4 +1,4 @@
-"""Sequences of passes: a sequence is a pass itself; it can be stopped, thinned out and bisected."""
+"""Sequences of passes: a sequence is a pass itself; it can stop early, leave stages out, and be bisected."""
 
 from __future__ import annotations
 

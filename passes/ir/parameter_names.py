@@ -73,7 +73,7 @@ def original_names(model: nn.Module) -> dict[str, str]:
     return originals
 
 
-class Names:
+class ParameterNames:
     """The model's parameters by every name they have, and which of these names are one tensor.
 
     Args:

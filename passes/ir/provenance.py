@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -40,7 +40,7 @@ class Provenance(NamedTuple):
     added: str | None = None
 
 
-def provenance_entry(node: fx.Node) -> Any:
+def provenance_entry(node: fx.Node) -> object:
     """What stands in a node's metadata, whatever it is; None where there is nothing."""
     return (node.meta.get("custom") or {}).get(KEY)
 

@@ -2,11 +2,11 @@
 
 * The split ``x W_res^T + (S h + delta) U^T`` of the residual form is recognised and becomes ``x W^T + delta U^T`` with
   the stored ``W``, bit for bit. (Adding ``W_res + U S Vh`` in floating point would give other bits in about 60% of
-  float32 entries; it is done, in float64 and rounded once, only where W was not kept.)
+  float32 entries; it is done, in float64 and rounded once, only where the graph module no longer holds W.)
 * What depends on frozen tensors alone is computed once (:mod:`passes.transforms.fold_constants`).
 * ``S`` meets its neighbour: ``(x Vh^T) * (S * e)  ->  (x (S Vh)^T) * e``, where every reader of ``x Vh^T`` scales by S;
   in a product that several sites share (:mod:`passes.transforms.fuse_projections`), each site's own rows.
-* An adapter whose every tensor is frozen, its knob included, becomes a dense weight
+* An adapter whose every tensor is frozen, its coefficient included, becomes a dense weight
   (:mod:`passes.transforms.merge`): the graph then has the base's nodes and no others.
 """
 

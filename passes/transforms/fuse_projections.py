@@ -2,9 +2,9 @@
 
     linear(rows(x), Vh_i) for each i     ->     wide = linear(x, [Vh_1; ...; Vh_n]),     rows(wide[..., a_i:b_i])
 
-``rows`` sees a tensor as (rows, tokens, ...), with the rows of each site's own knob, so it stays with the site and the
-product comes before it: scalar and per-row knobs go on working, and sizes stay free. The concatenated matrix is kept
-once: the buffers that it is made of become views of its rows.
+``rows`` sees a tensor as (rows, tokens, ...), with one row for each entry of the site's own coefficient, so it
+stays with the site and the product comes before it: scalar and per-row coefficients go on working, and sizes stay free.
+The concatenated matrix is stored once: the buffers that it is made of become views of its rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument, Target
 
 from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
@@ -123,8 +124,8 @@ class Fuse(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Fuse what can be fused."""
-        found = fusible(graph_module, self.keys)
-        for targets, groups in found:
+        fusions = fusible(graph_module, self.keys)
+        for targets, groups in fusions:
             parts = [(graph_module.get_submodule(t.rpartition(".")[0]), t.rpartition(".")[2]) for t in targets]
             name = next(n for i in count() if not hasattr(graph_module, n := f"{HOLDER}_{i}"))
             rows = Rows(parts)
@@ -132,7 +133,7 @@ class Fuse(Pass):
             bounds = dict(zip(targets, rows.bounds(), strict=True))
             for heads in groups:
                 _fuse(name, heads, bounds)
-        return bool(found)
+        return bool(fusions)
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Nothing is left to fuse."""
@@ -173,7 +174,7 @@ def fusible(
     ]
 
 
-def shared_tensors(graph_module: fx.GraphModule) -> set[str]:
+def shared_factor_names(graph_module: fx.GraphModule) -> set[str]:
     """Names of the frozen tensors that several sites read."""
     shared = (node for node in graph_module.graph.nodes if node.op == "get_attr" and _is_shared(node))
     return {str(node.target) for node in shared}
@@ -209,14 +210,9 @@ def _is_shared(node: fx.Node) -> bool:
 def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] | None) -> Head | None:
     """Read ``linear(reshape(unflatten(x, 0, [rows, -1]), [rows, -1, d_in]), cast(tensor))``."""
     provenance = provenance_of(product)
-    if (
-        product.target is not aten.linear.default
-        or len(product.args) != 2
-        or provenance is None
-        or provenance.form != "delta"
-    ):
+    if product.target is not aten.linear.default or len(product.args) != 2 or provenance is None:
         return None
-    if provenance.role != "body" or (keys is not None and provenance.key not in keys):
+    if (provenance.form, provenance.role) != ("delta", "body") or (keys is not None and provenance.key not in keys):
         return None
     tokens: Any = product.args[0]
     matrix: Any = product.args[1]
@@ -263,13 +259,13 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
     graph, at = x.graph, f"{x.name}_{name}"
     keys = dict.fromkeys(_provenance(head.product).key for head in heads)
 
-    def shared(op: str, target: Any, args: tuple[Any, ...], like: fx.Node, suffix: str) -> fx.Node:
+    def shared(op: str, target: Target, args: tuple[Argument, ...], like: fx.Node, suffix: str) -> fx.Node:
         node = graph.create_node(op, target, args, {}, f"{at}_{suffix}")
         node.meta = _metadata(like)
         set_provenance(node, Provenance(" + ".join(keys), name, at, "shared", "delta", x.name))
         return node
 
-    def own(head: Head, target: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
+    def own(head: Head, target: Target, args: tuple[Argument, ...], suffix: str) -> fx.Node:
         node = graph.create_node("call_function", target, args, {}, f"{_provenance(head.product).at}_{suffix}")
         node.meta = _metadata(head.product)
         return node
@@ -298,6 +294,6 @@ def _provenance(node: fx.Node) -> Provenance:
     return provenance
 
 
-def _metadata(node: fx.Node) -> dict[str, Any]:
+def _metadata(node: fx.Node) -> dict[str, object]:
     """Metadata of a node without what tells of its value."""
     return {name: value for name, value in node.meta.items() if name not in STALE}

@@ -4,8 +4,9 @@
     residual form   y  ->  x W_res^T + b + term(x)       the product is taken out; term then holds S h + delta
     weight form     W  ->  adapter(W)                    where the graph shows the weight and not its product
 
-``x`` is seen as (rows, tokens, d_in), with as many rows as the adapter's knob has entries, so that one graph serves a
-scalar knob and one per row, for inputs of any number of dimensions. The adapter's tensors stay in its submodule.
+``x`` is seen as (rows, tokens, d_in), with as many rows as the adapter's coefficient has entries, so that one graph
+serves a scalar coefficient and one per row, for inputs of any number of dimensions. The adapter's tensors stay in its
+submodule.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ class Insert(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Every point has the output of an adapter."""
-        found = [p for node in graph_module.graph.nodes if (p := provenance_of(node))]
-        done = {p.at for p in found if p.role == "out"}
+        tagged = [p for node in graph_module.graph.nodes if (p := provenance_of(node))]
+        done = {p.at for p in tagged if p.role == "out"}
         missing = [point for point in self._points if point.node not in done]
         return f"site {missing[0].key!r} has no output" if missing else None
 
@@ -228,8 +229,8 @@ class _NodeBuilder:
     def term(self, adapter: Adapter, x: fx.Node) -> fx.Node:
         """The adapter's forward on x, seen as (rows, tokens, d_in)."""
         d_in = adapter.features[0]
-        knob = self.tensor(f"{self.point.path}.{adapter.knob}")
-        flat = self.function(aten.reshape.default, (knob, [-1]), "flat")
+        coeff = self.tensor(f"{self.point.path}.{adapter.knob}")
+        flat = self.function(aten.reshape.default, (coeff, [-1]), "flat")
         rows = self.function(aten.sym_size.int, (flat, 0), "rows")  # Dynamo traces no sym_numel
         # unflatten refuses rows that do not divide the batch
         split = self.function(aten.unflatten.int, (x, 0, [rows, -1]), "split")

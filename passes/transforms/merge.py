@@ -35,17 +35,17 @@ class Merge(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> str | None:
         """Every site stands in the graph, its weight has the right shape, and no other reader unless untied."""
-        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        by_key, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
         for key, weight in self.weights.items():
-            if key not in found:
+            if key not in by_key:
                 return f"site {key!r} is not in the graph"
-            adapter = adapter_at(graph_module, found[key][0].provenance.path)
+            adapter = adapter_at(graph_module, by_key[key][0].provenance.path)
             if weight.shape != adapter.weight.shape or weight.dtype != adapter.weight.dtype:
                 return (
                     f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
                     f"{adapter.weight.dtype}, found {tuple(weight.shape)} and {weight.dtype}"
                 )
-            others = _others(found[key], readers[identity(graph_module, adapter)])
+            others = _others(by_key[key], readers[identity(graph_module, adapter)])
             if others and not self.untie:
                 return (
                     f"site {key!r} shares its weight with node {', '.join(repr(node.name) for node in others)}, which "
@@ -67,10 +67,10 @@ class Merge(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Put the plain products back, and then the weights."""
-        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        by_key, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
         names = {node.name: node for node in graph_module.graph.nodes}
         shared = dict(graph_module._modules)
-        for key, instances in found.items():
+        for key, instances in by_key.items():
             adapter = adapter_at(graph_module, instances[0].provenance.path)
             weight, name = adapter.weight, adapter.weight_name
             merged, rows = self.weights[key], adapter.rows
@@ -94,7 +94,7 @@ class Merge(Pass):
 
 
 def take_out(instance: AdapterInstance, names: dict[str, fx.Node]) -> fx.Node:
-    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node.
+    """Put the plain product of an instance back, erase the adapter's nodes, and return the product's node.
 
     Args:
         names: all nodes of the graph by name, brought up to date here.
@@ -146,16 +146,18 @@ def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int | str, list[
 
 
 def identity(graph_module: fx.GraphModule, adapter: Adapter) -> int | str:
-    """What tells the weight of an adapter from others: the tensor, or its name where it was not kept."""
-    kept = attribute(graph_module, adapter.weight_name)
-    return adapter.weight_name if kept is None else id(kept)
+    """What tells the weight of an adapter from others: the tensor, or its name where the graph module lacks it."""
+    weight = attribute(graph_module, adapter.weight_name)
+    return adapter.weight_name if weight is None else id(weight)
 
 
 def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """What reads the weight of a site beside the site itself, by the site's key."""
-    readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
-    adapters = {key: adapter_at(graph_module, instances[0].provenance.path) for key, instances in found.items()}
-    return {key: _others(instances, readers[identity(graph_module, adapters[key])]) for key, instances in found.items()}
+    readers, by_key = readers_of_parameters(graph_module), _by_key(graph_module, None)
+    adapters = {key: adapter_at(graph_module, instances[0].provenance.path) for key, instances in by_key.items()}
+    return {
+        key: _others(instances, readers[identity(graph_module, adapters[key])]) for key, instances in by_key.items()
+    }
 
 
 def _others(instances: list[AdapterInstance], readers: list[fx.Node]) -> list[fx.Node]:
@@ -165,10 +167,10 @@ def _others(instances: list[AdapterInstance], readers: list[fx.Node]) -> list[fx
 
 
 def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[AdapterInstance]]:
-    found: dict[str, list[AdapterInstance]] = defaultdict(list)
+    by_key: dict[str, list[AdapterInstance]] = defaultdict(list)
     for instance in adapter_instances(graph_module.graph, keys):
-        found[instance.provenance.key].append(instance)
-    return found
+        by_key[instance.provenance.key].append(instance)
+    return by_key
 
 
 def _free_name(graph_module: fx.GraphModule, key: str) -> str:

@@ -26,7 +26,7 @@ from passes.ir.forward_context import outside_inference_mode
 from passes.ir.module_utils import copy_graph
 from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
-from passes.transforms.fuse_projections import Fuse, shared_tensors
+from passes.transforms.fuse_projections import Fuse, shared_factor_names
 from passes.transforms.insert import Insert
 from passes.transforms.merge import Merge
 from passes.transforms.propagate_metadata import Annotate
@@ -250,7 +250,7 @@ def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[s
             chosen |= name.removeprefix("core.") in site.variant.frozen
             if chosen or (knob and name == site.knob):
                 names.add(f"{paths[id(site)]}.{name}")
-    return names | shared_tensors(graph)
+    return names | shared_factor_names(graph)
 
 
 def _settle(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = ()) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.analysis.operands import Operand, follow
-from passes.analysis.weight_views import UNKNOWN, size_of
+from passes.analysis.weight_views import UNKNOWN, dim_size
 
 SHAPE = (4, 6, 10)
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -51,7 +51,7 @@ UNFOLLOWED = {"across", "uneven step", "diagonal", "over an edge"}
 
 def shown_by(operand: Operand, shape: torch.Size) -> torch.Tensor:
     """The entries of the parameter that digits count, less the first."""
-    assert [size_of(dim) for dim in operand.dims] == list(shape)
+    assert [dim_size(dim) for dim in operand.dims] == list(shape)
     ranges = [[[i * stride for i in range(size)] for stride, size in dim] for dim in operand.dims]
     per_dim = [[sum(entry) for entry in itertools.product(*dim)] for dim in ranges]
     return torch.tensor([sum(entry) for entry in itertools.product(*per_dim)]).reshape(shape)
