@@ -21,7 +21,7 @@ from exporters.onnx.cores import check_core, export_core
 from exporters.program.swap import swap
 from exporters.shared.publish import publish, staged
 from exporters.shared.report import Exported, ExportReport
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.hosting.transaction import transaction
 from surgery.verbs.apply import unwrap
 

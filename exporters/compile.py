@@ -11,12 +11,12 @@ from exporters.program.live_program import call_of
 from exporters.shared.agreement import differ
 from exporters.shared.report import working_copy
 from exporters.shared.subject import Subject
-from passes.errors import ExportError
 from passes.transforms.fold import Fold
 from passes.transforms.fuse_projections import Fuse
 from passes.transforms.insert import Insert
 from passes.transforms.merge import Merge
 from surgery import pipeline
+from surgery.errors import ExportError
 from surgery.verbs.apply import unwrap
 
 STAGES = {"live": Insert.name, "folded": Fold.name, "merged": Merge.name}

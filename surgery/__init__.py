@@ -4,18 +4,8 @@ import surgery
 surgery.apply_surgery(model, "antipasto", r=64)     # then train the cores, steer with set_coeff, save, merge
 """
 
-from passes.errors import (
-    AdapterError,
-    CaptureError,
-    ExportError,
-    InputError,
-    PassError,
-    RankError,
-    SurgeryError,
-    TargetError,
-    VariantError,
-    WeightError,
-)
+from passes.errors import CaptureError, InputError, PassError, SurgeryError
+from surgery.errors import AdapterError, ExportError, RankError, TargetError, VariantError, WeightError
 from surgery.factors.statistics_file import Statistics
 from surgery.modules.adapter import SSpaceLinear
 from surgery.planning.calibration_run import Contrast

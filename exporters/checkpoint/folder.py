@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exporters.checkpoint.tensor_io import CHUNK, Entry, TensorFile, read_header
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.support.untrusted_files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from exporters.checkpoint.tensor_io import DTYPES, Entry
-from passes.errors import ExportError
+from surgery.errors import ExportError
 
 Read = Callable[[str], torch.Tensor]
 

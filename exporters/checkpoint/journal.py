@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exporters.checkpoint.tensor_io import sync
 from exporters.shared.publish import is_movable
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.support.atomic_directory import locked, parents_of
 from surgery.support.untrusted_files import parse_json, read_limited
 

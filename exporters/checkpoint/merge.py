@@ -23,7 +23,7 @@ from exporters.checkpoint.tensor_io import read_header, sync
 from exporters.checkpoint.verify import merge_error
 from exporters.shared.report import ExportReport
 from passes.analysis.linear_sites import part_of
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.hosting.checks import check_flags
 from surgery.modules.adapter import SSpaceLinear
 from surgery.modules.merged_weight import bare_site, merged_weight

@@ -16,8 +16,9 @@ from exporters.checkpoint.folder import Checkpoint, read_checkpoint
 from exporters.checkpoint.hf_names import INSTEAD, Group, Names, owners
 from exporters.checkpoint.tensor_io import DTYPES
 from passes.analysis.linear_sites import part_of
-from passes.errors import AdapterError, ExportError, InputError, VariantError, WeightError
+from passes.errors import InputError
 from surgery.cli.inspect import load_model
+from surgery.errors import AdapterError, ExportError, VariantError, WeightError
 from surgery.storage.site_entry import check_entry, matrix_shape, rows_of, variant_of
 from surgery.variants import Variant
 

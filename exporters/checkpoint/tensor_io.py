@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.support.untrusted_files import parse_json, require_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

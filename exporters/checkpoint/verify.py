@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
-from passes.errors import ExportError
 from passes.infra.tolerance import ROUNDED
+from surgery.errors import ExportError
 from surgery.modules.adapter import SSpaceLinear, matrices_of
 
 BLOCK = 2**17  # entries at a time, at least of 64 columns

@@ -33,7 +33,6 @@ from exporters.shared.agreement import compare, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
-from passes.errors import ExportError
 from passes.ir.forward_context import quiet
 from passes.ir.torch_internals import (
     compile_ahead_of_time,
@@ -42,6 +41,7 @@ from passes.ir.torch_internals import (
     missing_cpp_compiler,
     write_package,
 )
+from surgery.errors import ExportError
 from surgery.verbs.steer_and_merge import sites
 
 DEFAULT_NAME = "model.pt2"

@@ -27,10 +27,11 @@ from exporters.onnx.runtime import TOLERANCE
 from exporters.shared.report import Exported, inputs_for, working_copy
 from passes.analysis.linear_sites import part_of
 from passes.capture.capture import default_inputs, is_pretrained
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
 from passes.infra.tolerance import relative_error
 from passes.ir.forward_context import quiet, set_mode
 from passes.ir.torch_internals import tree_iter
+from surgery.errors import ExportError
 from surgery.storage.adapter_reader import module_paths, parameter_names
 from surgery.support.untrusted_files import read_json
 from surgery.verbs.steer_and_merge import merge, sites

@@ -24,9 +24,10 @@ from exporters.peft.layers import Place, config_as_written, fill, layers, lora_c
 from exporters.peft.low_rank import LowRank, low_rank
 from exporters.shared.report import Exported, inputs_for, need, working_copy
 from passes.capture.capture import hub_inputs, is_pretrained
-from passes.errors import ExportError, InputError, VariantError
+from passes.errors import InputError
 from passes.infra.tolerance import RELATIVE
 from passes.ir.forward_context import quiet
+from surgery.errors import ExportError, VariantError
 from surgery.hosting.hosts import replace_weight
 from surgery.modules.adapter import SSpaceLinear, of_weight
 from surgery.verbs.apply import undo_surgery

@@ -29,7 +29,7 @@ from exporters.onnx.finish import finish, save, tensor_bytes, written_size
 from exporters.onnx.generation import Cached, compare_generation
 from exporters.onnx.runtime import Runtime, check_file, coefficients, compare, providers
 from exporters.shared.report import Exported, need, working_copy
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.verbs.apply import detach_all
 from surgery.verbs.steer_and_merge import merge, set_coeff, sites
 

@@ -32,9 +32,10 @@ from exporters.shared.archive import archive
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.capture.capture import keyword_inputs
-from passes.errors import ExportError, SurgeryError
+from passes.errors import SurgeryError
 from passes.ir.forward_context import copied, quiet, state_kept
 from passes.ir.torch_internals import archive_reader, archive_writer
+from surgery.errors import ExportError
 
 DEFAULT_NAME = "model.pt"
 NOTE = "TorchScript is deprecated in PyTorch: use the formats 'pt2' or 'aoti' where the host can load them"

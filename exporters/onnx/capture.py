@@ -19,9 +19,10 @@ from exporters.onnx.cores import core_slots
 from exporters.shared.outputs import output_names
 from exporters.shared.report import inputs_for
 from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
 from passes.ir.forward_context import keep_forward, quiet
 from passes.ir.torch_internals import tree_flatten_with_path, tree_iter, tree_map_only
+from surgery.errors import ExportError
 from surgery.hosting.hosts import host_of
 from surgery.verbs.steer_and_merge import sites, steer
 

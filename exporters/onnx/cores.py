@@ -25,7 +25,7 @@ from torch import nn
 
 from exporters.shared.publish import publish, staged
 from exporters.shared.report import Exported, ExportReport, need
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.modules.adapter import SSpaceLinear
 from surgery.modules.core import Core
 from surgery.storage.site_entry import FACTORS

@@ -17,7 +17,8 @@ from torch import nn
 
 from exporters.onnx.runtime import TOLERANCE, Runtime
 from passes.capture.capture import is_pretrained
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
+from surgery.errors import ExportError
 
 IDS, MASK, POSITIONS, PAST, PRESENT = "input_ids", "attention_mask", "position_ids", "past_key_values", "present"
 LEAST = 7  # tokens of an example: 4 of the past and 3 new ones, so that no two sizes are equal

@@ -10,9 +10,9 @@ import torch
 
 from exporters.onnx.capture import KNOB, flat_inputs
 from exporters.shared.outputs import valid_positions
-from passes.errors import ExportError
 from passes.infra.tolerance import relative_error
 from passes.ir.torch_internals import tree_iter
+from surgery.errors import ExportError
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

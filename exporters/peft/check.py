@@ -11,10 +11,11 @@ from torch import nn
 
 from exporters.peft.layers import ADVICE, Place, delta_of
 from exporters.peft.low_rank import LowRank
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
 from passes.infra.tolerance import RELATIVE, relative_error
 from passes.ir.forward_context import Call, copied
 from passes.ir.torch_internals import tree_iter
+from surgery.errors import ExportError
 from surgery.modules.adapter import SSpaceLinear, of_weight
 
 

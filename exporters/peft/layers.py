@@ -13,7 +13,7 @@ from torch import nn
 
 from exporters.peft.low_rank import LowRank
 from passes.capture.capture import is_pretrained
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.hosting.hosts import host_of
 from surgery.modules.adapter import SSpaceLinear
 from surgery.modules.graph_host_module import SSpaceNode

@@ -18,9 +18,10 @@ from exporters.program.swap import FORMAT, KNOB, contents
 from exporters.shared.report import inputs_for, working_copy
 from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
-from passes.errors import ExportError, InputError, SurgeryError
+from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call, copied, quiet, state_kept
 from passes.ir.torch_internals import OpOverload, tree_map_only
+from surgery.errors import ExportError
 from surgery.modules.adapter import SSpaceLinear
 from surgery.verbs.steer_and_merge import merge, sites
 

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from passes.errors import AdapterError, ExportError, InputError
+from passes.errors import InputError
+from surgery.errors import AdapterError, ExportError
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.site_entry import SITE_FIELDS, variant_of
 from surgery.support.fingerprint import dtype_name, fingerprint

@@ -9,10 +9,10 @@ import torch
 
 from exporters.shared.outputs import valid_positions
 from exporters.shared.subject import Subject, leaves
-from passes.errors import ExportError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
 from passes.ir.forward_context import Call, copied
 from passes.ir.torch_internals import tree_leaves, tree_map_only
+from surgery.errors import ExportError
 from surgery.verbs.steer_and_merge import set_coeff
 
 Run = Callable[..., Any]

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
 from passes.ir.forward_context import set_mode
+from surgery.errors import ExportError
 from surgery.modules.residual_host import shared_tensors
 from surgery.verbs.steer_and_merge import sites
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from exporters.shared.outputs import output_names
-from passes.errors import ExportError
 from passes.ir.forward_context import Call, copied, state_kept
 from passes.ir.torch_internals import tree_leaves
+from surgery.errors import ExportError
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 
 from passes.capture.inspect_model import Inspection, graph_products
-from passes.errors import InputError, TargetError
+from passes.errors import InputError
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.module_utils import copy_graph
 from passes.transforms.insert import Insert
 from passes.viz.site_diagram import Drawing, draw_site
+from surgery.errors import TargetError
 from surgery.hosting.checks import check_form
 from surgery.hosting.graph_surgery import register_sites
 from surgery.modules.core import Core, Factors

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from passes.errors import InputError, VariantError
+from passes.errors import InputError
+from surgery.errors import VariantError
 from surgery.factors.svd import Factorisation, factorise, gram_matrix
 from surgery.support.determinism import one_thread
 

@@ -24,7 +24,8 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import AdapterError, InputError
+from passes.errors import InputError
+from surgery.errors import AdapterError
 from surgery.factors.statistic import KINDS, Statistic
 from surgery.support.fingerprint import fingerprint
 from surgery.support.untrusted_files import parse_json, path_of, require_regular

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from passes.errors import VariantError, WeightError
+from surgery.errors import VariantError, WeightError
 from surgery.support.determinism import one_thread
 
 GRAM_LIMIT = 1e-5  # of S_r over S_1: below, a Gram matrix in float64 is not as exact as a full SVD in float32

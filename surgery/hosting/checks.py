@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import InputError, VariantError, WeightError
+from passes.errors import InputError
+from surgery.errors import VariantError, WeightError
 from surgery.lowerings import REGISTRY
 from surgery.modules.core import Factors
 from surgery.support.distributed import is_sharded

@@ -16,11 +16,12 @@ from torch.nn.utils import parametrize
 
 from passes.analysis.linear_sites import Site
 from passes.capture.module_calls import CallRecord
-from passes.errors import CaptureError, InputError, SurgeryError, TargetError
+from passes.errors import CaptureError, InputError, SurgeryError
 from passes.ir.linear_modules import layout_of_forward
 from passes.ir.module_utils import private_module
 from passes.transforms.insert import Insert
 from passes.transforms.propagate_metadata import Annotate
+from surgery.errors import TargetError
 from surgery.hosting.graph_surgery import GraphState, copy_whole, register_sites, rewrite
 from surgery.lowerings._cost_model import schedule_of
 from surgery.lowerings.dense import give_handle

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes.analysis.linear_sites import part_of
-from passes.errors import InputError, VariantError
+from passes.errors import InputError
+from surgery.errors import VariantError
 from surgery.lowerings import REGISTRY, Schedule, step
 from surgery.lowerings._cost_model import schedule_of
 from surgery.lowerings._weight_cache import Kept

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from passes.errors import InputError, VariantError
+from passes.errors import InputError
+from surgery.errors import VariantError
 from surgery.modules.adapter import SSpaceLinear, matrices_of
 from surgery.modules.core import Core, Factors
 from surgery.variants import Variant

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import InputError, WeightError
+from passes.errors import InputError
+from surgery.errors import WeightError
 from surgery.factors.statistic import Statistic
 from surgery.factors.statistics_file import Statistics
 from surgery.factors.svd import Factorisation

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products, inspect_model
-from passes.errors import VariantError
+from surgery.errors import VariantError
 from surgery.hosting.checks import check_loaded, check_weight
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.hosts import check_not_operated, choose_host, require_bases

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from passes.analysis.linear_sites import Site, parts
 from passes.capture.inspect_model import Inspection
-from passes.errors import CaptureError, RankError, TargetError, WeightError
+from passes.errors import CaptureError
+from surgery.errors import RankError, TargetError, WeightError
 from surgery.variants import Variant
 
 Patterns = str | Sequence[str]

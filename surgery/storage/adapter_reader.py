@@ -12,8 +12,9 @@ from torch import fx, nn
 
 from passes.analysis.linear_sites import Site, part_of
 from passes.capture.inspect_model import graph_products
-from passes.errors import AdapterError, SurgeryError
+from passes.errors import SurgeryError
 from passes.ir.parameter_names import original_names
+from surgery.errors import AdapterError
 from surgery.hosting.checks import check_plain
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.hosts import Graft, is_module_host, operated_sites

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 from surgery.factors.svd import Factorisation
 from surgery.modules.core import Factors
 from surgery.planning.adapter_init import as_factors, factorised

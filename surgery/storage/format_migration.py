@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 
 VERSION = 2
 Config = dict[str, Any]

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.tensor_file import CONFIG, TENSORS
 from surgery.support.hf_config import first_line

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from passes.analysis.linear_sites import Site
-from passes.errors import AdapterError, SurgeryError
+from passes.errors import SurgeryError
+from surgery.errors import AdapterError
 from surgery.factors.svd import Factorisation
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors

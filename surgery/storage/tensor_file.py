@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 from surgery.support.atomic_directory import kept_name
 from surgery.support.untrusted_files import open_regular
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from passes.errors import RankError, VariantError
+from surgery.errors import RankError, VariantError
 from surgery.factors.oriented_svd import oriented
 from surgery.factors.statistic import POOLS, Statistic, required, reranked
 from surgery.factors.svd import METHODS, Factorisation, factorise

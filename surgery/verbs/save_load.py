@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from passes.errors import AdapterError
 from passes.ir.parameter_names import original_names
+from surgery.errors import AdapterError
 from surgery.hosting.checks import check_flags
 from surgery.hosting.hosts import host_of, operated_sites, require_bases
 from surgery.modules.adapter import SSpaceLinear

@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import forward_call
-from passes.errors import InputError, SurgeryError, VariantError, WeightError
+from passes.errors import InputError, SurgeryError
 from passes.infra.translation_validation import Validation
 from passes.ir.forward_context import outside_inference_mode
 from passes.transforms.merge import Merge, other_readers
+from surgery.errors import VariantError, WeightError
 from surgery.hosting.checks import check_flags, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.hosts import host_of, operated_sites, replace_weight, weights_of

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import surgery
-from passes.errors import InputError, WeightError
+from passes.errors import InputError
 from surgery import Contrast, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
+from surgery.errors import WeightError
 from surgery.factors.svd import factorise
 from surgery.support.determinism import one_thread, side_by_side
 from surgery.variants import Variant

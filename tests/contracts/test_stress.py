@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from passes.errors import SurgeryError, WeightError
+from passes.errors import SurgeryError
 from surgery import Contrast, SSpaceLinear, apply_surgery, set_coeff, sites, undo_surgery
+from surgery.errors import WeightError
 from surgery.modules.adapter import rebuilt, remainder
 from surgery.variants import Variant
 from tests.contracts.test_variants import VARIANTS

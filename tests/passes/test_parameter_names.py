@@ -13,9 +13,9 @@ from torch import fx, nn
 from passes.analysis.linear_sites import sites_from_graph
 from passes.capture.capture import capture, normalised
 from passes.capture.inspect_model import inspect_model
-from passes.errors import TargetError
 from passes.ir.parameter_names import name_placeholders, placeholder_parameters, tensor_name
 from surgery import apply_surgery
+from surgery.errors import TargetError
 
 T = TypeVar("T")
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ import torch
 from exporters.checkpoint.journal import resumable
 from exporters.shared.publish import part_name, publish, staged
 from exporters.shared.report import Exported
-from passes.errors import AdapterError, ExportError
 from surgery import save_adapter
+from surgery.errors import AdapterError, ExportError
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.tensor_file import CONFIG, TENSORS, settled
 from surgery.support.atomic_directory import locked, write_directory

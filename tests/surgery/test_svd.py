@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passes.errors import VariantError
+from surgery.errors import VariantError
 from surgery.factors.svd import BLOCK, GRAM_LIMIT, factorise, gram_matrix
 from tests.support.tolerance import assert_close, relative_error
 
