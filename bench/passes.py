@@ -39,20 +39,23 @@ def measure(repeats: int = 5, layers: tuple[int, ...] = LAYERS) -> dict[str, Any
     """Run the pipeline on every size in turn, ``repeats`` times over, and keep each pass's milliseconds."""
     inputs = {"input_ids": torch.randint(0, 256, (2, 8))}
     models = {n: apply_surgery(model_of(n), "antipasto", r=8, example_inputs=inputs, progress=False) for n in layers}
-    pipeline(models[layers[0]], inputs)  # once, to have everything imported
+    pipeline(models[layers[0]], inputs, form="residual")  # once, to have everything imported
     once = []
     for _ in range(repeats):
         trace._TRACES.clear()
-        with_trace = pipeline(models[layers[0]], inputs, stop_after="insert").stages[0].seconds
-        once.append(1000 * (with_trace - pipeline(models[layers[0]], inputs, stop_after="insert").stages[0].seconds))
+        with_trace = pipeline(models[layers[0]], inputs, form="residual", stop_after="insert").stages[0].seconds
+        once.append(
+            1000
+            * (with_trace - pipeline(models[layers[0]], inputs, form="residual", stop_after="insert").stages[0].seconds)
+        )
     times: dict[int, dict[str, list[float]]] = {n: {} for n in layers}
     sizes: dict[int, dict[str, int]] = {}
-    pipeline(models[layers[0]], inputs)
+    pipeline(models[layers[0]], inputs, form="residual")
     for _ in range(repeats):
         for n, model in models.items():
-            inserted = pipeline(model, inputs, stop_after="insert").stages[-1]
+            inserted = pipeline(model, inputs, form="residual", stop_after="insert").stages[-1]
             times[n].setdefault(inserted.name, []).append(1000 * inserted.seconds)
-            compiled = pipeline(model, inputs)
+            compiled = pipeline(model, inputs, form="residual")
             sizes[n] = {stage.name: stage.nodes for stage in compiled.stages}
             for stage in compiled.stages[:-1]:
                 times[n].setdefault(stage.name, []).append(1000 * stage.seconds)

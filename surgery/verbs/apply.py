@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack, overload
 
 import torch
 from torch import fx, nn
@@ -12,7 +12,8 @@ from torch import fx, nn
 from passes.capture.capture import is_pretrained
 from passes.capture.inspect_model import Inspection, inspect_model
 from passes.errors import InputError, SurgeryError
-from surgery.hosting.checks import check_flags, check_options
+from passes.ir.forward_context import Call
+from surgery.hosting.checks import check_options
 from surgery.hosting.graph_surgery import GraphState, graph_state, restore_state
 from surgery.hosting.hosts import Graft, attach_all, detach, operated_sites, require_bases
 from surgery.hosting.model_kinds import as_patient
@@ -25,7 +26,17 @@ from surgery.planning.lowering_autotune import measure
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.fingerprint import fingerprint
-from surgery.variants import Variant, resolve_variant
+from surgery.support.progress_bar import wanted_on
+from surgery.variants import resolve_variant
+from surgery.verbs.argument_types import (
+    Calibration,
+    ExampleInputs,
+    Form,
+    LoweringName,
+    Program,
+    SurgeryOptions,
+    VariantLike,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,13 +45,15 @@ Model = TypeVar("Model", bound=nn.Module)
 class Record:
     """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised.
 
-    A graph patient also remembers what it was before surgery: its graph, its modules and parameters.
+    A graph also remembers what it was before surgery (its graph, its modules and parameters), and the call that
+    ``to_graph`` captured it with.
     """
 
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
     factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
     original: GraphState | None = None
+    captured_call: Call | None = None
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -72,23 +85,31 @@ def record_of(model: nn.Module) -> Record:
     return record  # type: ignore[no-any-return]
 
 
+@overload
+def apply_surgery(model: Program, variant: VariantLike, **options: Unpack[SurgeryOptions]) -> fx.GraphModule: ...
+
+
+@overload
+def apply_surgery(model: Model, variant: VariantLike, **options: Unpack[SurgeryOptions]) -> Model: ...
+
+
 def apply_surgery(
-    model: Model,
-    variant: str | Variant,
+    model: Any,
+    variant: VariantLike,
     *,
     r: int | None = None,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
-    calibration: Any = None,
-    form: str = "delta",
-    lowering: str = "auto",
+    example_inputs: ExampleInputs | None = None,
+    calibration: Calibration | None = None,
+    form: Form = "delta",
+    lowering: LoweringName = "auto",
     keep_base: bool = True,
     seed: int = 0,
-    progress: bool = True,
-) -> Model:
+    progress: bool | None = None,
+) -> Any:
     """Put an S-space adapter on linear operations of a model, in place; afterwards only the cores are trainable.
 
     Args:
@@ -112,22 +133,22 @@ def apply_surgery(
             Products of weights that are read without a call, and graphs, have one way each.
         keep_base: in residual form, keep the base weights, on the CPU, for ``undo_surgery``.
         seed: of the core's initial values.
-        progress: show progress bars, and the report when done.
+        progress: show progress bars on the standard error stream; None shows them on a terminal. Nothing else is
+            printed: ``report(model)`` tells what was done.
 
     Returns:
-        The same model.
+        The same model; a new ``GraphModule`` of an ``ExportedProgram`` or a TorchScript module.
 
     Raises:
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
-    given: Model
-    check_flags(progress=progress)
+    progress = wanted_on(progress)
     config = resolve_variant(variant, r)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
     given, model = patient_of(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
-    form, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
+    form_name, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
     with transaction(model):  # also of what capture and calibration leave where they are interrupted
         plan = make_plan(
             model,
@@ -144,22 +165,14 @@ def apply_surgery(
             statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
         wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
         grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-        grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
+        grafts = [replace(graft, lowering=lowering, form=form_name, keep_base=keep_base) for graft in grafts]
 
         def finish() -> None:
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
-            if progress:
-                _show_report(model)
 
         operate(model, grafts, plan.inspection, notes, finish)
     return given
-
-
-def _show_report(model: nn.Module) -> None:
-    from surgery.verbs.report import report
-
-    report(model).show()
 
 
 def operate(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from passes.capture.capture import forward_call
 from passes.errors import InputError, SurgeryError, VariantError, WeightError
-from passes.infra.translation_validation import Validation
 from passes.ir.forward_context import outside_inference_mode
 from passes.transforms.merge import Merge, other_readers
 from surgery.hosting.checks import check_flags, check_whole
@@ -25,6 +22,8 @@ from surgery.modules.merged_weight import merged_weight
 from surgery.storage.adapter_reader import module_paths, parameter_names
 from surgery.support.progress_bar import track
 from surgery.verbs.apply import Model, record_of, restore_flags, unwrap
+from surgery.verbs.argument_types import Verify
+from surgery.verbs.verification import graph_validation
 
 Coefficient = float | torch.Tensor
 
@@ -122,7 +121,7 @@ def _put_back(model: nn.Module, coeffs: dict[str, torch.Tensor]) -> None:
 
 
 @outside_inference_mode
-def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Any = None) -> Model:
+def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Verify = False) -> Model:
     """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
 
     The sum is formed in float64 and rounded once to the weight's dtype; no base tensor is written. The model is then a
@@ -131,12 +130,13 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
     Args:
         untie: give a site whose weight is shared with another module a weight of its own.
         progress: show a progress bar.
-        verify: of a graph patient, example inputs on which the graph is compared before and after.
+        verify: compare an operated graph before and after on these inputs; True takes those that it was captured with.
 
     Raises:
         VariantError: a variant is not linear, so that no weight has the same effect.
         WeightError: a weight is tied and ``untie`` is false.
-        InputError: coeff steers rows, or the merged weight is not finite in its dtype.
+        InputError: coeff steers rows, the merged weight is not finite in its dtype, or verify is asked of what is no
+            graph.
     """
     check_flags(untie=untie, progress=progress)
     given, model = model, unwrap(model)
@@ -154,11 +154,13 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
             )
     paths = module_paths(model)
     bases = [(parameter_names(paths, site)[0], site.parameter) for site in found.values()]
+    if verify is not False and verify is not None and not nodes:
+        raise InputError("verify= compares a graph before and after; this model is no graph: use to_graph first")
+    validation = graph_validation(model, verify)
     with transaction(model, forwards=False):
         items = track(list(found.items()), "merging", enabled=progress)
         merged = {key: merged_weight(site, key) for key, site in items}
         if nodes:
-            validation = None if verify is None else Validation(forward_call(verify))
             rewrite(model, [Merge({key: merged[key] for key in nodes}, untie=untie)], validation=validation)
             drop_sites(model, nodes)
         for key, site in found.items():

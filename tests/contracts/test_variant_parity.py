@@ -384,7 +384,7 @@ def test_the_whole_compiler():
     model = set_coeff(copy.deepcopy(everything(torch.float32)), 0.5)
     linear = [name for name in TOGETHER if name in LINEAR]
     keys = [f"site_{name}" for name in linear]
-    done = surgery.pipeline(model, some(4, 3, 16).float(), only=keys).graph
+    done = surgery.pipeline(model, some(4, 3, 16).float(), form="residual", only=keys).graph
     assert not sites(done)
     sizes = [d_out for _, d_out, _ in all_shapes().values()]
     for name, y in zip(TOGETHER, done(batch(torch.float32)).split(sizes, dim=-1), strict=True):

@@ -142,7 +142,7 @@ def test_a_graph_of_a_fused_graph():
 
 def test_the_pipeline_with_and_without():
     model, x = operated()
-    compiled = surgery.pipeline(model, x, fuse=True, verify=True, debug=True)
+    compiled = surgery.pipeline(model, x, form="residual", fuse=True, verify=True, debug=True)
     assert [(s.name, s.modified) for s in compiled.stages[:4]] == [
         (n, True) for n in ("insert", "fold", "fuse", "merge")
     ]

@@ -43,7 +43,7 @@ def test_stop_after_disable_and_unknown_names():
         ({"disable": ["fold"]}, ["insert", "merge"]),
         ({"disable": ["merge"], "stop_after": "merge"}, ["insert", "fold"]),
     ]:
-        compiled = surgery.verbs.graph.pipeline(operated(), X, verify=True, **options)
+        compiled = surgery.verbs.graph.pipeline(operated(), X, form="residual", verify=True, **options)
         stages = [stage for stage in compiled.stages if stage.name in STAGES]
         assert [stage.name for stage in stages] == names
         assert all(stage.modified for stage in stages)
@@ -54,7 +54,7 @@ def test_stop_after_disable_and_unknown_names():
         with pytest.raises(PassError, match="no stage is named 'fuse'; stages are fold, merge"):
             run_pipeline(graph := graph_of(), stages_of(graph), **options)
         with pytest.raises(PassError, match="no stage is named 'fuse'; stages are insert, fold, merge"):
-            surgery.verbs.graph.pipeline(operated(), X, **options)
+            surgery.verbs.graph.pipeline(operated(), X, form="residual", **options)
 
 
 @pytest.mark.parametrize("site", KEYS)

@@ -473,8 +473,8 @@ def test_random_inputs_are_like_the_example():
 
 
 def test_the_error_is_told():
-    compiled = surgery.verbs.graph.pipeline(operated(), X, verify=True)
+    compiled = surgery.verbs.graph.pipeline(operated(), X, form="residual", verify=True)
     errors = {stage.name: stage.error for stage in compiled.stages if stage.name in STAGES}
     assert list(errors) == list(STAGES)
     assert all(0 < error < 1e-5 for error in errors.values())
-    assert all(stage.error is None for stage in surgery.verbs.graph.pipeline(operated(), X).stages)
+    assert all(stage.error is None for stage in surgery.verbs.graph.pipeline(operated(), X, form="residual").stages)

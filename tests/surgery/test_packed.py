@@ -127,7 +127,7 @@ def test_graphs_split_the_weight(call: str, form: str, tmp_path: Path) -> None:
     assert not sites(merged)
     assert_close(run(merged, call), run(model, call))
     assert_close(run(undo_surgery(graph), call), run(attention(), call))
-    only = surgery.pipeline(model, CALLS[call], only=QV[:1]).graph
+    only = surgery.pipeline(model, CALLS[call], form="residual", only=QV[:1]).graph
     assert not sites(only)
     whole = merge(copy.deepcopy(model)).in_proj_weight
     assert torch.equal(only.in_proj_weight[:E], whole[:E])
@@ -138,12 +138,13 @@ def test_a_failure_takes_off_the_new_part_alone(monkeypatch: pytest.MonkeyPatch)
     model = operated(targets=["q"])
     live = run(model)
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("surgery.verbs.apply._show_report", fail)
+    monkeypatch.setattr("surgery.verbs.apply.measure", fail)
+    options: Any = {"example_inputs": CALLS["self"], "lowering": "measure", "progress": True}
     with pytest.raises(MemoryError):
-        apply_surgery(model, "antipasto", r=6, target_modules=["v"], example_inputs=CALLS["self"], progress=True)
+        apply_surgery(model, "antipasto", r=6, target_modules=["v"], **options)
     assert list(sites(model)) == ["in_proj_weight.q"]
     assert torch.equal(run(model), live)
 

@@ -230,9 +230,12 @@ def test_failure_in_the_middle_of_a_parametrisation(monkeypatch, name, call, aft
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_failure_while_the_report_is_printed(monkeypatch, error):
-    fails_at(monkeypatch, "surgery.verbs.report.report", 1, error)
-    assert refused(patient("mlp").model, error, progress=True) == "injected"
+def test_failure_while_lowerings_are_timed(monkeypatch, error):
+    """The last step of surgery."""
+    found = patient("mlp")
+    fails_at(monkeypatch, "surgery.verbs.apply.measure", 1, error)
+    options = {"lowering": "measure", "example_inputs": found.inputs}
+    assert refused(found.model, error, progress=True, **options) == "injected"
 
 
 @pytest.mark.parametrize("error", FAILURES)

@@ -1,0 +1,53 @@
+"""What ``verify=`` asks for, alike in every verb that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from passes.capture.capture import forward_call, hub_inputs, is_pretrained
+from passes.errors import InputError
+from passes.infra.translation_validation import Validation
+from passes.ir.forward_context import Call
+from surgery.verbs.apply import record_of
+from surgery.verbs.argument_types import Verify
+
+
+def call_to_verify(model: nn.Module, verify: Verify, captured: Call | None) -> Call | None:
+    """The call to compare on, or None where no comparison is asked for.
+
+    Args:
+        model: what is called; the inputs of a ``transformers`` model become keywords.
+        captured: the call that ``verify=True`` stands for.
+
+    Raises:
+        InputError: verify is neither a flag nor example inputs, or True where nothing was captured.
+    """
+    if verify is None or verify is False:
+        return None
+    if verify is True:
+        if captured is None:
+            raise InputError(
+                "verify=True stands for the inputs that to_graph captured a graph with, and this "
+                f"{type(model).__name__} was not captured by it: pass example inputs as verify="
+            )
+        return captured
+    if not isinstance(verify, (torch.Tensor, tuple, Mapping)):
+        raise InputError(
+            "verify must be True, False, or example inputs (a dict of keyword arguments, a tuple of positional ones or "
+            f"a tensor), found {verify!r:.80}"
+        )
+    call = forward_call(verify)
+    return ((), hub_inputs(model, call)) if is_pretrained(model) else call
+
+
+def graph_validation(model: nn.Module, verify: Verify) -> Validation | None:
+    """Compares an operated graph before and after a pass, or None where no comparison is asked for.
+
+    Raises:
+        InputError: as :func:`call_to_verify`.
+    """
+    call = call_to_verify(model, verify, record_of(model).captured_call)
+    return None if call is None else Validation(call)
