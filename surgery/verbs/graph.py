@@ -125,7 +125,7 @@ def pipeline(
     model = unwrap(model)
     check_form(form)
     check_flags(keep_base=keep_base, fuse=fuse, untie=untie)
-    call_to_verify(model, verify, ((), {}))  # refused before anything is captured
+    verified = call_to_verify(model, verify, ((), {}))  # what is wrong is refused before anything is captured
     if not keep_base and form != "residual":
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
     if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):
@@ -151,8 +151,7 @@ def pipeline(
             *([Fuse()] if fuse else []),
             Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
         ]
-        verified = call_to_verify(model, verify, call)
-        validation = None if verified is None else Validation(verified)
+        validation = None if verified is None else Validation(call if verify is True else verified)
         if validation is not None and only is None:
             check_capture(model, graph, stages[0], _tensors(graph, "", coeff=True), validation)
         results = run_pipeline(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.capture.capture import forward_call, hub_inputs, is_pretrained
 from passes.errors import InputError
 from passes.infra.translation_validation import Validation
-from passes.ir.forward_context import Call
+from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
 from surgery.verbs.apply import record_of
 from surgery.verbs.argument_types import Verify
 
@@ -23,7 +23,8 @@ def call_to_verify(model: nn.Module, verify: Verify, captured: Call | None) -> C
         captured: the call that ``verify=True`` stands for.
 
     Raises:
-        InputError: verify is neither a flag nor example inputs, or True where nothing was captured.
+        InputError: verify is neither a flag nor example inputs, the model does not run on these, or it is True where
+            nothing was captured.
     """
     if verify is None or verify is False:
         return None
@@ -40,7 +41,17 @@ def call_to_verify(model: nn.Module, verify: Verify, captured: Call | None) -> C
             f"a tensor), found {verify!r:.80}"
         )
     call = forward_call(verify)
-    return ((), hub_inputs(model, call)) if is_pretrained(model) else call
+    if isinstance(model, fx.GraphModule):  # validation says itself what a graph does not take
+        return call
+    call = ((), hub_inputs(model, call)) if is_pretrained(model) else call
+    try:
+        args, kwargs = copied(call)
+        with inference_mode_of(model), state_kept(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # somebody's model fails in many ways
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputError(f"the model does not run on verify's inputs: {type(error).__name__}: {reason}") from error
+    return call
 
 
 def graph_validation(model: nn.Module, verify: Verify) -> Validation | None:

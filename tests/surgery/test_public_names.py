@@ -16,9 +16,9 @@ import pytest
 import passes.errors
 import surgery
 from passes.errors import SurgeryError
-from surgery import apply_surgery
+from surgery import AntiPaSTO, apply_surgery
 from surgery.lowerings import REGISTRY as LOWERINGS
-from surgery.variants import REGISTRY, Reranked, Variant
+from surgery.variants import REGISTRY, Variant
 from surgery.verbs import argument_types
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_no_name_is_shadowed_by_a_sub_package() -> None:
 
 
 def test_a_variant_of_ones_own_is_public_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    cls = type("Mine", (Reranked,), {"name": ""})
+    cls = type("Mine", (AntiPaSTO,), {"name": ""})
     monkeypatch.setitem(REGISTRY, "mine", cls)
     assert surgery.Mine is cls
     with pytest.raises(AttributeError, match="module 'surgery' has no attribute 'Yours'"):

@@ -111,3 +111,9 @@ def test_one_default_each() -> None:
     for name, default in (("verify", False), ("form", "delta"), ("mode", "merged")):
         parameters = [inspect.signature(verb).parameters.get(name) for verb in verbs]
         assert {parameter.default for parameter in parameters if parameter} == {default}
+
+
+def test_inputs_that_the_model_does_not_take_are_refused_before_the_capture() -> None:
+    found = operated("mlp")
+    with pytest.raises(InputError, match="the model does not run on verify's inputs"):
+        to_graph(found.model, found.inputs, verify=torch.ones(3, 3))
