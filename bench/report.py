@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import rows, speed_report
 
-PAGES = ("README.md", "docs/performance.md", "bench/README.md")
+PAGES = ("docs/performance.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- [\w-]+ table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = "bench/results"
 SPEED = ("speed", "gpu/speed")

@@ -59,8 +59,8 @@ def variants() -> None:
 @app.command()
 def inspect(
     model: str = typer.Argument(
-        help="A hub id, a directory with a config.json, or package.module:callable (which gives a module, or a module "
-        "and its example inputs). No weights are loaded."
+        help="A hub id, a directory with a config.json, or package.module:callable, which gives a module, or a module "
+        "and its example inputs. No weights are loaded."
     ),
     variant: str = typer.Option(DEFAULT, help="The variant to choose sites for."),
     r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
@@ -78,9 +78,9 @@ def inspect(
     """Print the sites of a model: shape, operation, what reads the same input, role, ties, chosen or why not."""
     from surgery.cli.inspect import choose, load_model, write_text
 
-    found, inputs = load_model(model)
+    loaded, inputs = load_model(model)
     targets = {"target_modules": patterns(target_modules), "exclude_modules": patterns(exclude_modules)}
-    choice = choose(found, variant, r, inputs, **targets)
+    choice = choose(loaded, variant, r, inputs, **targets)
     console = Console()
     if as_json:
         typer.echo(json.dumps(choice.rows(), indent=1))
@@ -101,7 +101,7 @@ def inspect(
 @app.command()
 def push(
     adapter: Path = typer.Argument(help="Directory that save_adapter wrote."),
-    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it is not there."),
+    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub; created if it is not there."),
     private: bool | None = typer.Option(None, "--private/--public", help="Of a new repository."),
     revision: str | None = typer.Option(None, help="Branch; main by default."),
     message: str = typer.Option("Upload S-space adapter", help="Message of the commit."),
