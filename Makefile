@@ -5,17 +5,24 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL := -n 2 --dist loadgroup # tests that share a model, an export or a capture run in one process
 
-.PHONY: demo test test-full lint format wheel clean
+.PHONY: demo check test test-full lint format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/surgery demo
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not full"
+# on every save, under two minutes: no transformers, no ONNX
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m fast
 
+# the gate
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not full and not bench"
+
+# everything, and the benchmarks' own tests
 test-full: lint
-	HYPOTHESIS_PROFILE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HYPOTHESIS_PROFILE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

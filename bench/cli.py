@@ -23,10 +23,10 @@ def demo(
     seed: int = typer.Option(0, help="Seed of everything."),
 ) -> None:
     """Operate on a model, train the core on another domain, steer, save, merge, export, and verify every step."""
-    from bench.demo import run
-    from bench.steps import Settings
+    from bench.demo.results import DemoSettings
+    from bench.demo.run import run
 
-    settings = Settings(
+    settings = DemoSettings(
         model=model, text=text, out=out, cache=cache, r=r, steps=steps, batch=batch, length=length, lr=lr,
         base_steps=base_steps, seed=seed,
     )  # fmt: skip
@@ -58,14 +58,14 @@ def cost(
     resume: bool = typer.Option(False, "--resume", help="Keep the rows that an earlier run left in the directory."),
 ) -> None:
     """Measure what each variant costs on a model: time, memory, size, beside the base and full fine-tuning."""
-    from bench.cost import run
-    from bench.cost_worker import Settings
+    from bench.cost.run import run
+    from bench.cost.worker import CostSettings
     from passes.errors import InputError
     from surgery.cli.main import patterns
 
     if resume and out is None:
         raise InputError("--resume needs --out, the directory with the rows of the earlier run")
-    settings = Settings(
+    settings = CostSettings(
         model=model, config_only=config_only, r=r, target_modules=patterns(target_modules), lowering=lowering,
         batch=batch, length=length, device=device, dtype=dtype, repeats=repeats, seed=seed,
     )  # fmt: skip

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import re
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from exporters import export, formats, merge_checkpoint
+from exporters.shared.exporter import load_exporter
+from exporters.shared.options import flags
 
-SIMPLE = (bool, int, float, str)
+if TYPE_CHECKING:
+    import transformers
 
 
-def options() -> dict[str, tuple[Any, str]]:
+def options() -> dict[str, tuple[type, str]]:
     """All options of all formats that a command line can give: type, and what it is for by format."""
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[type, str]] = {}
     for format in formats():
-        write = importlib.import_module(f"exporters.formats.{format}").write
-        kinds, about = typing.get_type_hints(write), described(write)
-        for name, parameter in list(inspect.signature(write).parameters.items())[3:]:
-            kind = _simple(kinds.get(name))
-            if kind is not None:
-                default = "" if parameter.default in (None, False) else f" (default: {parameter.default})"
-                line = f"{format}: {about.get(name, '').rstrip('.')}{default}."
-                before = found.get(name)
-                found[name] = (before[0] if before else kind, f"{before[1]} {line}" if before else line)
+        for flag in flags(load_exporter(format).Options):
+            line = f"{format}: {flag.help}"
+            kind, before = found.get(flag.name, (flag.kind, ""))
+            found[flag.name] = (kind, f"{before} {line}".lstrip())
     return found
-
-
-def described(function: Callable[..., Any]) -> dict[str, str]:
-    """What a docstring says of each argument."""
-    lines = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", lines, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-def _simple(kind: Any) -> Any:
-    """The type that a flag of an option has: of a union the last simple one; None where there is none."""
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return next((member for member in reversed(members) if member in SIMPLE), None)
 
 
 def export_model(
@@ -97,7 +78,7 @@ def merge_command(
     typer.echo(f"wrote {report.path}: {sites} sites in {files} files; largest deviation {report.max_error:.2g}")
 
 
-def _load(source: str) -> Any:
+def _load(source: str) -> transformers.PreTrainedModel:
     """Load a model from a folder or the hub, with the class that its configuration names."""
     import transformers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,21 +11,24 @@ from exporters.program.live_program import call_of
 from exporters.shared.agreement import differ
 from exporters.shared.report import working_copy
 from exporters.shared.subject import Subject
-from passes.errors import ExportError
 from surgery import pipeline
-from surgery.verbs.apply import unwrap
+from surgery.errors import ExportError
+from surgery.hosting.state import unwrap
+from surgery.verbs.argument_types import ExampleInputs, Form, Stage, Verify
+from surgery.verbs.verification import call_to_verify
 
-STAGES = {"live": "insert", "folded": "fold", "merged": "merge"}
+Mode = Literal["live", "folded", "merged"]
+STAGES: dict[str, Stage] = {"live": "insert", "folded": "fold", "merged": "merge"}
 
 
 def compiled(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
-    form: str = "delta",
-    mode: str = "live",
+    form: Form = "delta",
+    mode: Mode = "merged",
     fuse: bool = False,
-    verify: bool = True,
+    verify: Verify = False,
     **options: Any,
 ) -> Any:
     """Compile the graph of an operated model; the model is left as it was.
@@ -38,10 +41,10 @@ def compiled(
     Args:
         example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
         form: "delta" or "residual", see :func:`surgery.to_graph`.
-        mode: the last stage of the pipeline: "live" (adapters inserted), "folded" (frozen factors folded too), or
-            "merged" (dense weights at the present coeff).
+        mode: as of every export: "merged" (dense weights at the present coeff, so that there is nothing left to steer),
+            "live" (adapters inserted), or "folded" (frozen factors folded too).
         fuse: let sites that read the same input share one down-projection.
-        verify: run it on the example inputs, which compiles it, and compare it with the model.
+        verify: run it on these inputs, which compiles it, and compare it with the model; True takes the example inputs.
         options: of ``torch.compile`` (``backend``, ``fullgraph``, ``dynamic``, ...).
 
     Raises:
@@ -50,14 +53,14 @@ def compiled(
     """
     if mode not in STAGES:
         raise ExportError(f"mode must be one of {', '.join(STAGES)}; found {mode!r}")
-    stop = "fuse" if fuse and mode != "merged" else STAGES[mode]
-    disable = ["fold"] if fuse and mode == "live" else []
+    stop: Stage = "fuse" if fuse and mode != "merged" else STAGES[mode]
+    disable: list[Stage] = ["fold"] if fuse and mode == "live" else []
     model = unwrap(model)
     graph = pipeline(model, example_inputs, form=form, fuse=fuse, stop_after=stop, disable=disable).graph
     program = torch.compile(graph, **options)
-    if verify:
+    if call_to_verify(model, verify, ((), {})) is not None:
         reference = working_copy(model)
-        call, flags = call_of(reference, example_inputs)
+        call, flags = call_of(reference, example_inputs if verify is True else verify)
         _, problem = differ(Subject(reference, reference, call, flags, (None,)), program, call)
         if problem is not None:
             raise ExportError(f"the compiled graph of {type(model).__name__} differs from the model: {problem}")

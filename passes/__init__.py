@@ -3,37 +3,20 @@
 from passes.analysis.linear_sites import Site, Skipped
 from passes.capture.capture import Capture, capture, forward_call
 from passes.capture.inspect_model import Inspection, inspect_model
-from passes.errors import (
-    AdapterError,
-    CaptureError,
-    ExportError,
-    InputError,
-    PassError,
-    RankError,
-    SurgeryError,
-    TargetError,
-    VariantError,
-    WeightError,
-)
+from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.infra.pass_base import Pass, PassResult
 
 __all__ = [
-    "AdapterError",
     "Capture",
     "CaptureError",
-    "ExportError",
     "InputError",
     "Inspection",
     "Pass",
     "PassError",
     "PassResult",
-    "RankError",
     "Site",
     "Skipped",
     "SurgeryError",
-    "TargetError",
-    "VariantError",
-    "WeightError",
     "capture",
     "forward_call",
     "inspect_model",

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-POINTS = "fault points"  # a property of a test: how many it put in, all of them survived
+from tests.support.fault_points import POINTS
+from tests.support.lanes import group_of, imported, is_fast, may_be_fast
 
 torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -32,6 +33,24 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The fast lane does not even import what it leaves out."""
+    wanted = config.option.markexpr == "fast" and collection_path.suffix == ".py"
+    return True if wanted and not may_be_fast(collection_path) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        if is_fast(item):
+            item.add_marker(pytest.mark.fast)
+
+
+def pytest_sessionfinish(session):
+    if session.config.option.markexpr == "fast" and (found := imported()):
+        raise pytest.UsageError(f"a test of the fast lane imports {', '.join(found)}: see tests/support/lanes.py")
 
 
 def pytest_terminal_summary(terminalreporter):

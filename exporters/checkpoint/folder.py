@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from exporters.checkpoint.tensor_io import CHUNK, Entry, TensorFile, read_header
-from passes.errors import ExportError
+from exporters.checkpoint.tensor_io import CHUNK, Entry, SafetensorsFile, read_header
+from surgery.errors import ExportError
 from surgery.support.untrusted_files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,6 +20,7 @@ WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".gguf", ".npz",
 )  # fmt: skip
+Json = dict[str, Any]
 ADAPTER = "adapter_config.json"  # from_pretrained would take it for a PEFT adapter to load
 
 
@@ -35,10 +36,10 @@ class Checkpoint:
     """
 
     folder: Path
-    files: dict[str, TensorFile]
+    files: dict[str, SafetensorsFile]
     where: dict[str, str]
-    index: dict[str, Any] | None
-    config: dict[str, Any] | None
+    index: Json | None
+    config: Json | None
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -126,7 +127,7 @@ def other_files(folder: Path) -> list[Path]:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     try:
         content = read_json(path, finite=False)  # some configurations say Infinity
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """The names and layouts that a checkpoint has for the parameters of its model, by transformers' own conversion mapping.
 
 Some models save other tensors than their state dict holds: per-expert matrices of a stack, halves of a fused one, other
-names, names without the prefix of the base model. ``Names`` groups the tensors of a checkpoint as ``from_pretrained``
-does: each group is converted to the parameters that it stands for, and back.
+names, names without the prefix of the base model. ``CheckpointNames`` groups the tensors of a checkpoint as
+``from_pretrained`` does: each group is converted to the parameters that it stands for, and back.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from exporters.checkpoint.tensor_io import DTYPES, Entry
-from passes.errors import ExportError
+from surgery.errors import ExportError
+
+if TYPE_CHECKING:
+    import transformers
+    from transformers.core_model_loading import WeightConverter
 
 Read = Callable[[str], torch.Tensor]
 
@@ -36,12 +40,12 @@ class Group:
     name: str
     sources: list[str] = field(default_factory=list)
     patterns: list[str | None] = field(default_factory=list)
-    converter: Any = None
+    converter: WeightConverter | None = None
     names: list[str] = field(default_factory=list)
     problem: str | None = None
 
 
-class Names:
+class CheckpointNames:
     """Maps the parameters of a model to the tensors of a checkpoint.
 
     Args:
@@ -49,8 +53,8 @@ class Names:
         entries: the checkpoint's tensors.
     """
 
-    def __init__(self, model: Any, entries: Mapping[str, Entry]) -> None:
-        self.model = model
+    def __init__(self, model: transformers.PreTrainedModel | None, entries: Mapping[str, Entry]) -> None:
+        self.model: transformers.PreTrainedModel = model
         self.groups: dict[str, Group] = {}
         if model is None:
             self.groups = {key: Group(key, [key], [None], None, [key]) for key in entries}
@@ -72,7 +76,7 @@ class Names:
             group.sources.append(key)
             group.patterns.append(pattern)
         for group in found.values():
-            self._see_through(group, entries)
+            self._dry_run(group, entries)
             self.groups |= dict.fromkeys(group.names, group)
 
     def parameter(self, key: str) -> tuple[str, str | None]:
@@ -139,18 +143,18 @@ class Names:
         """A name without the prefix of the base model, which a checkpoint may lack or have."""
         return name.removeprefix(f"{self.model.base_model_prefix}.")
 
-    def _see_through(self, group: Group, entries: Mapping[str, Entry]) -> None:
+    def _dry_run(self, group: Group, entries: Mapping[str, Entry]) -> None:
         """Find out which parameters a group gives, and try the way back, with tensors that hold no values."""
         if group.converter is None:
             group.names = [group.name]
             return
 
-        def hollow(key: str) -> torch.Tensor:
+        def meta_tensor(key: str) -> torch.Tensor:
             dtype = DTYPES.get(entries[key].dtype, torch.uint8)
             return torch.empty(entries[key].shape, dtype=dtype, device="meta")
 
         try:
-            made = self.parameters(group, hollow)
+            made = self.parameters(group, meta_tensor)
             group.names = list(made)
             back = self.tensors(group, made)
             if {key: tuple(t.shape) for key, t in back.items()} != {k: entries[k].shape for k in group.sources}:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exporters.checkpoint.tensor_io import sync
 from exporters.shared.publish import is_movable
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.support.atomic_directory import locked, parents_of
 from surgery.support.untrusted_files import parse_json, read_limited
 
@@ -24,7 +24,7 @@ class Journal:
     def __init__(self, path: Path, digest: str) -> None:
         self.path = path
         self.done: dict[str, float] = {}
-        if run_of(path) != digest:
+        if run_digest(path) != digest:
             self._append({"run": digest})
         for line in _lines(path)[1:]:
             try:
@@ -46,7 +46,7 @@ class Journal:
             sync(file)
 
 
-def run_of(path: Path) -> str | None:
+def run_digest(path: Path) -> str | None:
     """The digest of the run that a journal is of, or None."""
     try:
         return str(parse_json(_lines(path)[0])["run"])
@@ -93,7 +93,7 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
                 stack.enter_context(locked(staging, wait=False))
             try:
                 _check_free(target)  # another process may just have finished
-                if not (files.is_dir() and _ours(staging) and run_of(staging / JOURNAL) == digest):
+                if not (files.is_dir() and _ours(staging) and run_digest(staging / JOURNAL) == digest):
                     _clear(staging)
                 files.mkdir(exist_ok=True)
                 journal = Journal(staging / JOURNAL, digest)

@@ -18,18 +18,18 @@ import torch
 from exporters.checkpoint.folder import INDEX, other_files
 from exporters.checkpoint.hf_names import Group
 from exporters.checkpoint.journal import Journal, resumable
-from exporters.checkpoint.plan import Plan, make_plan
+from exporters.checkpoint.plan import MergePlan, plan_merge
 from exporters.checkpoint.tensor_io import read_header, sync
 from exporters.checkpoint.verify import merge_error
 from exporters.shared.report import ExportReport
 from passes.analysis.linear_sites import part_of
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.hosting.checks import check_flags
-from surgery.modules.adapter import SSpaceLinear
-from surgery.modules.merged_weight import bare_site, merged_weight
-from surgery.storage.adapter_reader import read_config
-from surgery.storage.site_entry import read_parts, rows_of
-from surgery.storage.tensor_file import TensorFile, settled
+from surgery.modules.adapter import Adapter
+from surgery.modules.detached import detached_adapter
+from surgery.modules.merged_weight import merged_weight
+from surgery.storage.adapter_file import AdapterFile, open_adapter
+from surgery.storage.site_entry import base_of, read_parts
 from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import path_of
 
@@ -67,17 +67,17 @@ def merge_checkpoint(
     """
     check_flags(untie=untie, progress=progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
-    with settled(adapter, read_config) as (config, tensors):
-        plan = make_plan(base, adapter, config, coeff, untie)
+    with open_adapter(adapter) as file:
+        plan = plan_merge(base, adapter, file.config, coeff, untie)
         with resumable(out, plan.digest) as (files, journal):
-            touched = _write(plan, tensors, files, journal, progress=progress)
+            touched = _write(plan, file, files, journal, progress=progress)
     names = sorted(file.name for file in out.iterdir())
     details = {"sites": len(plan.sites), "rewritten": touched}
     worst = max(journal.done.values(), default=0.0)
     return ExportReport("dense", out, tuple(out / name for name in names), worst, details)
 
 
-def _write(plan: Plan, tensors: TensorFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
+def _write(plan: MergePlan, tensors: AdapterFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
     """Take the steps that are not done yet; gives the names of the files that differ from the base's."""
     touched = [
         name
@@ -99,8 +99,8 @@ def _write(plan: Plan, tensors: TensorFile, folder: Path, journal: Journal, *, p
     return touched
 
 
-def _start_file(plan: Plan, name: str, folder: Path, *, linked: bool) -> None:
-    """Link or copy a file of the base; or lay it out anew, with all tensors that are not rewritten."""
+def _start_file(plan: MergePlan, name: str, folder: Path, *, linked: bool) -> None:
+    """Link or copy a file of the base; or lay out a new one, with all tensors that are not rewritten."""
     base, file, path = plan.base.files[name], plan.result.files[name], folder / name
     path.unlink(missing_ok=True)
     if linked:
@@ -113,7 +113,7 @@ def _start_file(plan: Plan, name: str, folder: Path, *, linked: bool) -> None:
     file.begin(path, base, copies)
 
 
-def _merge_group(plan: Plan, group: Group, tensors: TensorFile, folder: Path) -> float:
+def _merge_group(plan: MergePlan, group: Group, tensors: AdapterFile, folder: Path) -> float:
     """Merge the sites of a group of tensors, write the tensors, and compare what was written."""
     originals = plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key)))
     merged, sites = dict(originals), {}
@@ -135,21 +135,26 @@ def _merge_group(plan: Plan, group: Group, tensors: TensorFile, folder: Path) ->
         with open(folder / name, "r+b") as out:
             sync(out)
     del merged
-    return _compare(plan, group, sites, originals, folder)
+    return _read_back(plan, group, sites, originals, folder)
 
 
-def _read_site(plan: Plan, file: TensorFile, key: str, weight: torch.Tensor) -> SSpaceLinear:
+def _read_site(plan: MergePlan, file: AdapterFile, key: str, weight: torch.Tensor) -> Adapter:
     entry, where = plan.sites[key], f"{str(file.folder)!r}: site {key!r}"
-    weight = part_of(weight, rows_of(where, entry, weight))
-    with file.opened() as tensors:  # anew for each site: what is read of a mapped file counts as memory
-        parts = read_parts(where, key, entry, plan.variant, weight, tensors, host=entry["host"], stored=plan.stored)
+    base = base_of(where, key, weight, entry, entry["host"])
+    with file.opened() as tensors:  # again for each site: what is read of a mapped file counts as memory
+        parts = read_parts(where, key, entry, plan.variant, base, tensors, host=entry["host"], stored=plan.stored)
     variant, factors, core, _ = parts
-    core.coeff.fill_(plan.coeff)
-    return bare_site(weight, entry["layout"], variant, factors, core)
+    adapter = detached_adapter(base.tensor(), entry["layout"], variant, factors, core)
+    adapter.steering.write(torch.tensor(plan.coeff, dtype=torch.float64))
+    return adapter
 
 
-def _compare(
-    plan: Plan, group: Group, sites: Mapping[str, SSpaceLinear], originals: Mapping[str, torch.Tensor], folder: Path
+def _read_back(
+    plan: MergePlan,
+    group: Group,
+    sites: Mapping[str, Adapter],
+    originals: Mapping[str, torch.Tensor],
+    folder: Path,
 ) -> float:
     """Read a group back as ``from_pretrained`` would, and compare it with the adapters and with the base."""
 
@@ -173,7 +178,7 @@ def _compare(
     return worst
 
 
-def _carry_along(plan: Plan, folder: Path) -> None:
+def _carry_along(plan: MergePlan, folder: Path) -> None:
     """Write the index and the configuration, and copy the base's other files."""
     for file in other_files(plan.base.folder):
         shutil.copyfile(file, folder / file.name)
@@ -186,7 +191,7 @@ def _carry_along(plan: Plan, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(result.config, indent=2) + "\n")
 
 
-def _check_headers(plan: Plan, folder: Path) -> None:
+def _check_headers(plan: MergePlan, folder: Path) -> None:
     """Every file must be complete and laid out as planned."""
     for name, file in plan.result.files.items():
         if read_header(folder / name).header != file.header:

@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.support.untrusted_files import parse_json, require_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,7 +36,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class TensorFile:
+class SafetensorsFile:
     """The header of a file, or of one that is to be written."""
 
     path: Path
@@ -75,7 +75,7 @@ class TensorFile:
         file.seek(8 + len(self.header) + entry.start)
         file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    def begin(self, path: Path, base: TensorFile, copies: Mapping[str, str]) -> None:
+    def begin(self, path: Path, base: SafetensorsFile, copies: Mapping[str, str]) -> None:
         """Make the file in its full size, with some tensors copied from another; ``copies`` gives their names there."""
         with open(path, "wb") as file, open(base.path, "rb") as source:
             file.write(len(self.header).to_bytes(8, "little") + self.header)
@@ -93,11 +93,11 @@ class TensorFile:
                     left -= len(data)
             sync(file)
 
-    def extended(self, extra: Mapping[str, Entry]) -> TensorFile:
+    def extended(self, extra: Mapping[str, Entry]) -> SafetensorsFile:
         """The same file with more tensors behind the present ones; the places in ``extra`` are not regarded."""
         if not extra:
             return self
-        header: dict[str, Any] = json.loads(self.header)
+        header: dict[str, object] = json.loads(self.header)
         entries, end = dict(self.entries), self.size - 8 - len(self.header)
         for name, entry in extra.items():
             entries[name] = Entry(entry.dtype, entry.shape, end, end + entry.stop - entry.start)
@@ -105,10 +105,10 @@ class TensorFile:
             offsets = [entries[name].start, end]
             header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        return TensorFile(self.path, text + b" " * (-len(text) % 8), entries)
+        return SafetensorsFile(self.path, text + b" " * (-len(text) % 8), entries)
 
 
-def read_header(path: Path) -> TensorFile:
+def read_header(path: Path) -> SafetensorsFile:
     """Read and check the header of a file.
 
     Raises:
@@ -130,7 +130,7 @@ def read_header(path: Path) -> TensorFile:
         for name, entry in content.items()
         if name != "__metadata__"
     }
-    return TensorFile(path, header, entries)
+    return SafetensorsFile(path, header, entries)
 
 
 def sync(file: BinaryIO) -> None:

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import torch
 
-from passes.errors import ExportError
 from passes.infra.tolerance import ROUNDED
-from surgery.modules.adapter import SSpaceLinear, matrices_of
+from surgery.errors import ExportError
+from surgery.modules.adapter import Adapter
+from surgery.modules.base_weights import matrices_of
 
 BLOCK = 2**17  # entries at a time, at least of 64 columns
 
 
-def merge_error(site: SSpaceLinear, key: str, stored: torch.Tensor) -> float:
+def merge_error(site: Adapter, key: str, stored: torch.Tensor) -> float:
     """Compare a merged weight with ``W + dW``, whose columns are the site's own forward of unit vectors, in float64.
 
     Returns:
@@ -29,7 +30,7 @@ def merge_error(site: SSpaceLinear, key: str, stored: torch.Tensor) -> float:
             f"{tuple(weight.shape)}, {weight.dtype}"
         )
     factors, worst, top = site.factors, 0.0, 0.0
-    coeff = site.core.coeff.to(torch.float64)
+    coeff = site.steering.coeff.to(torch.float64)
     with torch.no_grad():
         base, found = (matrices_of(w, site.layout, factors.shape) for w in (weight, stored.to(weight.device)))
         if factors.stack is None:

@@ -20,6 +20,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,96 +28,99 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from exporters.program.live_program import NOISY, foreign_operations, program_of, subject_of
-from exporters.program.swap import FORMAT, names_in, swap
-from exporters.shared.agreement import compare, differ, refuse_wrong, sizes
+from exporters.program.live_program import NOISY, Mode, foreign_operations, program_of, subject_of
+from exporters.program.metadata import FORMAT, LoadedProgram, replaceable_names
+from exporters.program.swap import swap
+from exporters.shared.agreement import compare_program, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
+from exporters.shared.failures import type_and_message
+from exporters.shared.options import option
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
-from passes.errors import ExportError
 from passes.ir.forward_context import quiet
-from surgery.verbs.steer_and_merge import sites
+from passes.ir.torch_internals import (
+    compile_ahead_of_time,
+    has_line_tables,
+    load_package,
+    missing_cpp_compiler,
+    write_package,
+)
+from surgery.errors import ExportError
+from surgery.verbs.steer import sites
 
 DEFAULT_NAME = "model.pt2"
 SLOW = True  # a compilation takes half a minute
 
 
-def write(
-    model: nn.Module,
-    path: Path,
-    example_inputs: Any,
-    mode: str = "merged",
-    inductor_configs: Mapping[str, Any] | None = None,
-) -> Exported:
-    """Compile to a package, load it again, and compare it with PyTorch.
+@dataclass(frozen=True)
+class Options:
+    """Options of the format "aoti"."""
 
-    Args:
-        mode: "merged" or "live".
-        inductor_configs: further settings of inductor ("max_autotune", ...).
+    mode: Mode = option("merged", "merge the adapter, or keep it in the program")
+    inductor_configs: Mapping[str, object] | None = option(None, "further settings of inductor (max_autotune, ...)")
+
+
+def write(model: nn.Module, path: Path, example_inputs: object, options: Options) -> Exported:
+    """Compile to a package, load it again, and compare it with PyTorch.
 
     Raises:
         ExportError: there is no C++ compiler, the model cannot be compiled, or the results differ from PyTorch's.
     """
     _need_compiler()
-    subject = subject_of(model, example_inputs, mode)
+    subject = subject_of(model, example_inputs, options.mode)
     program = program_of(subject)
     free = refuse_wrong(sizes(subject, program.module()), "the exported program")
-    _compile(program, path, {**(inductor_configs or {}), **_configs(program)}, type(subject.reference).__name__)
-    loaded = torch._inductor.aoti_load_package(str(path))
-    if gone := names_in(program.graph_module.meta) - set(loaded.get_constant_fqns()):
+    _compile(program, path, {**(options.inductor_configs or {}), **_configs(program)}, type(subject.reference).__name__)
+    loaded = load_package(path)
+    if gone := replaceable_names(program.graph_module.meta) - set(loaded.get_constant_fqns()):
         raise ExportError(f"inductor made {min(gone)!r} part of the code, so it could not be replaced")
-    error = compare(subject, loaded, lambda coeff: swap(loaded, coeff=coeff), "the compiled package")
+    error = compare_program(subject, loaded, lambda coeff: swap(loaded, coeff=coeff), "the compiled package")
     # a package does not check its inputs: only what the program leaves free is safe to try
     tried = sizes(subject, loaded, [name for name, size in free.items() if size == "free"])
     free |= refuse_wrong(tried, "the compiled package")
     if subject.live:
         _check_replaceable(subject, loaded)
-    details = {"mode": mode, "device": _device(program), "sizes": free, "comparisons": len(subject.coeffs) + len(tried)}
+    details = {
+        "mode": options.mode,
+        "device": _device(program),
+        "sizes": free,
+        "comparisons": len(subject.coeffs) + len(tried),
+    }
     return Exported(error, details | {"foreign_operations": foreign_operations(program)})
 
 
 def _need_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    if lacking := missing_cpp_compiler():
         raise ExportError(
-            f"AOTInductor needs a C++ compiler, and there is none: install g++ or clang, or set CXX ({error})"
-        ) from error
+            f"AOTInductor needs a C++ compiler, and there is none: install g++ or clang, or set CXX ({lacking})"
+        ) from lacking
 
 
-def _configs(program: ExportedProgram) -> dict[str, Any]:
+def _configs(program: ExportedProgram) -> dict[str, object]:
     """Settings that keep what is live replaceable, and the sources' paths out of the machine code."""
-    from torch._inductor import config
-
     held = program.graph_module.meta.get("custom", {}).get(FORMAT)
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "freezing": False,
         "aot_inductor.use_runtime_constant_folding": False,
         "aot_inductor.metadata": {FORMAT: json.dumps(held)} if held else {},
     }
     if held:  # a core at identity is all zeros, and coeff is a number: inductor would take both for constants
         settings |= {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
-    if hasattr(config.aot_inductor, "enable_line_tables"):
+    if has_line_tables():
         settings["aot_inductor.enable_line_tables"] = False
     return settings
 
 
-def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], name: str) -> None:
-    from torch._inductor.package.package import package_aoti
-
+def _compile(program: ExportedProgram, path: Path, settings: dict[str, object], name: str) -> None:
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     with tempfile.TemporaryDirectory() as folder, quiet(*NOISY):
         places = {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         try:
             module: Any = program.module()
-            files: Any = torch._inductor.aot_compile(module, args, kwargs, options=settings | places)
+            files = compile_ahead_of_time(module, args, kwargs, settings | places)
         except Exception as error:  # inductor may fail in any way; the cause is chained
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise ExportError(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
+            raise ExportError(f"{name} cannot be compiled: {type_and_message(error)}") from error
         # the sources are not needed to run, and name this machine's folders;
         # torch 2.11 needs the name of one to find the metadata
         kept = [file for file in files if not str(file).endswith(".h")]
@@ -126,10 +130,10 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, Any], nam
             elif isinstance(file, str) and file:
                 _forget_paths(Path(file), [folder, str(Path(torch.__file__).parent.parent)])
         with archive(path) as written:
-            package_aoti(written, kept)
+            write_package(written, kept)
 
 
-def _check_replaceable(subject: Subject, loaded: Any) -> None:
+def _check_replaceable(subject: Subject, loaded: LoadedProgram) -> None:
     """Put noise into the cores of the reference and of the loaded package, and compare.
 
     Raises:
@@ -148,7 +152,12 @@ def _check_replaceable(subject: Subject, loaded: Any) -> None:
 
 
 def _forget_paths(file: Path, folders: list[str]) -> None:
-    """Overwrite folders of this machine, in the texts of errors, by relative ones of the same length."""
+    """Overwrite folders of this machine, in the texts of errors, by relative ones of the same length.
+
+    A compiler flag would not do: ``-ffile-prefix-map`` has no setting of inductor's, makes it compile its headers again
+    (94 s more for a first export), for every temporary folder if that is mapped too, and leaves that folder in the
+    file if it is not.
+    """
     with open(file, "r+b") as opened:
         if not file.stat().st_size:
             return

@@ -13,79 +13,86 @@ and no stack trace and no path is written, so that two exports are byte-identica
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
 
-from exporters.onnx.capture import Knob, convert, core_knobs, named_inputs, put, rows_of, steering_knob
+from exporters.onnx.adapter_inputs import AdapterInput, coefficient_input, core_inputs
+from exporters.onnx.capture import convert, named_inputs, steerable_rows
 from exporters.onnx.cores import write_core
 from exporters.onnx.finish import finish, save, tensor_bytes, written_size
 from exporters.onnx.generation import Cached, compare_generation
-from exporters.onnx.runtime import Runtime, check_file, coefficients, compare, providers
+from exporters.onnx.runtime import Runtime, check_file, coefficients, compare_with_runtime, providers
+from exporters.shared.functional import Function, FunctionalModel
+from exporters.shared.options import option
 from exporters.shared.report import Exported, need, working_copy
-from passes.errors import ExportError
+from surgery.errors import ExportError
 from surgery.verbs.apply import detach_all
-from surgery.verbs.steer_and_merge import merge, set_coeff, sites
+from surgery.verbs.merge import merge
+from surgery.verbs.steer import set_coeff, sites
 
 DEFAULT_NAME = "model.onnx"
-MODES = ("merged", "live", "swappable")
 
 
-def write(
-    model: nn.Module,
-    path: Path,
-    example_inputs: Any,
-    mode: str = "merged",
-    opset: int | None = None,
-    use_cache: bool = False,
-    check: bool = True,
-    against_base: bool = False,
-) -> Exported:
+@dataclass(frozen=True)
+class Options:
+    """Options of the format "onnx".
+
+    Without ``check`` only ``onnx.checker`` looks at the graph, and the error is reported as NaN: for a dtype that does
+    not run here, as bfloat16 on a CPU.
+    """
+
+    mode: Literal["merged", "live", "swappable"] = option(
+        "merged", "merge the adapter, keep it with coeff as an input, or with its core as inputs too"
+    )
+    opset: int | None = option(None, "ONNX operator set; the exporter's default if None")
+    use_cache: bool = option(
+        False, "of a causal language model, take and give keys and values, in one graph for prefill and decoding"
+    )
+    check: bool = option(True, "run it in ONNX Runtime and compare")
+    against_base: bool = option(False, "also convert the base model, to report its size")
+
+
+def write(model: nn.Module, path: Path, example_inputs: object, options: Options) -> Exported:
     """Export to an ONNX file and compare it with PyTorch in ONNX Runtime.
 
-    Args:
-        mode: "merged", "live" or "swappable".
-        opset: ONNX operator set; the exporter's default if None.
-        use_cache: of a causal language model, take and give keys and values, in one graph for prefill and decoding.
-        check: run it in ONNX Runtime. Without, only ``onnx.checker`` looks at it and the error is reported as NaN: for
-            a dtype that does not run here, as bfloat16 on a CPU.
-        against_base: also convert the base model, to report its size.
-
     Raises:
-        ExportError: mode or dtype is not supported, or ONNX Runtime's results differ from PyTorch's.
+        ExportError: the dtype is not supported, or ONNX Runtime's results differ from PyTorch's.
     """
     need("onnxscript", "onnx")
     need("onnxruntime", "onnx")
-    if mode not in MODES:
-        raise ExportError(f"mode must be one of {', '.join(map(repr, MODES))}, found {mode!r}")
-    dtype = _dtype(model, check=check)
+    mode = options.mode
+    dtype = _dtype(model, check=options.check)
     reference = working_copy(model)
     operated = bool(sites(reference))
     if mode != "merged" and not operated:
         raise ExportError(f"mode={mode!r} needs an adapter, and {type(model).__name__} carries none")
-    subject = _subject(reference, named_inputs(reference, example_inputs), use_cache=use_cache)
-    rows = 1 if mode == "merged" else rows_of(reference, lambda: subject.run(subject.inputs), subject.inputs)
-    knobs = [] if mode == "merged" else [steering_knob(reference, rows)]
-    cores = core_knobs(reference) if mode == "swappable" else []
+    subject = _subject(reference, named_inputs(reference, example_inputs), use_cache=options.use_cache)
+    rows = (
+        1
+        if mode == "merged"
+        else steerable_rows(reference, lambda: subject.run(reference, subject.inputs), subject.inputs)
+    )
+    steering = [] if mode == "merged" else [coefficient_input(reference, rows)]
+    cores = core_inputs(reference) if mode == "swappable" else []
     source = merge(working_copy(model), untie=True) if mode == "merged" and operated else reference
-    graph = convert(source, subject.inputs, [*knobs, *cores], opset, subject.call)
-    shared = finish(graph, subject.inputs, [*knobs, *cores], subject.axes)
+    graph = convert(source, subject.inputs, [*steering, *cores], options.opset, subject.call)
+    shared = finish(graph, subject.inputs, [*steering, *cores], subject.axes)
     details = {"mode": mode, "opset": graph.opset_imports.get(""), "bytes": save(graph, path), "shared": shared}
     if mode != "merged":
         parts = [t for s in sites(reference).values() for t in (*s.factors.buffers(), *s.core.tensors().values())]
         details["adapter_bytes"] = tensor_bytes(parts)
-    if against_base:
-        details["base_bytes"] = _base_size(model, subject, opset, path)
+    if options.against_base:
+        details["base_bytes"] = _base_size(model, subject, options.opset, path)
     check_file(path)
-    if not check:
+    if not options.check:
         return Exported(float("nan"), details)
-    coeffs: list[torch.Tensor | None] = [*coefficients(rows)] if knobs else [None]
+    coeffs: list[torch.Tensor | None] = [*coefficients(rows)] if steering else [None]
     error, counts = _compare(subject, Runtime(path, dtype), coeffs, cores, path)
     return Exported(error, details | counts)
 
@@ -100,16 +107,16 @@ class _Subject:
     """
 
     model: nn.Module
-    inputs: dict[str, Any]
-    call: Callable[..., Any] | None
+    inputs: Mapping[str, object]
+    call: Function | None
     axes: Mapping[str, Mapping[int, str]]
     cached: Cached | None
 
-    def run(self, inputs: Mapping[str, Any]) -> Any:
-        return self.model(**inputs) if self.call is None else self.call(self.model, **inputs)
+    def run(self, model: Function, inputs: Mapping[str, object]) -> object:
+        return model(**inputs) if self.call is None else self.call(model, **inputs)
 
 
-def _subject(model: nn.Module, inputs: dict[str, Any], *, use_cache: bool) -> _Subject:
+def _subject(model: nn.Module, inputs: dict[str, object], *, use_cache: bool) -> _Subject:
     if not use_cache:
         return _Subject(model, inputs, None, {}, None)
     cached = Cached(model, inputs)
@@ -137,26 +144,30 @@ def _base_size(model: nn.Module, subject: _Subject, opset: int | None, path: Pat
 
 
 def _compare(
-    subject: _Subject, runtime: Runtime, coeffs: list[torch.Tensor | None], cores: list[Knob], path: Path
+    subject: _Subject, runtime: Runtime, coeffs: list[torch.Tensor | None], cores: list[AdapterInput], path: Path
 ) -> tuple[float, dict[str, int]]:
     """Compare with PyTorch at several coeffs; with a cache in each of its uses, and with another core, from a file."""
     model, cached = subject.model, subject.cached
     worst, comparisons, tokens = 0.0, 0, 0
-    moved = {knob.name: _moved(knob.default) for knob in cores}
+    moved = {one.name: _moved(one.default) for one in cores}
+    functional = FunctionalModel(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for one in cores:
+        tensors |= one.mapping(moved[one.name])
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         other = Path(temporary) / "other.onnx_adapter"
         if moved:
             write_core({name: value.cpu() for name, value in moved.items()}, other)
         for core in (None, other) if moved else (None,):
-            with put(cores, list(moved.values())) if core else nullcontext():
-                for coeff in coeffs:
-                    if coeff is not None:
-                        set_coeff(model, coeff)
-                    for inputs in cached.shapes() if cached else (subject.inputs,):
-                        error = compare(runtime, partial(subject.run, inputs), inputs, coeff, core)
-                        worst, comparisons = max(worst, error), comparisons + 1
-                if cached:
-                    tokens += compare_generation(cached, runtime, coeff, core)
+            called = partial(functional, tensors) if core else model
+            for coeff in coeffs:
+                if coeff is not None:
+                    set_coeff(model, coeff)
+                for inputs in cached.shapes(called) if cached else (subject.inputs,):
+                    error = compare_with_runtime(runtime, partial(subject.run, called, inputs), inputs, coeff, core)
+                    worst, comparisons = max(worst, error), comparisons + 1
+            if cached:
+                tokens += compare_generation(cached, called, runtime, coeff, core)
     return worst, {"comparisons": comparisons} | ({"tokens": tokens} if cached else {})
 
 

@@ -16,36 +16,43 @@ are all that is of this library.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from exporters.program.live_program import foreign_operations, program_of, subject_of
-from exporters.program.swap import KNOB
-from exporters.shared.agreement import compare, refuse_wrong, sizes
+from exporters.program.live_program import Mode, foreign_operations, program_of, subject_of
+from exporters.shared.agreement import compare_program, refuse_wrong, sizes
 from exporters.shared.archive import archive
+from exporters.shared.functional import COEFF
+from exporters.shared.options import option
 from exporters.shared.report import Exported
 
 DEFAULT_NAME = "model.pt2"
 
 
-def write(model: nn.Module, path: Path, example_inputs: Any, mode: str = "merged") -> Exported:
-    """Export to a ``.pt2``, load it again, and compare it with PyTorch.
+@dataclass(frozen=True)
+class Options:
+    """Options of the format "pt2"."""
 
-    Args:
-        mode: "merged" or "live".
+    mode: Mode = option("merged", "merge the adapter, or keep it in the program")
+
+
+def write(model: nn.Module, path: Path, example_inputs: object, options: Options) -> Exported:
+    """Export to a ``.pt2``, load it again, and compare it with PyTorch.
 
     Raises:
         ExportError: the model cannot be exported, or the program's results differ from PyTorch's.
     """
-    subject = subject_of(model, example_inputs, mode)
+    subject = subject_of(model, example_inputs, options.mode)
     program = program_of(subject)
     with archive(path) as file:
         torch.export.save(program, file)
     loaded = torch.export.load(path).module()
-    error = compare(subject, loaded, lambda coeff: loaded.get_buffer(KNOB).fill_(coeff), "the exported program")
+    error = compare_program(
+        subject, loaded, lambda coeff: loaded.get_buffer(COEFF).fill_(coeff), "the exported program"
+    )
     free = refuse_wrong(sizes(subject, loaded), "the exported program")
-    details = {"mode": mode, "sizes": free, "comparisons": len(subject.coeffs) + len(free)}
+    details = {"mode": options.mode, "sizes": free, "comparisons": len(subject.coeffs) + len(free)}
     return Exported(error, details | {"foreign_operations": foreign_operations(program)})

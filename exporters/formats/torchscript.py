@@ -19,41 +19,51 @@ from __future__ import annotations
 import inspect
 import io
 import warnings
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from exporters.program.live_program import NOISY, subject_of
-from exporters.program.swap import KNOB
-from exporters.shared.agreement import compare, sizes
-from exporters.shared.archive import archive
+from exporters.program.live_program import NOISY, Mode, subject_of
+from exporters.shared.agreement import compare_program, sizes
+from exporters.shared.failures import type_and_message
+from exporters.shared.functional import COEFF, set_forward
+from exporters.shared.options import option
 from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.capture.capture import keyword_inputs
-from passes.errors import ExportError, SurgeryError
+from passes.errors import SurgeryError
 from passes.ir.forward_context import copied, quiet, state_kept
+from surgery.errors import ExportError
 
 DEFAULT_NAME = "model.pt"
 NOTE = "TorchScript is deprecated in PyTorch: use the formats 'pt2' or 'aoti' where the host can load them"
 
 
-def write(model: nn.Module, path: Path, example_inputs: Any, mode: str = "merged") -> Exported:
-    """Trace, freeze and save; load it again, and compare it with PyTorch.
+@dataclass(frozen=True)
+class Options:
+    """Options of the format "torchscript"."""
 
-    Args:
-        mode: "merged" or "live".
+    mode: Mode = option("merged", "merge the adapter, or keep it in the program")
+
+
+def write(model: nn.Module, path: Path, example_inputs: object, options: Options) -> Exported:
+    """Trace, freeze and save; load it again, and compare it with PyTorch.
 
     Raises:
         ExportError: the model cannot be traced, or the program's results differ from PyTorch's.
     """
-    subject = subject_of(model, example_inputs, mode)
+    subject = subject_of(model, example_inputs, options.mode)
     _save(_traced(subject), path)
     with quiet(*NOISY):
         loaded: Any = torch.jit.load(str(path))
-    error = compare(subject, loaded, lambda coeff: getattr(loaded, KNOB).fill_(coeff), "the TorchScript program")
-    details = {"mode": mode, "note": NOTE, "sizes": sizes(subject, loaded), "comparisons": len(subject.coeffs)}
+    error = compare_program(
+        subject, loaded, lambda coeff: getattr(loaded, COEFF).fill_(coeff), "the TorchScript program"
+    )
+    details = {"mode": options.mode, "note": NOTE, "sizes": sizes(subject, loaded), "comparisons": len(subject.coeffs)}
     return Exported(error, details)
 
 
@@ -62,36 +72,27 @@ def _traced(subject: Subject) -> torch.jit.ScriptModule:
     inputs = keyword_inputs(root, copied(subject.call))
     inner = root.forward
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: object) -> object:
         return inner(**dict(zip(inputs, args, strict=True)))
 
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    vars(root)["forward"] = forward
+    set_forward(root, forward, inputs, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         with torch.no_grad(), state_kept(root), quiet(*NOISY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what a trace fixes; ``sizes`` tells
-            traced: Any = torch.jit.trace(root, tuple(inputs.values()), strict=False, check_trace=False)
-            frozen: torch.jit.ScriptModule = torch.jit.freeze(traced, preserved_attrs=[KNOB] if subject.live else [])
+            traced = torch.jit.trace(root, tuple(inputs.values()), strict=False, check_trace=False)
+            frozen: torch.jit.ScriptModule = torch.jit.freeze(traced, preserved_attrs=[COEFF] if subject.live else [])
             return frozen
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way; the cause is chained
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        name = type(subject.reference).__name__
-        raise ExportError(f"{name} cannot be traced: {type(error).__name__}: {reason}") from error
+        raise ExportError(f"{type(subject.reference).__name__} cannot be traced: {type_and_message(error)}") from error
 
 
 def _save(program: torch.jit.ScriptModule, path: Path) -> None:
-    """Save without the debugging records, which hold the paths of source files."""
+    """Save without the debugging records, which hold the paths of source files and which torch cannot leave out."""
     with quiet(*NOISY):
-        buffer = io.BytesIO()
-        torch.jit.save(program, buffer)
-    reader = torch._C.PyTorchFileReader(io.BytesIO(buffer.getbuffer()))
-    with archive(path) as file:
-        writer = torch._C.PyTorchFileWriter(file)
-        for name in reader.get_all_records():
-            if not name.endswith(".debug_pkl") and name not in ("version", ".data/serialization_id"):
-                record = reader.get_record(name)
-                writer.write_record(name, record, len(record))
-        writer.write_end_of_file()
+        whole = io.BytesIO(program.save_to_buffer())  # type: ignore[no-untyped-call]
+    with zipfile.ZipFile(whole) as saved, zipfile.ZipFile(path, "w") as written:
+        for record in saved.infolist():
+            if not record.filename.endswith(".debug_pkl"):
+                written.writestr(record, saved.read(record))

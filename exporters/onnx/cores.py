@@ -10,30 +10,25 @@ other sites, factors or settings by itself, in any of its languages; :func:`chec
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from exporters.shared.publish import publish, staged
 from exporters.shared.report import Exported, ExportReport, need
-from passes.errors import ExportError
-from surgery.modules.adapter import SSpaceLinear
+from exporters.shared.site_signature import SiteSignature, digest
+from surgery.errors import ExportError
+from surgery.hosting.state import unwrap
 from surgery.modules.core import Core
-from surgery.storage.site_entry import FACTORS
-from surgery.support.fingerprint import fingerprint
 from surgery.support.untrusted_files import path_of, require_regular
-from surgery.variants import Variant
-from surgery.verbs.apply import unwrap
-from surgery.verbs.steer_and_merge import sites
+from surgery.verbs.steer import sites
 
 DEFAULT_NAME = "core.onnx_adapter"
 NAME = re.compile(r"(?P<tensor>.+\.core\.[^.@]+)@(?P<digest>[0-9a-f]{12})")
@@ -55,27 +50,13 @@ class Slot(NamedTuple):
 def core_slots(model: nn.Module) -> dict[str, Slot]:
     """All core tensors of a model under the names that they have in a graph and in a file, in the order of names."""
     found = sites(model)
-    digest = core_digest(found)
+    same = digest({key: SiteSignature.of(site) for key, site in found.items()})
     slots = {
-        f"{key}.core.{local}@{digest}": Slot(site.core, local)
+        f"{key}.core.{local}@{same}": Slot(site.core, local)
         for key, site in found.items()
         for local in site.core.tensors()
     }
     return dict(sorted(slots.items()))
-
-
-def core_digest(found: Mapping[str, SSpaceLinear]) -> str:
-    """Twelve hexadecimal digits that two models share if a core of one means the same in the other."""
-    digest = hashlib.sha256()
-    for key, site in sorted(found.items()):
-        common = {field.name for field in fields(Variant)}  # these only decide on the factors
-        settings = {n: value for n, value in site.variant.hyperparameters().items() if n not in common}
-        base = getattr(site, "base_fingerprint", None) or fingerprint(site.weight)
-        factors = [fingerprint(getattr(site.factors, name)) for name in FACTORS]
-        shapes = {name: list(tensor.shape) for name, tensor in site.core.tensors().items()}
-        entry = [key, site.layout, site.variant.name, settings, base, factors, shapes]
-        digest.update(json.dumps(entry, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
 
 
 def export_core(
@@ -107,8 +88,8 @@ def export_core(
             check_core(onnx_path, written)
         found = read_core(written)
         error = max(float((torch.from_numpy(found[n]) - tensor).abs().max()) for n, tensor in tensors.items())
-        digest = next(iter(tensors)).rpartition("@")[2]
-        details = {"tensors": len(tensors), "bytes": written.stat().st_size, "digest": digest}
+        same = next(iter(tensors)).rpartition("@")[2]
+        details = {"tensors": len(tensors), "bytes": written.stat().st_size, "digest": same}
         return publish(written, target, "onnx_adapter", Exported(error, details))
 
 
@@ -132,7 +113,7 @@ def model_version(name: str) -> int:
     return int(name.rpartition("@")[2][:7], 16)
 
 
-def read_core(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+def read_core(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[np.generic]]:
     """The tensors of an ``.onnx_adapter`` file.
 
     Raises:
@@ -180,7 +161,7 @@ def check_core(onnx_path: str | os.PathLike[str], path: str | os.PathLike[str]) 
             raise ExportError(f"{where}: {name!r} is not finite")
 
 
-def _declared(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def _declared(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
     """Shapes and dtypes of the core tensors that a graph takes; no external data is read.
 
     Raises:

@@ -8,19 +8,28 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from exporters.onnx.capture import KNOB, Knob, flat_inputs
+from exporters.onnx.adapter_inputs import AdapterInput
+from exporters.onnx.capture import flat_inputs
+from exporters.shared.functional import COEFF
 from exporters.shared.publish import part_name
 
+if TYPE_CHECKING:
+    import onnx_ir
+
+Axes = Mapping[str, Mapping[int, str]]  # names of free sizes, by input and axis
 PROTOBUF_LIMIT = 2 * 10**9
 SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
-def finish(graph: Any, inputs: Mapping[str, Any], knobs: Sequence[Knob] = (), axes: Any = None) -> int:
+def finish(
+    graph: onnx_ir.Model, inputs: Mapping[str, object], extra: Sequence[AdapterInput] = (), axes: Axes | None = None
+) -> int:
     """Make a converted graph fit to be written.
 
     Args:
@@ -30,16 +39,16 @@ def finish(graph: Any, inputs: Mapping[str, Any], knobs: Sequence[Knob] = (), ax
     Returns:
         The number of tensors that were there twice.
     """
-    for knob in knobs:
-        _give_default(graph.graph, knob)
-    _name_sizes(graph.graph, inputs, axes or {}, {knob.name for knob in knobs})
+    for one in extra:
+        _give_default(graph.graph, one)
+    _name_sizes(graph.graph, inputs, axes or {}, {one.name for one in extra})
     _spell_out_elu(graph.graph)
-    shared = share_tensors(graph.graph)
+    shared = merge_equal_tensors(graph.graph)
     _drop_traces(graph)
     return shared
 
 
-def _spell_out_elu(graph: Any) -> None:
+def _spell_out_elu(graph: onnx_ir.Graph) -> None:
     """Write elu in float64, which ONNX Runtime lacks, as ``max(x, 0) + (exp(min(x, 0)) - 1)``."""
     import onnx_ir
 
@@ -60,12 +69,12 @@ def _spell_out_elu(graph: Any) -> None:
         onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [out])
 
 
-def _give_default(graph: Any, knob: Knob) -> None:
+def _give_default(graph: onnx_ir.Graph, given: AdapterInput) -> None:
     """Register an input's default, which makes it one that may be left out."""
     import onnx_ir
 
-    value = next(value for value in graph.inputs if value.name == knob.name)
-    wanted = onnx_ir.tensor(knob.default.cpu().numpy(), name=knob.name)
+    value = next(value for value in graph.inputs if value.name == given.name)
+    wanted = onnx_ir.tensor(given.default.cpu().numpy(), name=given.name)
     if value.dtype != wanted.dtype:  # transformers casts every input to the model's dtype
         for node in list(value.consumers()):
             if node.op_type == "Cast" and node.attributes["to"].as_int() == wanted.dtype:
@@ -73,19 +82,19 @@ def _give_default(graph: Any, knob: Knob) -> None:
                 graph.remove(node, safe=True)
         value.dtype = wanted.dtype
     # coeff is declared as a number: ONNX Runtime then takes a number, (1,) or (batch,), and the graph reshapes it
-    value.shape = onnx_ir.Shape(knob.default.shape)
+    value.shape = onnx_ir.Shape(given.default.shape)
     value.const_value = wanted
     graph.register_initializer(value)
 
 
-def _name_sizes(graph: Any, inputs: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]], knobs: set[str]) -> None:
+def _name_sizes(graph: onnx_ir.Graph, inputs: Mapping[str, object], axes: Axes, extra: set[str]) -> None:
     """Name the free sizes, which the capture calls s72 and the like: "batch", "sequence", else by input and axis."""
     import onnx_ir
 
     rows = {tuple(leaf.shape)[:1] for leaf in flat_inputs(inputs).values() if leaf.dim()}
     names: dict[str, str] = {}
     for value in graph.inputs:
-        for axis, size in enumerate(value.shape or () if value.name not in knobs else ()):
+        for axis, size in enumerate(value.shape or () if value.name not in extra else ()):
             if SYMBOL.fullmatch(str(size)) and str(size) not in names:
                 first = {0: "batch", 1: "sequence"}.get(axis, "")
                 shared = axis == 0 and len(rows) == 1  # all inputs have the rows of one batch
@@ -93,12 +102,12 @@ def _name_sizes(graph: Any, inputs: Mapping[str, Any], axes: Mapping[str, Mappin
                 found = first if shared or free else f"{value.name}_{axis}"
                 names[str(size)] = axes.get(value.name, {}).get(axis, found)
     for value in (*graph.inputs, *graph.outputs):
-        if value.shape is not None and value.name != KNOB:
+        if value.shape is not None and value.name != COEFF:
             sizes = [SYMBOL.sub(lambda m: names.get(m[0], m[0]), str(size)) for size in value.shape]
             value.shape = onnx_ir.Shape([int(size) if size.isdigit() else size for size in sizes])
 
 
-def share_tensors(graph: Any) -> int:
+def merge_equal_tensors(graph: onnx_ir.Graph) -> int:
     """Let equal constants be one, and a transposed copy be a ``Transpose`` of the other; returns how many went.
 
     ``torch.onnx`` stores the weight of a linear operation transposed, so that a matrix with two readers may be there
@@ -106,7 +115,7 @@ def share_tensors(graph: Any) -> int:
     """
     import onnx_ir
 
-    groups: dict[Any, list[Any]] = defaultdict(list)
+    groups: dict[object, list[onnx_ir.Value]] = defaultdict(list)
     fixed = {id(value) for value in (*graph.inputs, *graph.outputs)}
     gone = 0
     for value in list(graph.initializers.values()):
@@ -134,7 +143,7 @@ def share_tensors(graph: Any) -> int:
     return gone
 
 
-def _bits(tensor: Any) -> np.ndarray[Any, Any]:
+def _bits(tensor: onnx_ir.TensorProtocol) -> npt.NDArray[np.unsignedinteger]:
     array = np.asarray(tensor.numpy())
     kinds = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
     if array.dtype.itemsize not in kinds:  # complex numbers
@@ -142,7 +151,7 @@ def _bits(tensor: Any) -> np.ndarray[Any, Any]:
     return array.view(kinds[array.dtype.itemsize])
 
 
-def _drop_traces(graph: Any) -> None:
+def _drop_traces(graph: onnx_ir.Model) -> None:
     """Drop stack traces and inferred shapes, which hold paths and change by the run."""
     import onnx_ir
 
@@ -162,7 +171,7 @@ def _drop_traces(graph: Any) -> None:
     graph.metadata_props.clear()
 
 
-def save(graph: Any, path: Path) -> int:
+def save(graph: onnx_ir.Model, path: Path) -> int:
     """Write a graph, with its tensors in a file beside it where one file cannot hold them; returns all bytes."""
     import onnx_ir
 
@@ -179,7 +188,7 @@ def save(graph: Any, path: Path) -> int:
     return path.stat().st_size + data.stat().st_size
 
 
-def written_size(graph: Any, beside: Path) -> int:
+def written_size(graph: onnx_ir.Model, beside: Path) -> int:
     """The bytes that a graph takes as files; nothing stays."""
     with tempfile.TemporaryDirectory(dir=beside.parent) as temporary:
         return save(graph, Path(temporary) / beside.name)

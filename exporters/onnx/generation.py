@@ -10,14 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from exporters.onnx.runtime import TOLERANCE, Runtime
+from exporters.onnx.runtime import Runtime
+from exporters.shared.functional import Function
 from passes.capture.capture import is_pretrained
-from passes.errors import ExportError, InputError
+from passes.errors import InputError
+from passes.infra.tolerance import ELSEWHERE
+from surgery.errors import ExportError
+
+if TYPE_CHECKING:
+    import transformers
 
 IDS, MASK, POSITIONS, PAST, PRESENT = "input_ids", "attention_mask", "position_ids", "past_key_values", "present"
 LEAST = 7  # tokens of an example: 4 of the past and 3 new ones, so that no two sizes are equal
@@ -34,7 +40,7 @@ class Cached:
         ExportError: the model has no cache of keys and values, or further inputs.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Mapping[str, object]) -> None:
         name = type(model).__name__
         if not is_pretrained(model) or not hasattr(model, "generate") or model.config.is_encoder_decoder:  # type: ignore[union-attr]
             raise ExportError(f"use_cache=True is for causal language models of transformers, and {name} is none")
@@ -46,35 +52,34 @@ class Cached:
         ids = tensors[IDS]
         mask = tensors.get(MASK, torch.ones_like(ids))
         more = -(-LEAST // ids.shape[1])
-        self.model = model
         self.ids, self.mask = ids.repeat(1, more), torch.cat([mask, torch.ones_like(mask).repeat(1, more - 1)], dim=1)
         self.positions = POSITIONS in inspect.signature(type(model).forward).parameters
         half = (self.ids.shape[1] + 1) // 2
         self.past = half + (half == self.ids.shape[1] - half)
         self.empty = empty(model, self.ids)
-        self.inputs = self.at(self.past)
+        self.inputs = self.at(model, self.past)
 
-    def at(self, past: int, new: int | None = None) -> dict[str, torch.Tensor]:
+    def at(self, model: Function, past: int, new: int | None = None) -> dict[str, torch.Tensor]:
         """The inputs of a call on the example after so many tokens, for so many new ones (all that are left)."""
         stop = self.ids.shape[1] if new is None else past + new
         cache = self.empty
         if past:
             with torch.no_grad():
-                out = self.forward(self.model, **self._call(0, past, cache))
+                out = self.forward(model, **self._call(0, past, cache))
             cache = {name.replace(PRESENT, PAST, 1): t for name, t in out.items() if name.startswith(f"{PRESENT}.")}
         return self._call(past, stop, cache)
 
     def _call(self, start: int, stop: int, cache: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return step(self.ids[:, start:stop], self.mask[:, :stop], cache, positions=self.positions)
+        return call_inputs(self.ids[:, start:stop], self.mask[:, :stop], cache, positions=self.positions)
 
-    def shapes(self) -> Iterator[dict[str, torch.Tensor]]:
+    def shapes(self, model: Function) -> Iterator[dict[str, torch.Tensor]]:
         """Inputs of a continuation by several tokens, a prefill, and a step of decoding."""
         yield self.inputs
-        yield self.at(0)
-        yield self.at(self.past, 1)
+        yield self.at(model, 0)
+        yield self.at(model, self.past, 1)
 
     @staticmethod
-    def forward(model: Callable[..., Any], **inputs: Any) -> dict[str, torch.Tensor]:
+    def forward(model: Function, **inputs: object) -> dict[str, torch.Tensor]:
         """Call a model (or its forward) with flat inputs; returns the outputs by their names in the graph."""
         from transformers import DynamicCache
 
@@ -113,12 +118,12 @@ def empty(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: t[:, :, :0] for name, t in flat.items()}
 
 
-def _flat(cache: Any, prefix: str) -> dict[str, torch.Tensor]:
+def _flat(cache: transformers.Cache, prefix: str) -> dict[str, torch.Tensor]:
     layers = enumerate(cache.layers)
     return {f"{prefix}.{i}.{n}": t for i, layer in layers for n, t in (("key", layer.keys), ("value", layer.values))}
 
 
-def step(
+def call_inputs(
     ids: torch.Tensor, mask: torch.Tensor, cache: Mapping[str, torch.Tensor], *, positions: bool
 ) -> dict[str, torch.Tensor]:
     """The inputs of one call: new tokens, the mask over past and new ones, positions that count unmasked tokens."""
@@ -145,7 +150,7 @@ def greedy(
         cache: of no tokens.
     """
     for _ in range(new_tokens):
-        out = call(step(ids, mask, cache, positions=positions))
+        out = call(call_inputs(ids, mask, cache, positions=positions))
         logits = out["logits"][:, -1]
         yield logits
         ids = logits.argmax(dim=-1, keepdim=True)
@@ -153,17 +158,20 @@ def greedy(
         cache = {name.replace(PRESENT, PAST, 1): t for name, t in out.items() if name.startswith(f"{PRESENT}.")}
 
 
-def compare_generation(cached: Cached, runtime: Runtime, coeff: torch.Tensor | None, core: Path | None) -> int:
+def compare_generation(
+    cached: Cached, model: Function, runtime: Runtime, coeff: torch.Tensor | None, core: Path | None
+) -> int:
     """Generate greedily in PyTorch and in ONNX Runtime; returns how many tokens were compared.
 
     Args:
+        model: PyTorch, at this coeff and with this core.
         coeff, core: of ONNX Runtime; the graph's defaults if None.
 
     Raises:
         ExportError: a token differs where PyTorch's choice was clear.
     """
 
-    def runs(call: Any) -> Iterator[torch.Tensor]:
+    def runs(call: Function) -> Iterator[torch.Tensor]:
         return greedy(call, cached.ids, cached.mask, cached.empty, NEW_TOKENS, positions=cached.positions)
 
     def exported(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,10 +179,10 @@ def compare_generation(cached: Cached, runtime: Runtime, coeff: torch.Tensor | N
 
     compared = 0
     with torch.no_grad():
-        pairs = zip(runs(lambda inputs: cached.forward(cached.model, **inputs)), runs(exported), strict=True)
+        pairs = zip(runs(lambda inputs: cached.forward(model, **inputs)), runs(exported), strict=True)
         for i, (ours, theirs) in enumerate(pairs):
             first, second = ours.double().topk(2, dim=-1).values.unbind(dim=-1)
-            clear = first - second > TOLERANCE[runtime.dtype] * ours.abs().max()
+            clear = first - second > ELSEWHERE[runtime.dtype] * ours.abs().max()
             different = ours.argmax(dim=-1).cpu() != theirs.argmax(dim=-1)
             if (different & clear.cpu()).any():
                 row = int((different & clear.cpu()).nonzero()[0])

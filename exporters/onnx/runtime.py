@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._pytree import tree_iter
 
-from exporters.onnx.capture import KNOB, flat_inputs
+from exporters.onnx.capture import flat_inputs
+from exporters.shared.functional import COEFF
 from exporters.shared.outputs import valid_positions
-from passes.errors import ExportError
-from passes.infra.tolerance import relative_error
+from passes.infra.tolerance import ELSEWHERE, relative_error
+from passes.ir.torch_internals import tree_iter
+from surgery.errors import ExportError
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+if TYPE_CHECKING:
+    import onnxruntime
+
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ON_CPU = (torch.float64, torch.float32, torch.float16)
 
@@ -63,7 +66,7 @@ class Runtime:
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.dtype = dtype
 
-    def feed(self, inputs: Mapping[str, Any], coeff: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def feed(self, inputs: Mapping[str, object], coeff: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The inputs that the graph has, by name, and coeff unless it is None.
 
         Raises:
@@ -73,7 +76,7 @@ class Runtime:
         if missing := sorted(set(self.inputs) - set(feed)):
             raise ExportError(f"the exported graph has inputs that the model does not have: {', '.join(missing)}")
         if coeff is not None:
-            feed[KNOB] = coeff.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+            feed[COEFF] = coeff.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         return feed
 
     def run(self, feed: Mapping[str, torch.Tensor], core: Path | None = None) -> list[torch.Tensor]:
@@ -89,7 +92,7 @@ class Runtime:
         return [_from_runtime(value) for value in self.session.run_with_ort_values(None, given, options)]
 
 
-def _to_runtime(tensor: torch.Tensor) -> Any:
+def _to_runtime(tensor: torch.Tensor) -> onnxruntime.OrtValue:
     import onnxruntime
 
     if tensor.dtype != torch.bfloat16:  # which numpy does not have
@@ -98,16 +101,16 @@ def _to_runtime(tensor: torch.Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.int16).numpy(), kind)
 
 
-def _from_runtime(value: Any) -> torch.Tensor:
+def _from_runtime(value: onnxruntime.OrtValue) -> torch.Tensor:
     if value.data_type() != "tensor(bfloat16)":
         return torch.from_numpy(value.numpy())
     return torch.utils.dlpack.from_dlpack(value._ortvalue)
 
 
-def compare(
+def compare_with_runtime(
     runtime: Runtime,
-    run: Callable[[], Any],
-    inputs: Mapping[str, Any],
+    run: Callable[[], object],
+    inputs: Mapping[str, object],
     coeff: torch.Tensor | None = None,
     core: Path | None = None,
 ) -> float:
@@ -132,16 +135,16 @@ def compare(
     deviation = max(
         relative_error(valid_positions(one, inputs), valid_positions(other.cpu(), inputs)) for one, other in pairs
     )
-    if not deviation <= TOLERANCE[runtime.dtype]:
+    if not deviation <= ELSEWHERE[runtime.dtype]:
         at = "" if coeff is None else f" at coeff={coeff.tolist()}"
         raise ExportError(
             f"ONNX Runtime differs from PyTorch by {deviation:.3g} of the largest output{at}, "
-            f"allowed for {runtime.dtype} is {TOLERANCE[runtime.dtype]:.0e}"
+            f"allowed for {runtime.dtype} is {ELSEWHERE[runtime.dtype]:.0e}"
         )
     return deviation
 
 
 def coefficients(rows: int) -> list[torch.Tensor]:
-    """Values of the knob to compare at: the default, identity, a negative one, and one per row."""
+    """Values of the coefficient to compare at: the default, identity, a negative one, and one per row."""
     values = [torch.tensor(value) for value in (1.0, 0.0, -0.5)]
     return values + ([torch.linspace(-1, 1, rows)] if rows > 1 else [])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_iter
 
-from exporters.peft.layers import ADVICE, Place, delta_of
-from exporters.peft.low_rank import LowRank
-from passes.errors import ExportError, InputError
+from exporters.peft.layers import ADVICE, PeftTarget, delta_of
+from exporters.peft.low_rank import LowRankProduct
+from exporters.shared.failures import run_on_examples
+from exporters.shared.functional import Function
 from passes.infra.tolerance import RELATIVE, relative_error
 from passes.ir.forward_context import Call, copied
-from surgery.modules.adapter import SSpaceLinear, of_weight
+from passes.ir.torch_internals import tree_iter
+from surgery.errors import ExportError
+from surgery.modules.adapter import Adapter
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def outputs_of(model: nn.Module, call: Call) -> list[torch.Tensor]:
@@ -24,25 +29,24 @@ def outputs_of(model: nn.Module, call: Call) -> list[torch.Tensor]:
     Raises:
         InputError: it does not run on the inputs.
     """
-    try:
-        return _run(model, call)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the model does not run on the example inputs: {reason}") from error
+    with torch.no_grad():
+        return _tensors(run_on_examples(model, copied(call)))
 
 
-def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[Place, Any]) -> list[torch.Tensor]:
+def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[PeftTarget, LoraLayer]) -> list[torch.Tensor]:
     """All tensors that a model gives which PEFT has wrapped for good.
 
     Raises:
         ExportError: it does not run any more, or a parameter's wrapper is never called, so that its factors are dead.
     """
-    parameters = {place.name: layer for place, layer in adapted.items() if place.parameter is not None}
+    parameters = {target.name: layer for target, layer in adapted.items() if target.parameter is not None}
     called: set[str] = set()
     for name, layer in parameters.items():  # not by hooks: PyTorch's encoder layers leave their fast path for them
         layer.forward = functools.partial(_noted, layer.forward, called, name)
+    args, kwargs = copied(call)
     try:
-        outputs = _run(model, call)
+        with torch.no_grad():
+            outputs = _tensors(model(*args, **kwargs))
     except Exception as error:
         whose = ", ".join(sorted(parameters)) or "of modules"
         what = f"{type(error).__name__}: {error}"
@@ -55,18 +59,18 @@ def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[Place, Any]) 
     return outputs
 
 
-def _noted(forward: Any, called: set[str], name: str, *args: Any, **kwargs: Any) -> Any:
+def _noted(forward: Function, called: set[str], name: str, *args: object, **kwargs: object) -> object:
     called.add(name)
     return forward(*args, **kwargs)
 
 
-def _run(model: nn.Module, call: Call) -> list[torch.Tensor]:
-    args, kwargs = copied(call)
-    with torch.no_grad():
-        return [leaf for leaf in tree_iter(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+def _tensors(output: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_iter(output) if isinstance(leaf, torch.Tensor)]
 
 
-def check_sites(found: Mapping[str, SSpaceLinear], adapted: Mapping[str, Any], factors: Mapping[str, LowRank]) -> None:
+def check_sites(
+    found: Mapping[str, Adapter], adapted: Mapping[str, LoraLayer], factors: Mapping[str, LowRankProduct]
+) -> None:
     """Compare the change that PEFT computes for each weight with the product of the written factors.
 
     Raises:
@@ -74,7 +78,7 @@ def check_sites(found: Mapping[str, SSpaceLinear], adapted: Mapping[str, Any], f
     """
     for key, site in found.items():
         delta = delta_of(adapted[key])
-        expected = of_weight(factors[key].product(), site.layout, site.weight.shape)
+        expected = site.base_weight.stored(factors[key].product())
         delta = delta if delta.shape == expected.shape else delta.reshape(expected.shape)
         error = relative_error(delta, expected) if expected.any() or delta.any() else 0.0
         if not error <= (limit := RELATIVE[delta.dtype]):
@@ -84,8 +88,8 @@ def check_sites(found: Mapping[str, SSpaceLinear], adapted: Mapping[str, Any], f
             )
 
 
-def deviation(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Largest deviation of all outputs, each relative to its own largest entry.
+def output_deviation(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest output_deviation of all outputs, each relative to its own largest entry.
 
     Raises:
         ExportError: there are more or fewer.

@@ -6,18 +6,20 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from exporters.peft.low_rank import LowRank
+from exporters.peft.low_rank import LowRankProduct
 from passes.capture.capture import is_pretrained
-from passes.errors import ExportError
-from surgery.hosting.hosts import host_of
-from surgery.modules.adapter import SSpaceLinear
-from surgery.modules.graph_host_module import SSpaceNode
-from surgery.storage.adapter_reader import module_paths, parameter_names
+from surgery.errors import ExportError
+from surgery.hosting.state import module_paths, parameter_names
+from surgery.modules.adapter import Adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 ADVICE = "leave such sites out with exclude_modules when operating, or merge and export dense weights"
@@ -25,7 +27,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Place:
+class PeftTarget:
     """What PEFT wraps for a site.
 
     Attributes:
@@ -45,59 +47,62 @@ class Place:
         return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
 
 
-def places(model: nn.Module, found: Mapping[str, SSpaceLinear]) -> dict[str, Place]:
-    """The place of every site.
+def peft_targets(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, PeftTarget]:
+    """The target of every site.
 
     Raises:
         ExportError: some sites have none; all of them are listed.
     """
-    chosen = {key: _place(model, key, site) for key, site in found.items()}
-    modules = [place.module for place in chosen.values() if isinstance(place, Place)]
-    for key, place in chosen.items():
-        inside = [name for name in modules if isinstance(place, Place) and name.startswith(f"{place.module}.")]
-        if inside and isinstance(place, Place) and place.parameter is not None:
+    chosen = {key: _target_of(model, key, site) for key, site in found.items()}
+    modules = [target.module for target in chosen.values() if isinstance(target, PeftTarget)]
+    for key, target in chosen.items():
+        inside = [name for name in modules if isinstance(target, PeftTarget) and name.startswith(f"{target.module}.")]
+        if inside and isinstance(target, PeftTarget) and target.parameter is not None:
             chosen[key] = f"PEFT would wrap its module, and cannot merge the site {inside[0]!r} inside of that"
-    if refused := {key: place for key, place in chosen.items() if isinstance(place, str)}:
+    if refused := {key: target for key, target in chosen.items() if isinstance(target, str)}:
         why = "; ".join(f"{key!r}: {reason}" for key, reason in refused.items())
         raise ExportError(f"{len(refused)} of {len(found)} sites cannot be written for PEFT ({why}); {ADVICE}")
-    return {key: place for key, place in chosen.items() if isinstance(place, Place)}
+    return {key: target for key, target in chosen.items() if isinstance(target, PeftTarget)}
 
 
-def _place(model: nn.Module, key: str, site: SSpaceLinear) -> Place | str:
-    if isinstance(site, SSpaceNode):
+def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
+    if site.host.inlined:
         return "is inlined in a graph, which has no module to wrap; export the model that the graph was made of"
-    if host_of(site) == "module":
-        return Place(key)
-    if getattr(site, "rows", None):
+    if site.host.name == "module":
+        return PeftTarget(key)
+    if site.rows:
         return "is a part of a packed weight, which PEFT adapts whole"
     path, _, local = parameter_names(module_paths(model), site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
     if not path:
         return "its weight is a parameter of the model itself, and PEFT wraps modules inside a model"
     if isinstance(owner, CONVOLUTIONS) and local == "weight" and owner.groups == 1 and site.factors.stack is None:
-        return Place(path)
+        return PeftTarget(path)
     stored = shape if site.layout == "out_in" else (*shape[:-2], shape[-1], shape[-2])
     if tuple(site.weight.shape) != stored:
         return f"its product sees a weight of shape {tuple(site.weight.shape)} as {tuple(shape)}, and PEFT does not"
     turned = site.factors.stack is not None and getattr(owner, "is_transposed", False)
-    return Place(path, local, flipped=(site.layout == "in_out") != bool(turned))
+    return PeftTarget(path, local, flipped=(site.layout == "in_out") != bool(turned))
 
 
-def lora_config(model: nn.Module, targets: Mapping[Place, int]) -> Any:
-    """PEFT's configuration for ranks by place, with a scaling of 1 everywhere.
+def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model: str | None = None) -> LoraConfig:
+    """PEFT's configuration for ranks by target, with a scaling of 1 everywhere.
 
     ``r`` and ``lora_alpha`` are the largest rank, so that a reader that knows no patterns has the right scaling too.
+
+    Args:
+        base_model: what to name as the base; the model's own name if None, unless that is a folder of this machine.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
     rank = max(targets.values())
     # PEFT matches a pattern at the end of a name; with ^ it matches the whole name only
-    pattern = {f"^{re.escape(place.name)}": r for place, r in targets.items() if r != rank}
-    modules = sorted(place.name for place in targets if place.parameter is None)
-    parameters = sorted(place.name for place in targets if place.parameter is not None)
+    pattern = {f"^{re.escape(target.name)}": r for target, r in targets.items() if r != rank}
+    modules = sorted(target.name for target in targets if target.parameter is None)
+    parameters = sorted(target.name for target in targets if target.parameter is not None)
     kinds = {type(model.get_submodule(name)).__name__ for name in modules}
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    own = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -108,7 +113,7 @@ def lora_config(model: nn.Module, targets: Mapping[Place, int]) -> Any:
         fan_in_fan_out=kinds == {"Conv1D"},  # of a mixed model PEFT decides by each module
         inference_mode=True,
         task_type=_task(model),
-        base_model_name_or_path=None if base and os.path.isabs(base) else base,
+        base_model_name_or_path=base_model or (None if own and os.path.isabs(own) else own),
     )
     names = [name for name, _ in model.named_modules() if name]
     if [name for name in names if check_target_module_exists(config, name)] != [n for n in names if n in modules]:
@@ -131,13 +136,13 @@ def _task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if hub.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def config_as_written(config: Any) -> dict[str, Any]:
+def config_as_written(config: LoraConfig) -> dict[str, object]:
     """The configuration as ``save_pretrained`` writes it, but with sets in order."""
     return {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
 
 
-def layers(wrapped: Any, base: Mapping[Place, nn.Module]) -> dict[Place, Any]:
-    """PEFT's layer at each place.
+def layers(wrapped: PeftModel, base: Mapping[PeftTarget, nn.Module]) -> dict[PeftTarget, LoraLayer]:
+    """PEFT's layer at each target.
 
     Args:
         base: the modules that were there before, which tell layers apart whatever they are nested in.
@@ -147,26 +152,26 @@ def layers(wrapped: Any, base: Mapping[Place, nn.Module]) -> dict[Place, Any]:
     """
     from peft.tuners.lora import LoraLayer
 
-    place_of = {(id(module), place.parameter): place for place, module in base.items()}
-    found: dict[Place, Any] = {}
+    target_of = {(id(module), target.parameter): target for target, module in base.items()}
+    found: dict[PeftTarget, LoraLayer] = {}
     for name, layer in wrapped.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            place = place_of.get((id(layer.get_base_layer()), getattr(layer, "parameter_name", None)))
-            if place is None:
+            target = target_of.get((id(layer.get_base_layer()), getattr(layer, "parameter_name", None)))
+            if target is None:
                 raise ExportError(f"PEFT adapts {name!r} too, which is no site")
-            found[place] = layer
-    if missing := [place.name for place in base if place not in found]:
+            found[target] = layer
+    if missing := [target.name for target in base if target not in found]:
         raise ExportError(f"PEFT does not adapt {missing[0]!r} ({len(missing)} such)")
     return found
 
 
-def fill(layer: Any, place: Place, factors: LowRank) -> None:
+def fill(layer: LoraLayer, target: PeftTarget, factors: LowRankProduct) -> None:
     """Give PEFT's layer the factors of a site.
 
     Raises:
         ExportError: the layer has other shapes.
     """
-    B, A = (factors.A.mT, factors.B.mT) if place.flipped else (factors.B, factors.A)
+    B, A = (factors.A.mT, factors.B.mT) if target.flipped else (factors.B, factors.A)
     if A.dim() == 3:  # experts: (stack * r, d_in), and (d_out, r * stack) with the stack running fastest
         A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     for linear, factor in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
@@ -174,13 +179,13 @@ def fill(layer: Any, place: Place, factors: LowRank) -> None:
         factor = factor.reshape(*factor.shape, *[1] * extra) if extra > 0 else factor
         if linear.weight.shape != factor.shape:
             raise ExportError(
-                f"PEFT's layer of {place.name!r} has factors of shape {tuple(linear.weight.shape)}, "
+                f"PEFT's layer of {target.name!r} has factors of shape {tuple(linear.weight.shape)}, "
                 f"those of the site have {tuple(factor.shape)}"
             )
         linear.weight = nn.Parameter(factor.detach().contiguous(), requires_grad=False)
 
 
-def delta_of(layer: Any) -> torch.Tensor:
+def delta_of(layer: LoraLayer) -> torch.Tensor:
     """The change of the weight that PEFT computes, scaling included, in the weight's layout."""
     with torch.no_grad():
         delta: torch.Tensor = layer.get_delta_weight(ADAPTER)

@@ -1,4 +1,4 @@
-"""Products of two thin matrices, ``B A`` with B (..., d_out, r) and A (..., r, d_in): their rank and best truncation.
+"""Products of two narrow matrices, ``B A`` with B (..., d_out, r) and A (..., r, d_in): their rank and best truncation.
 
 With ``B = Q_b R_b`` and ``A^T = Q_a R_a``, the singular values of ``B A`` are those of the small ``R_b R_a^T``. This
 holds for rows of A that are not orthonormal too, and by Eckart and Young the leading triples are the best truncation in
@@ -15,7 +15,7 @@ ROUNDING = 16 * torch.finfo(torch.float64).eps  # per row or column: what two QR
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankProduct:
     """``B A`` as it is written, and how far it is from what it stands for.
 
     Attributes:
@@ -40,7 +40,7 @@ class LowRank:
         return self.B.to(torch.float64) @ self.A.to(torch.float64)
 
 
-def thin_svd(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def product_svd(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular triples ``P, s, Q`` of ``B A``, by a QR of each factor and the SVD of a small matrix."""
     Q_b, R_b = torch.linalg.qr(B)
     Q_a, R_a = torch.linalg.qr(A.mT)
@@ -50,7 +50,7 @@ def thin_svd(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def low_rank(
     B: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, max_rank: int | None = None, prune_tol: float = 0.0
-) -> LowRank:
+) -> LowRankProduct:
     """Write ``B A`` with as few directions as it has, and with no more than are allowed.
 
     Where every direction counts, B and A are kept as they are. Otherwise A has orthonormal rows, and B the singular
@@ -62,7 +62,7 @@ def low_rank(
         max_rank: upper bound of the rank.
         prune_tol: leave out directions whose singular value is at most this share of the largest.
     """
-    P, s, Q = thin_svd(B, A)
+    P, s, Q = product_svd(B, A)
     zero = ROUNDING * max(B.shape[-2], A.shape[-1])
     numerical, wanted = (_rank(s, share) for share in (zero, max(zero, prune_tol)))
     rank = wanted if max_rank is None else min(wanted, max_rank)
@@ -73,10 +73,10 @@ def low_rank(
     left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
     wide = [factor.to(torch.float64) for factor in (left, right)]
     if not all(factor.isfinite().all() for factor in wide):
-        return LowRank(left, right, rank < numerical, float("inf"), float("inf"))
-    off = thin_svd(torch.cat([wide[0], -B], -1), torch.cat([wide[1], A], -2))[1]
+        return LowRankProduct(left, right, rank < numerical, float("inf"), float("inf"))
+    off = product_svd(torch.cat([wide[0], -B], -1), torch.cat([wide[1], A], -2))[1]
     spectral, frobenius = (float(norm(off) / norm(s)) if s.any() else 0.0 for norm in (torch.amax, torch.linalg.norm))
-    return LowRank(left, right, rank < numerical, spectral, frobenius)
+    return LowRankProduct(left, right, rank < numerical, spectral, frobenius)
 
 
 def _rank(s: torch.Tensor, share: float) -> int:

@@ -1,4 +1,4 @@
-"""A model as one exported program: plain inputs and outputs, one knob, named tensors, and no trace of who made it.
+"""A model as one exported program: plain inputs and outputs, one coefficient, named tensors, and no trace of its maker.
 
 What ``torch.export`` gives for it is written as a ``.pt2``, compiled ahead of time, or, before that, traced. A live
 program holds one buffer ``coeff`` (a number) for all sites, and each site's core under the names that the model has.
@@ -7,41 +7,47 @@ program holds one buffer ``coeff`` (a number) for all sites, and each site's cor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
 
-from exporters.program.swap import FORMAT, KNOB, contents
-from exporters.shared.report import inputs_for, working_copy
+from exporters.program.metadata import FORMAT, contents
+from exporters.shared.failures import run_on_examples, type_and_message
+from exporters.shared.functional import COEFF, CalledGraph, Function, FunctionalModel, coefficient_names
+from exporters.shared.report import example_call, working_copy
 from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
-from passes.errors import ExportError, InputError, SurgeryError
+from passes.errors import SurgeryError
 from passes.ir.forward_context import Call, copied, quiet, state_kept
-from surgery.modules.adapter import SSpaceLinear
-from surgery.verbs.steer_and_merge import merge, sites
+from passes.ir.torch_internals import OpOverload, tree_map_only
+from surgery.errors import ExportError
+from surgery.hosting.called_module import ATTRIBUTE
+from surgery.hosting.root import call_as_it_is
+from surgery.modules.adapter import Adapter
+from surgery.verbs.merge import merge
+from surgery.verbs.steer import sites
 
 NOISY = ("transformers", "torch.export", "torch._export", "torch._dynamo", "torch._inductor")
 INNER = "inner."
 OWN = ("aten", "prim", "prims", "quantized", "quantized_decomposed")  # namespaces of torch
 
 
-def subject_of(model: nn.Module, example_inputs: Any, mode: str) -> Subject:
+Mode = Literal["merged", "live"]
+
+
+def subject_of(model: nn.Module, example_inputs: object, mode: Mode) -> Subject:
     """Copies of a model, which share its tensors, to export and to compare with.
 
     Args:
         mode: "merged" (the dense model at the present coeff) or "live" (with its adapters, steered by ``coeff``).
 
     Raises:
-        ExportError: the mode is unknown, or there is nothing to steer.
+        ExportError: there is nothing to steer.
         InputError: the model does not run on the inputs.
     """
-    if mode not in ("merged", "live"):
-        raise ExportError(f"mode must be 'merged' or 'live', found {mode!r}")
     reference, root = working_copy(model), working_copy(model)
     call, fixed = call_of(reference, example_inputs)
     found = sites(root)
@@ -50,37 +56,29 @@ def subject_of(model: nn.Module, example_inputs: Any, mode: str) -> Subject:
     elif found:
         root = merge(root, untie=True)
     if isinstance(root, fx.GraphModule):
-        root = _Called(root)
-    live = list(found.values()) if mode == "live" else []
-    if live:
-        dtype = torch.promote_types(torch.float32, live[0].core.coeff.dtype)
-        root.register_buffer(KNOB, torch.ones((), dtype=dtype, device=live[0].core.coeff.device))
-    vars(root)["forward"] = _forward(root, live, fixed)
-    return Subject(root, reference, call, fixed, (1.0, 0.0, -0.5) if live else (None,))
+        root = CalledGraph(root)
+    call_as_it_is(root)
+    vars(root)["forward"] = _forward(root, fixed, live=mode == "live")
+    return Subject(root, reference, call, fixed, (1.0, 0.0, -0.5) if mode == "live" else (None,))
 
 
-def _check_live(root: nn.Module, found: Mapping[str, SSpaceLinear]) -> None:
+def _check_live(root: nn.Module, found: Mapping[str, Adapter]) -> None:
     if not found:
         raise ExportError(f"mode='live' needs an adapter, and {type(root).__name__} carries none")
-    if folded := [key for key, site in found.items() if getattr(site, "coeff_is_folded", False)]:
+    if folded := [key for key, site in found.items() if site.coeff_is_folded]:
         raise ExportError(f"site {folded[0]!r}: coeff was folded into a constant; mode='live' needs it, use 'merged'")
-    if hasattr(root, KNOB):
-        raise ExportError(f"{type(root).__name__} has an attribute {KNOB!r} of its own, the name of the knob")
+    if hasattr(root, COEFF):
+        raise ExportError(f"{type(root).__name__} has an attribute {COEFF!r} of its own, the name of what steers it")
 
 
-def call_of(model: nn.Module, example_inputs: Any) -> tuple[Call, dict[str, Any]]:
+def call_of(model: nn.Module, example_inputs: object) -> tuple[Call, dict[str, object]]:
     """The call with a batch of one doubled, and apart from it the keywords that are not tensors."""
-    call = inputs_for(model, example_inputs)
+    call = example_call(model, example_inputs)
     args, kwargs = ((), hub_inputs(model, call)) if is_pretrained(model) else copied(call)
     flags = (bool, int, float, str, type(None))
-    fixed = {name: value for name, value in kwargs.items() if isinstance(value, flags)}
-    given = copied((args, kwargs))
-    try:
-        with state_kept(model), torch.no_grad():
-            model(*given[0], **given[1])
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the model does not run on the example inputs: {reason}") from error
+    fixed: dict[str, object] = {name: value for name, value in kwargs.items() if isinstance(value, flags)}
+    with state_kept(model), torch.no_grad():
+        run_on_examples(model, copied((args, kwargs)))
     args, kwargs = with_two_rows(model, (args, kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in fixed}
     # one tensor given twice would be one input of the program
@@ -88,32 +86,29 @@ def call_of(model: nn.Module, example_inputs: Any) -> tuple[Call, dict[str, Any]
     return call, fixed
 
 
-class _Called(nn.Module):
-    """Calls a graph module, since ``torch.export`` interprets one that it is given and passes its ``forward`` by."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.training = False
-
-
-def _forward(root: nn.Module, found: list[SSpaceLinear], fixed: dict[str, Any]) -> Callable[..., Any]:
-    """A forward with plain outputs, in which every site reads the root's ``coeff``."""
-    inner = root.inner if isinstance(root, _Called) else root
-    original: Callable[..., Any] = inner.forward
-    dtypes = [site.core._buffers.pop(KNOB).dtype for site in found]  # type: ignore[union-attr]
+def _forward(root: nn.Module, fixed: dict[str, object], *, live: bool) -> Function:
+    """A forward with plain outputs, in which the sites of a live program read the one buffer ``coeff`` of the root."""
+    original = (root.inner if isinstance(root, CalledGraph) else root).forward
+    call = FunctionalModel(root, original)
+    names = coefficient_names(root) if live else []
+    if live:
+        _move_coefficient(root, names)
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        for site, dtype in zip(found, dtypes, strict=True):
-            vars(site.core)[KNOB] = root.get_buffer(KNOB).to(dtype)
-        try:
-            return plain(original(*args, **kwargs, **fixed))
-        finally:
-            for site in found:
-                del vars(site.core)[KNOB]
+    def forward(*args: object, **kwargs: object) -> object:
+        tensors = dict.fromkeys(names, root.get_buffer(COEFF)) if live else {}
+        return plain(call(tensors, *args, **kwargs, **fixed))
 
     return forward
+
+
+def _move_coefficient(root: nn.Module, names: Sequence[str]) -> None:
+    """Register one coefficient of 1 in place of those of the sites, never narrower than float32."""
+    own = [root.get_buffer(name) for name in names]
+    dtype = functools.reduce(torch.promote_types, (coeff.dtype for coeff in own), torch.float32)
+    for path, _, name in (name.rpartition(".") for name in names):
+        root.get_submodule(path)._buffers[name] = None
+    root.register_buffer(COEFF, torch.ones((), dtype=dtype, device=own[0].device))
 
 
 def program_of(subject: Subject) -> ExportedProgram:
@@ -129,15 +124,14 @@ def program_of(subject: Subject) -> ExportedProgram:
     if foreign_operations(program) and hasattr(root, "set_experts_implementation"):
         root.set_experts_implementation("batched_mm")  # of the copy
         program = _exported(subject)
-    if isinstance(subject.root, _Called):
-        _rename(program, lambda name: name.removeprefix(INNER))
+    _rename(program, _public_name)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             for key in ("stack_trace", "from_node", "custom"):
                 node.meta.pop(key, None)
     if subject.live:
-        holder = root.inner if isinstance(root := subject.root, _Called) else root
-        program.graph_module.meta["custom"] = {FORMAT: contents(holder, root.get_buffer(KNOB), _read(program))}
+        holder = root.inner if isinstance(root := subject.root, CalledGraph) else root
+        program.graph_module.meta["custom"] = {FORMAT: contents(holder, root.get_buffer(COEFF), _read(program))}
     program.example_inputs = tree_map_only(torch.Tensor, torch.zeros_like, program.example_inputs)
     return program
 
@@ -149,9 +143,8 @@ def _exported(subject: Subject) -> ExportedProgram:
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
         name = type(subject.reference).__name__
-        raise ExportError(f"{name} cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+        raise ExportError(f"{name} cannot be exported by torch.export: {type_and_message(error)}") from error
 
 
 def foreign_operations(program: ExportedProgram) -> list[str]:
@@ -159,6 +152,11 @@ def foreign_operations(program: ExportedProgram) -> list[str]:
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
     targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     return sorted(str(t) for t in targets if isinstance(t, OpOverload) and t.namespace not in OWN)
+
+
+def _public_name(name: str) -> str:
+    """A tensor's name in a program: a site's tensors have the names that they have in an adapter's file."""
+    return name.removeprefix(INNER).replace(f".{ATTRIBUTE}.", ".")
 
 
 def _rename(program: ExportedProgram, rename: Callable[[str], str]) -> None:

@@ -1,29 +1,28 @@
-"""Whether an exported program agrees with PyTorch: every output, at several values of the knob, and at other sizes."""
+"""Whether an exported program agrees with PyTorch: every output, at several coefficients, and at other sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from exporters.shared.outputs import valid_positions
 from exporters.shared.subject import Subject, leaves
-from passes.errors import ExportError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
 from passes.ir.forward_context import Call, copied
-from surgery.verbs.steer_and_merge import set_coeff
+from passes.ir.torch_internals import tree_leaves, tree_map_only
+from surgery.errors import ExportError
+from surgery.verbs.steer import set_coeff
 
-Run = Callable[..., Any]
+Run = Callable[..., object]
 
 
-def compare(subject: Subject, run: Run, steer: Callable[[float], Any], what: str) -> float:
-    """Compare all outputs with PyTorch by the table of tolerances, and set the knob back to 1.
+def compare_program(subject: Subject, run: Run, steer: Callable[[float], object], what: str) -> float:
+    """Compare all outputs with PyTorch by the table of tolerances, and set the coefficient back to 1.
 
     Args:
         run: the program.
-        steer: sets its knob.
+        steer: sets its coefficient.
         what: names the program in the message.
 
     Returns:
@@ -99,7 +98,7 @@ def differ(subject: Subject, run: Run, call: Call) -> tuple[float, str | None]:
         return _differ(subject, run(*args, **kwargs), expected, call)
 
 
-def _differ(subject: Subject, outputs: Any, expected: list[torch.Tensor], call: Call) -> tuple[float, str | None]:
+def _differ(subject: Subject, outputs: object, expected: list[torch.Tensor], call: Call) -> tuple[float, str | None]:
     found, kwargs = leaves(outputs), call[1]
     if len(found) != len(expected):
         return float("inf"), f"it has {len(found)} outputs, the model {len(expected)}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path
+
+from passes.ir.torch_internals import tree_flatten_with_path
 
 
-def output_names(output: Any) -> list[str]:
+def output_names(output: object) -> list[str]:
     """Names of the output's tensors: the keys of a mapping, positions of a sequence, "output" for a single tensor."""
     leaves, _ = tree_flatten_with_path(output)
     if len(leaves) == 1 and not leaves[0][0]:
@@ -18,13 +18,14 @@ def output_names(output: Any) -> list[str]:
     return ["_".join(["output", *part] if part[0].isdigit() else part) for part in parts]
 
 
-def valid_positions(output: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+def valid_positions(output: torch.Tensor, inputs: Mapping[str, object]) -> torch.Tensor:
     """Leave out the positions of padding, which attend to nothing: each runtime fills them as it likes.
 
     Positions are dimension 1, or 2 of what is kept of each head. A mask may also cover a past that the output lacks.
     """
-    masks = [m.cpu().bool() for name, m in inputs.items() if name.endswith("attention_mask") and m is not None]
-    ids = inputs.get("input_ids")
+    named = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    masks = [mask.cpu().bool() for name, mask in named.items() if name.endswith("attention_mask")]
+    ids = named.get("input_ids")
     queries = ids.shape[1] if ids is not None else None
     for dim in (2, 1) if output.dim() == 4 else (1,) if output.dim() > 1 else ():
         rows, length = output.shape[0], output.shape[dim]

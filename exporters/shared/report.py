@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call
-from passes.errors import ExportError, InputError
-from passes.ir.forward_context import set_mode
-from surgery.modules.residual_host import shared_tensors
-from surgery.verbs.steer_and_merge import sites
+from passes.errors import InputError
+from passes.ir.forward_context import Call, set_mode
+from surgery.errors import ExportError
+from surgery.hosting.state import shared_tensors
+from surgery.verbs.steer import sites
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ def working_copy(model: nn.Module) -> nn.Module:
     Parameters are objects of its own, so that it can be undone, merged or wrapped without a flag of the model's being
     set; their values must not be written.
     """
-    shared: dict[int, Any] = dict(shared_tensors(model))
+    shared: dict[int, object] = dict(shared_tensors(model))
     for tensor in list(shared.values()):
         if type(tensor) is nn.Parameter:
             shared[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
-    twin = copy.deepcopy(model, shared)
-    set_mode(twin, training=False)
-    for site in sites(twin).values():
-        site.core.coeff = site.core.coeff.clone()
-    return twin
+    copied = copy.deepcopy(model, shared)
+    set_mode(copied, training=False)
+    for steering in {site.steering for site in sites(copied).values()}:
+        steering._buffers["coeff"] = steering.coeff.clone()
+    return copied
 
 
-def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_call(model: nn.Module, example_inputs: object) -> Call:
     """The call to export with, from what was given or the model's defaults.
 
     Raises:

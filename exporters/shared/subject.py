@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from exporters.shared.outputs import output_names
-from passes.errors import ExportError
 from passes.ir.forward_context import Call, copied, state_kept
+from passes.ir.torch_internals import tree_leaves
+from surgery.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Subject:
         reference: the model, operated on, that agrees with it.
         call: arguments; flags such as ``use_cache`` are bound to the root instead.
         fixed: these flags.
-        coeffs: values of the knob to compare at; (None,) of a merged one.
+        coeffs: values of the coefficient to compare at; (None,) of a merged one.
     """
 
     root: nn.Module
     reference: nn.Module
     call: Call
-    fixed: dict[str, Any]
+    fixed: dict[str, object]
     coeffs: tuple[float | None, ...]
 
     @property
@@ -45,12 +44,12 @@ class Subject:
             return leaves(self.reference(*args, **kwargs, **self.fixed))
 
 
-def leaves(output: Any) -> list[torch.Tensor]:
+def leaves(output: object) -> list[torch.Tensor]:
     """All tensors of an output in the order of the program's."""
     return [leaf for leaf in tree_leaves(plain(output)) if isinstance(leaf, torch.Tensor)]
 
 
-def plain(output: Any) -> Any:
+def plain(output: object) -> object:
     """An output in containers that any process knows: a flat dict in place of a mapping or a record, else as it is.
 
     Raises:

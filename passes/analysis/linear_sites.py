@@ -17,7 +17,8 @@ from passes.analysis.residual_stream import residual_writers, strip_views
 from passes.analysis.weight_contractions import pointwise
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import attribute
-from passes.ir.parameter_names import Names
+from passes.ir.parameter_names import ParameterNames, tensor_name
+from passes.ir.torch_internals import Convolution
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for owners.
     """
-    names = Names(model)
+    names = ParameterNames(model, graph_module.graph)
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
@@ -112,11 +113,11 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
             products[names.key(product.weight, _module_path(node))].append(product)
         elif isinstance(product, str):
             skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
-    for key, found in list(products.items()):
+    for key, of_site in list(products.items()):
         reason = ""
-        if len({p.layout for p in found}) > 1:
+        if len({p.layout for p in of_site}) > 1:
             reason = "its weight is used both as it is and transposed"
-        elif len({_matrices(p, names) for p in found}) > 1:
+        elif len({_matrices(p, names) for p in of_site}) > 1:
             reason = "its products see its weight as different matrices"
         if reason:
             skipped.append(Skipped(key, "linear", reason))
@@ -124,7 +125,7 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
     return products, skipped
 
 
-def _matrices(product: Product, names: Names) -> Matrices:
+def _matrices(product: Product, names: ParameterNames) -> Matrices:
     """How a product sees its weight."""
     if product.matrices is not None:
         return product.matrices
@@ -132,13 +133,13 @@ def _matrices(product: Product, names: Names) -> Matrices:
     return Matrices(None, *((rows, columns) if product.layout == "out_in" else (columns, rows)), product.layout)
 
 
-def _module_product(node: fx.Node, names: Names) -> Product | str:
+def _module_product(node: fx.Node, names: ParameterNames) -> Product | str:
     """The product of a module that a symbolic trace does not look into, or why there is none."""
     path = str(node.target)
     module, weight = names.modules[path], f"{path}.weight"
-    found = pointwise(module)
-    if found is not True:
-        return found or f"{type(module).__name__.lower()} with a parameter: its products are inside one module"
+    single = pointwise(module)
+    if single is not True:
+        return single or f"{type(module).__name__.lower()} with a parameter: its products are inside one module"
     if weight not in names.tensors or nn.parameter.is_lazy(names.tensors[weight]):
         return "its weight is not a parameter, or not initialised yet"
     x = (*node.args, *node.kwargs.values())[0]
@@ -155,32 +156,32 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
         model: the model itself, for ties and owners.
     """
-    names = Names(model)
+    names = ParameterNames(model, graph_module.graph)
     products, skipped = products_by_site(graph_module, model)
-    writers = residual_writers(graph_module.graph, {p.node for found in products.values() for p in found})
+    writers = residual_writers(graph_module.graph, {p.node for of_site in products.values() for p in of_site})
     uses = _other_uses(graph_module.graph, names, products)
-    groups: dict[tuple[Any, ...], int] = {}
+    groups: dict[tuple[object, ...], int] = {}
     sites = []
-    for key, found in products.items():
-        first = found[0]
+    for key, of_site in products.items():
+        first = of_site[0]
         weight = names.alias(first.weight, key)
         matrices = _matrices(first, names)
         d_out, d_in, stack = matrices.d_out, matrices.d_in, matrices.stack
-        read = (*dict.fromkeys(strip_views(p.input) for p in found), d_in)
+        read = (*dict.fromkeys(strip_views(p.input) for p in of_site), d_in)
         group = groups.setdefault(read, len(groups))
         others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
         tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
         bias = names.alias(first.bias, key) if first.bias else None
-        residual = any(p.node in writers for p in found)
+        residual = any(p.node in writers for p in of_site)
         operation = _operation(first.node)
-        roles = (group, tied, residual, len(found), operation)
+        roles = (group, tied, residual, len(of_site), operation)
         sites.append(Site(key, weight, bias, first.layout, d_out, d_in, *roles, stack))
     return sites, skipped
 
 
 def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
-    names = Names(model)
+    names = ParameterNames(model)
     sites, skipped = [], []
     for path, module, layout, local in _linear_weights(model):
         if layout is None:
@@ -216,7 +217,7 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
             yield path, module, "out_in", "weight"
 
 
-OPAQUE = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+OPAQUE = (Convolution, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 def _module_path(node: fx.Node) -> str | None:
@@ -236,9 +237,9 @@ def _operation(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
-def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]]) -> dict[str, list[str]]:
+def _other_uses(graph: fx.Graph, names: ParameterNames, products: dict[str, list[Product]]) -> dict[str, list[str]]:
     """Uses of a weight that are no product of it, such as an embedding look-up, by the weight's first name."""
-    counted = {p.node for found in products.values() for p in found}
+    counted = {p.node for of_site in products.values() for p in of_site}
     uses: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_module" and node.target in names.modules and node not in counted:
@@ -246,9 +247,10 @@ def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]
             for local, _ in called.named_parameters(remove_duplicate=False):
                 name = f"{node.target}.{local}"
                 uses[names.canonical(name)].append(f"{node.target} ({type(called).__name__.lower()})")
-        if node.op != "get_attr" or node.target not in names.tensors:
+        read = tensor_name(node)
+        if read not in names.tensors:
             continue
-        pending: list[Any] = list(node.users)
+        pending = list(node.users)
         while pending:
             user = pending.pop()
             if user in counted:
@@ -256,5 +258,5 @@ def _other_uses(graph: fx.Graph, names: Names, products: dict[str, list[Product]
             if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.to.dtype):
                 pending.extend(user.users)
             elif _operation(user) == "embedding" or user.op == "call_module":
-                uses[names.canonical(node.target)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
+                uses[names.canonical(read)].append(f"{_module_path(user) or user.name} ({_operation(user)})")
     return uses

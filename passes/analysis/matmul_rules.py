@@ -1,7 +1,7 @@
 """Rules that read a matrix product off one normalised node: ``y = x W^T + b`` with a parameter ``W``.
 
-One rule per ATen operation, registered by :func:`rule`. A rule returns a :class:`Product`, or a sentence that says why
-the node is none; it never guesses. Adding coverage is adding a rule.
+One rule per ATen operation, registered by :func:`matmul_rule`. A rule returns a :class:`Product`, or a sentence that
+says why the node is none; it never guesses. Adding coverage is adding a rule.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from passes.analysis.operands import Lookup, Matrices
-from passes.analysis.weight_contractions import RULES as WHOLE_RULES
-from passes.analysis.weight_contractions import Whole, read_whole
+from passes.analysis.weight_contractions import RULES as REWRITE_RULES
+from passes.analysis.weight_contractions import WeightRewrite, read_weight_rewrite
+from passes.ir.parameter_names import tensor_name
+from passes.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -37,7 +39,8 @@ class Product:
     matrices: Matrices | None = None
 
 
-RULES: dict[Any, Callable[[fx.Node, Lookup], Product | str]] = {}
+Rule = Callable[[fx.Node, Lookup], Product | str]
+RULES: dict[object, Rule] = {}
 UNCOVERED = {
     **dict.fromkeys(["bilinear", "addbilinear"], "it multiplies two inputs"),
     **dict.fromkeys(["chain_matmul", "linalg_multi_dot"], "it multiplies more than two operands at once"),
@@ -58,10 +61,10 @@ CASTS = (
 DTYPE_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
-def rule(*targets: Any) -> Callable[[Callable[[fx.Node, Lookup], Product | str]], Any]:
+def matmul_rule(*targets: OpOverload) -> Callable[[Rule], Rule]:
     """Register a rule for ATen overloads."""
 
-    def register(function: Callable[[fx.Node, Lookup], Product | str]) -> Any:
+    def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, function))
         return function
 
@@ -73,7 +76,7 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
 
     Args:
         node: a node of a normalised graph.
-        parameter: gives the patient's parameter of a name, or None.
+        parameter: gives the model's parameter of a name, or None.
 
     Returns:
         The product, or the reason why this product is not a site, or None if the node is no product at all.
@@ -83,35 +86,34 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
     plain = RULES[node.target](node, parameter) if node.target in RULES else None
     if isinstance(plain, Product):
         return plain
-    whole = read_whole(node, parameter)
-    if isinstance(whole, Whole):
-        return whole_product(node, whole, parameter)
-    if whole is not None or plain is not None:
-        return whole or plain
+    rewrite = read_weight_rewrite(node, parameter)
+    if isinstance(rewrite, WeightRewrite):
+        return rewritten_product(node, rewrite, parameter)
+    if rewrite is not None or plain is not None:
+        return rewrite or plain
     packet = getattr(node.target, "overloadpacket", node.target)
     name = str(getattr(packet, "__name__", packet))
     if name in UNCOVERED:
         held = any(_parameter(n, parameter) for n in node.all_input_nodes)
         return f"{name} with a parameter: {UNCOVERED[name]}" if held else "both operands are activations"
-    if name not in WHOLE_RULES and "grouped_mm" not in name:
+    if name not in REWRITE_RULES and "grouped_mm" not in name:
         return None
     reasons = [_not_a_parameter(n, parameter) for n in node.all_input_nodes]
     return next((reason for reason in reasons if "parameter '" in reason), "both operands are activations")
 
 
-def whole_product(node: fx.Node, whole: Whole, parameter: Lookup) -> Product:
+def rewritten_product(node: fx.Node, rewrite: WeightRewrite, parameter: Lookup) -> Product:
     """The product of a weight that is changed as a whole."""
-    bias = _parameter(whole.bias, parameter)
+    bias = _parameter(rewrite.bias, parameter)
     name = bias[0] if bias else None
-    return Product(node, whole.input, whole.weight, whole.matrices.layout, name, None, whole.matrices)
+    return Product(node, rewrite.input, rewrite.weight, rewrite.matrices.layout, name, None, rewrite.matrices)
 
 
-def _parameter(node: Any, parameter: Lookup) -> tuple[str, bool] | None:
+def _parameter(node: object, parameter: Lookup) -> tuple[str, bool] | None:
     """Follow transposes, casts and aliases from an operand to a parameter: its name, and whether it is transposed."""
     transposed = False
     while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            name = str(node.target)
+        if (name := tensor_name(node)) is not None:
             return (name, transposed) if parameter(name) is not None else None
         args: Any = node.args
         if node.target in TRANSPOSES:
@@ -134,30 +136,30 @@ def casts_its_weight(product: Product, dtype: torch.dtype) -> bool:
             wanted = node.args[1] if node.target is aten.to.dtype else node.kwargs.get("dtype")
             cast |= node.target in DTYPE_CASTS and wanted is not dtype
             node = node.all_input_nodes[0]
-        if cast and node.op == "get_attr" and node.target == product.weight:
+        if cast and tensor_name(node) == product.weight:
             return True
     return False
 
 
 def _product(
-    node: fx.Node, x: Any, weight: Any, bias: Any, *, times_transpose: bool, parameter: Lookup
+    node: fx.Node, x: Any, weight: object, bias: object, *, times_transpose: bool, parameter: Lookup
 ) -> Product | str:
-    found = _parameter(weight, parameter)
-    if found is None:
+    read = _parameter(weight, parameter)
+    if read is None:
         return _not_a_parameter(weight, parameter)
-    name, transposed = found
+    name, transposed = read
     tensor = parameter(name)
     if tensor is None or tensor.dim() != 2:
         return f"the parameter {name!r} is not a matrix"
     bias_name = None
     if isinstance(bias, fx.Node):
-        found_bias = _parameter(bias, parameter)
-        bias_name = found_bias[0] if found_bias else None
+        read_bias = _parameter(bias, parameter)
+        bias_name = read_bias[0] if read_bias else None
     layout = "out_in" if times_transpose != transposed else "in_out"
     return Product(node, x, name, layout, bias_name, bias if isinstance(bias, fx.Node) else None)
 
 
-def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
+def _not_a_parameter(weight: object, parameter: Lookup) -> str:
     """Say what a second operand is that is no parameter: made of one, a constant, or an activation."""
     pending, seen, sources = [weight], set(), []
     while pending:
@@ -165,10 +167,10 @@ def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.op == "placeholder":
+        if (name := tensor_name(node)) is not None:
+            sources.append(name)
+        elif node.op == "placeholder":
             return "both operands are activations"
-        if node.op == "get_attr":
-            sources.append(str(node.target))
         pending.extend(node.all_input_nodes)
     named = [name for name in sources if parameter(name) is not None]
     if named:
@@ -176,19 +178,19 @@ def _not_a_parameter(weight: Any, parameter: Lookup) -> str:
     return "the operand is a constant, not a parameter"
 
 
-@rule(aten.linear.default)
+@matmul_rule(aten.linear.default)
 def _linear(node: fx.Node, parameter: Lookup) -> Product | str:
     x, weight, bias = (*node.args, None)[:3]
     return _product(node, x, weight, bias, times_transpose=True, parameter=parameter)
 
 
-@rule(aten.mm.default, aten.matmul.default)
+@matmul_rule(aten.mm.default, aten.matmul.default)
 def _matmul(node: fx.Node, parameter: Lookup) -> Product | str:
     x, weight = node.args[:2]
     return _product(node, x, weight, None, times_transpose=False, parameter=parameter)
 
 
-@rule(aten.addmm.default)
+@matmul_rule(aten.addmm.default)
 def _addmm(node: fx.Node, parameter: Lookup) -> Product | str:
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return "addmm with alpha or beta"

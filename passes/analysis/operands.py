@@ -1,8 +1,7 @@
 """Follow a parameter through views to the operand of a product, and see the parameter as a matrix or a stack of them.
 
-A view of a parameter is written as one tuple of *digits* per dimension: a digit ``(stride, size)`` counts ``size``
-entries that lie ``stride`` apart in the parameter. Transposes reorder the dimensions, views regroup the digits, slices
-cut a digit, and an index takes one out. Nothing is computed: of a weight of any size only the shape is looked at.
+A view of a parameter is written as one tuple of *digits* per dimension (:mod:`passes.analysis.weight_views`). Nothing
+is computed: of a weight of any size only the shape is looked at.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from passes.analysis.residual_stream import operation
-from passes.analysis.weight_views import PIECES, STEPS, Dims, digits_of, size_of
+from passes.analysis.weight_views import Dims, View, can_be_followed, dim_size
+from passes.ir.parameter_names import tensor_name
 
 Lookup = Callable[[str], torch.Tensor | None]
 
@@ -43,38 +42,32 @@ class Matrices:
     layout: str
 
 
-def follow(node: Any, parameter: Lookup) -> Operand | str | None:
+def follow(node: object, parameter: Lookup) -> Operand | str | None:
     """Follow views and casts from an operand to a parameter.
 
     Args:
         node: of a normalised graph.
-        parameter: gives the patient's parameter of a name, or None.
+        parameter: gives the model's parameter of a name, or None.
 
     Returns:
         The operand; or why a view of a parameter cannot be followed; or None if it is no view of a parameter.
     """
     steps: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
-        name = operation(node, node.graph)
-        if not (name in SAME or name in PIECES or name in STEPS) or not node.args:
+        if not node.args or not (operation(node, node.graph) in SAME or can_be_followed(node)):
             return None
         steps.append(node)
         node = node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
+    read = tensor_name(node) if isinstance(node, fx.Node) else None
+    tensor = None if read is None else parameter(read)
+    if read is None or tensor is None:
         return None
-    tensor = parameter(str(node.target))
-    if tensor is None:
-        return None
-    dims = digits_of(tensor.shape)
+    view = View(tensor.shape)
     for step in reversed(steps):
         name = operation(step, step.graph)
-        if name in SAME or name in PIECES:  # of pieces, the getitem says which
-            continue
-        found = STEPS[name](step, dims)
-        if found is None:
-            return f"the parameter {str(node.target)!r} reaches the product through a {name} that cannot be followed"
-        dims = found
-    return Operand(str(node.target), dims)
+        if name not in SAME and not view.see_through(step):
+            return f"the parameter {read!r} reaches the product through a {name} that cannot be followed"
+    return Operand(read, view.dims)
 
 
 def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrices | str:
@@ -89,7 +82,7 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
     """
     if len(shape) < 2:
         return f"the parameter {operand.weight!r} is a vector, not a matrix"
-    found = [
+    digits = [
         (stride, size, label)
         for dim, label in zip(operand.dims, labels, strict=True)
         for stride, size in dim
@@ -98,7 +91,7 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
     edges = sorted({math.prod(shape[i:]) for i in range(len(shape) + 1)})
     parts: list[tuple[str, int]] = []
     top = math.prod(shape)
-    for stride, size, label in sorted(found, reverse=True):
+    for stride, size, label in sorted(digits, reverse=True):
         if stride * size > top:
             return f"the parameter {operand.weight!r} is read through overlapping views"
         end = min(edge for edge in (*edges, top) if edge >= stride * size)  # a slice shows a part of a dimension
@@ -126,4 +119,4 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
 
 def sizes_of(operand: Operand) -> list[int]:
     """The shape of an operand."""
-    return [size_of(dim) for dim in operand.dims]
+    return [dim_size(dim) for dim in operand.dims]

@@ -1,4 +1,4 @@
-"""Which products write to the residual stream, found from dataflow and not from names.
+"""Which products write to the residual stream, read off the dataflow and not from names.
 
 A residual addition is ``x + f(x)``: one operand (the *stream*) is an ancestor of the other (the *branch*). The writers
 of the stream are the last products of the branch: those that reach the addition through linear, elementwise and
@@ -11,6 +11,8 @@ from collections.abc import Container
 
 import torch
 from torch import fx
+
+from passes.ir.parameter_names import tensor_name
 
 aten = torch.ops.aten
 
@@ -61,7 +63,7 @@ def residual_writers(graph: fx.Graph, products: Container[fx.Node]) -> set[fx.No
             continue
         one, other = node.all_input_nodes
         for stream, branch in ((one, other), (other, one)):
-            if strip_views(stream).op == "get_attr":  # a bias that several layers share is no stream
+            if tensor_name(strip_views(stream)):  # a bias that several layers share is no stream
                 continue
             ancestors = _terms(stream)
             if _depends(branch, ancestors, order):
@@ -79,7 +81,7 @@ def _terms(stream: fx.Node) -> set[fx.Node]:
             continue
         terms.add(node)
         name = operation(node, node.graph)
-        values = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        values = [n for n in node.all_input_nodes if not tensor_name(n)]
         if name in VIEWS and values:
             pending.append(values[0])
         elif name in ("add", "sub") or (name in ("mul", "div") and len(values) == 1):
@@ -102,16 +104,16 @@ def _depends(node: fx.Node, ancestors: set[fx.Node], order: dict[fx.Node, int]) 
 
 
 def _last_products(branch: fx.Node, stop: set[fx.Node], products: Container[fx.Node], graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    last: set[fx.Node] = set()
     pending, seen = [branch], {branch}
     while pending:
         node = pending.pop()
         if node in stop:
             continue
         if node in products:
-            found.add(node)
+            last.add(node)
         elif operation(node, graph) in LINEAR:
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
             pending.extend(new)
-    return found
+    return last

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices, sizes_of
 from passes.analysis.residual_stream import operation
+from passes.ir.torch_internals import Convolution
 
 Label = Callable[[Operand], str]
 
@@ -24,7 +25,7 @@ class _NoMatrixError(Exception):
 
 
 @dataclass(frozen=True)
-class Whole:
+class WeightRewrite:
     """A product whose weight is changed as a whole: the other operand, the parameter as matrices, and the bias."""
 
     input: Any
@@ -33,12 +34,12 @@ class Whole:
     bias: Any = None
 
 
-def read_whole(node: fx.Node, parameter: Lookup) -> Whole | str | None:
+def read_weight_rewrite(node: fx.Node, parameter: Lookup) -> WeightRewrite | str | None:
     """Read a product with a parameter, of any form.
 
     Args:
         node: of a normalised graph.
-        parameter: gives the patient's parameter of a name, or None.
+        parameter: gives the model's parameter of a name, or None.
 
     Returns:
         The product; or why it is none; or None where no operand is a view of a parameter.
@@ -52,26 +53,26 @@ def read_whole(node: fx.Node, parameter: Lookup) -> Whole | str | None:
     except _NoMatrixError as reason:
         return str(reason) if any(follow(n, parameter) for n in node.all_input_nodes) else None
     followed = [(follow(weight, parameter), other, label, bias) for weight, other, label, bias in candidates]
-    if len(followed) == 2 and all(isinstance(found, Operand) for found, *_ in followed):
+    if len(followed) == 2 and all(isinstance(operand, Operand) for operand, *_ in followed):
         return "both operands are parameters"
-    for found, other, label, bias in followed:
-        if isinstance(found, str):
-            return found
-        if found is None:
+    for operand, other, label, bias in followed:
+        if isinstance(operand, str):
+            return operand
+        if operand is None:
             continue
-        tensor = parameter(found.weight)
+        tensor = parameter(operand.weight)
         assert tensor is not None
         try:
-            matrices = see_matrices(found, label(found), tensor.shape)
+            matrices = see_matrices(operand, label(operand), tensor.shape)
         except _NoMatrixError as reason:
             return str(reason)
-        return matrices if isinstance(matrices, str) else Whole(other, found.weight, matrices, bias)
+        return matrices if isinstance(matrices, str) else WeightRewrite(other, operand.weight, matrices, bias)
     return None
 
 
 def pointwise(module: nn.Module) -> bool | str:
     """Whether a module is a convolution of single positions in one group; a sentence says why another one is not."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, Convolution):
         return False
     kind = type(module).__name__.lower()
     if "forward" in vars(module) or type(module).forward not in (
@@ -83,7 +84,7 @@ def pointwise(module: nn.Module) -> bool | str:
     return _kernel(kind, list(module.kernel_size), module.groups) or True
 
 
-def _kernel(kind: str, sizes: list[int], groups: Any) -> str:
+def _kernel(kind: str, sizes: list[int], groups: object) -> str:
     if any(size != 1 for size in sizes):
         return f"{kind} with a parameter: its kernel of {'x'.join(map(str, sizes))} mixes positions"
     if groups != 1:

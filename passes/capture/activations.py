@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.analysis.linear_sites import Site
+from passes.ir.torch_internals import TorchDispatchMode, storage_address
 
 aten = torch.ops.aten
 See = Callable[[str, torch.Tensor], None]
@@ -33,7 +33,7 @@ def observed(model: nn.Module, sites: Sequence[Site], called: Container[str], se
     """Call ``see(key, x)`` with the input x (..., d_in) of a site whenever the model computes its product.
 
     Args:
-        called: keys of the sites whose module is called for every product; the others are found by their weight.
+        called: keys of the sites whose module is called for every product; the others are recognised by their weight.
     """
     watch = _Products([site for site in sites if site.key not in called], model, see)
     handles = []
@@ -52,8 +52,8 @@ def observed(model: nn.Module, sites: Sequence[Site], called: Container[str], se
             handle.remove()
 
 
-def _hook(key: str, watch: _Products) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hook(key: str, watch: _Products) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         watch.show(key, args[0] if args else next(iter(kwargs.values())))
 
     return hook
@@ -84,7 +84,7 @@ class _Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.see, self.quiet = see, False
         self.weights: dict[int, list[_Weight]] = {}
-        self.alive: dict[int, Any] = {}
+        self.alive: dict[int, StorageWeakRef] = {}
         self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
             weight = site.weight_of(model)
@@ -94,20 +94,21 @@ class _Products(TorchDispatchMode):
 
     def _watch(self, tensor: torch.Tensor, site: Site, sequence_first: bool) -> None:
         storage, start = tensor.untyped_storage(), tensor.data_ptr()
-        found = _Weight(start, start + tensor.numel() * tensor.element_size(), site, sequence_first)
-        if storage._cdata not in self.alive or self.alive[storage._cdata].expired():
-            self.weights[storage._cdata] = []
-            self.alive[storage._cdata] = StorageWeakRef(storage)  # while it is held, the address means this storage
-        self.weights[storage._cdata].append(found)
+        known = _Weight(start, start + tensor.numel() * tensor.element_size(), site, sequence_first)
+        address = storage_address(tensor)
+        if address not in self.alive or self.alive[address].expired():
+            self.weights[address] = []
+            self.alive[address] = StorageWeakRef(storage)  # while it is held, the address means this storage
+        self.weights[address].append(known)
 
-    def _known(self, tensor: Any) -> list[_Weight]:
+    def _known(self, tensor: object) -> list[_Weight]:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
             return []
-        address = tensor.untyped_storage()._cdata
+        address = storage_address(tensor)
         if address not in self.weights or self.alive[address].expired():
             return []
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        return [found for found in self.weights[address] if found.start < stop and start < found.stop]
+        return [known for known in self.weights[address] if known.start < stop and start < known.stop]
 
     def show(self, key: str, x: torch.Tensor) -> None:
         """Pass an input on; what is computed with it meanwhile is not looked at."""
@@ -128,26 +129,26 @@ class _Products(TorchDispatchMode):
         elif packet is aten.linear:
             self._product(args[0], args[1].t())
         elif packet is aten.convolution:
-            for found in self._known(args[1]):
-                self.show(found.site.key, _positions(*args[:1], *args[3:5]))
+            for known in self._known(args[1]):
+                self.show(known.site.key, _positions(*args[:1], *args[3:5]))
         elif packet in VIEWS and isinstance(out, torch.Tensor) and out.dim() == 2 and args[0].dim() > 2:
             if out.shape[-1] == args[0].shape[-1]:
                 self.leads[out] = args[0].shape[:-1]
             elif args[0].shape[0] and out.shape[0] % args[0].shape[0] == 0:  # heads that are put side by side
                 self.leads[out] = (args[0].shape[0], out.shape[0] // args[0].shape[0])
         elif packet in CASTS:
-            for found in self._known(args[0]):
+            for known in self._known(args[0]):
                 if out is not args[0] and not self._known(out):
-                    self._watch(out, found.site, found.sequence_first)
+                    self._watch(out, known.site, known.sequence_first)
         return out
 
     def _product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         for weight, x in ((right, left), (left, right)):
-            for found in self._known(weight):
+            for known in self._known(weight):
                 x = x.mT if x is right and x.dim() > 1 else x
-                if x.shape[-1] != found.site.d_in:
+                if x.shape[-1] != known.site.d_in:
                     continue
                 lead = self.leads.get(x)
                 x = x if lead is None else x.reshape(*lead, x.shape[-1])
-                turned = found.sequence_first and x.dim() > 2
-                self.show(found.site.key, x.flatten(1, -2).transpose(0, 1) if turned else x)
+                turned = known.sequence_first and x.dim() > 2
+                self.show(known.site.key, x.flatten(1, -2).transpose(0, 1) if turned else x)

@@ -1,7 +1,7 @@
 """Capture: a model becomes one FX graph in one dialect, whatever it was.
 
 ============================  =============================================================================
-patient                       way
+model                         way
 ============================  =============================================================================
 ``transformers`` model        ``transformers.exporters.DynamoExporter`` (copes with caches), inputs optional
 module with example inputs    ``torch.export.export(strict=False)``
@@ -11,8 +11,8 @@ module without inputs         ``fx.symbolic_trace``
 anything that fails           no graph; ``Capture.note`` says why, and sites come from the module walk
 ============================  =============================================================================
 
-The captured graph is for reading. Its ``get_attr`` targets are the patient's own parameter names and its parameters
-alias the patient's.
+The captured graph is for reading. Its ``get_attr`` targets are the model's own parameter names and its parameters
+alias the model's.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from passes.errors import InputError
-from passes.infra.pass_base import run_pass
 from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
+from passes.ir.parameter_names import name_placeholders
+from passes.ir.torch_internals import tree_iter, tree_map, tree_map_only
 from passes.transforms.normalize import Normalize
 
 
@@ -46,7 +46,7 @@ class Capture:
     note: str | None = None
 
 
-def forward_call(example_inputs: Any) -> Call:
+def forward_call(example_inputs: object) -> Call:
     """Turn example inputs into ``(args, kwargs)``: a mapping gives keywords, a tuple positions, a tensor one argument.
 
     Raises:
@@ -172,7 +172,7 @@ def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
     return inputs
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Capture:
+def capture(model: nn.Module | ExportedProgram, example_inputs: object = None) -> Capture:
     """Capture a model as one normalised FX graph; the model is left as it was.
 
     Args:
@@ -244,5 +244,6 @@ def normalised(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
 def _normalised(graph_module: fx.GraphModule) -> fx.GraphModule:
     _inline_regions(graph_module)
-    run_pass(Normalize(), graph_module)
+    name_placeholders(graph_module.graph)
+    Normalize().run(graph_module)
     return graph_module

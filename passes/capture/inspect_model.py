@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
 from passes.analysis.matmul_rules import Product, casts_its_weight
 from passes.capture.capture import capture, default_inputs, forward_call, normalised
 from passes.capture.module_calls import CallRecord, record_calls
+from passes.ir.parameter_names import ParameterNames, tensor_name
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites of a model and how they were found.
+    """The sites of a model and where they come from.
 
     Attributes:
         sites: in order of execution (of registration where the model was not captured).
@@ -37,12 +39,18 @@ class Inspection:
         return self.how != "module walk"
 
 
-def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspect_model(
+    model: nn.Module,
+    example_inputs: object = None,
+    by_evidence: Callable[[nn.Module], bool] = lambda module: False,
+) -> Inspection:
     """Capture a model and find its sites; the model is left as it was.
 
     Args:
         model: any ``nn.Module``.
         example_inputs: dict, tuple or tensor; ``transformers`` models have defaults.
+        by_evidence: whether a subclass of ``nn.Linear`` with a forward of its own computes ``x W^T + b``, although the
+            matrix is none that a graph shows to be a parameter: it is computed from one, as of a quantised weight.
 
     Raises:
         InputError: the model does not run on the example inputs.
@@ -59,25 +67,46 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
                 raise
             notes.append(f"default inputs do not fit: {error}")
             example_inputs = None
-    found = capture(model, example_inputs)
-    if found.note:
-        notes.append(f"not captured: {found.note}")
-    if found.graph is None:
+    recorded = calls is not None
+    captured = capture(model, example_inputs)
+    if captured.note:
+        notes.append(f"not captured: {captured.note}")
+    if captured.graph is None:
         sites, skipped = sites_from_walk(model)
     else:
-        sites, skipped = sites_from_graph(found.graph, model)
+        sites, skipped = sites_from_graph(captured.graph, model)
         refused: list[Skipped] = []
         if isinstance(model, fx.GraphModule):
             rewritable, whole, refused = _sorted_products(model, model.graph)
             skipped = [*skipped, *refused]
             sites = [site for site in sites if site.key in rewritable or site.key in whole]
-        hidden = _reached(model, calls) if calls else _kept_whole(model, found.graph)
-        calls = calls or _calls_of(found.graph)
+        hidden = _reached(model, calls) if calls else _inside_leaf_modules(model, captured.graph)
+        calls = calls or _calls_of(captured.graph)
         known = {site.weight for site in sites}
         sites += [site for site in hidden if site.weight not in known]
         hosted = {site.key for site in sites}
         skipped = [skip for skip in skipped if skip not in refused or skip.where not in hosted]
-    return Inspection(tuple(sites), tuple(skipped), found.how, tuple(notes), calls)
+    known = {site.key for site in sites}
+    found = {site.key: site for site in _by_evidence(model, skipped, by_evidence) if site.key not in known}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())} if found else {}
+    for site in found.values():  # where they stand in the order of registration: the graph names no node of theirs
+        later = (i for i, other in enumerate(sites) if order.get(other.weight.rpartition(".")[0], 0) > order[site.key])
+        sites.insert(next(later, len(sites)), site)
+    if found and calls is not None and not recorded:  # the trace went through their calls
+        calls = CallRecord(calls.called | found.keys(), calls.read - {site.weight for site in found.values()})
+    skipped = [skip for skip in skipped if skip.where not in found]
+    return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls)
+
+
+def _by_evidence(model: nn.Module, skipped: list[Skipped], accepts: Callable[[nn.Module], bool]) -> Iterator[Site]:
+    """The skipped products that stand in a linear module, where that is accepted; roles in the model are unknown."""
+    modules = dict(model.named_modules())
+    for skip in skipped:
+        module = modules.get(skip.where)
+        if isinstance(module, nn.Linear) and accepts(module):
+            weight, bias = (f"{skip.where}.{name}".lstrip(".") for name in ("weight", "bias"))
+            sizes = (module.out_features, module.in_features)
+            yield Site(skip.where, weight, None if module.bias is None else bias, "out_in", *sizes)
 
 
 def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, list[Product]], list[Skipped]]:
@@ -94,21 +123,25 @@ def _sorted_products(
     model: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, list[Product]], set[str], list[Skipped]]:
     """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
-    products, _ = products_by_site(normalised(model, graph), model)
+    read = normalised(model, graph)
+    products, _ = products_by_site(read, model)
+    weights = ParameterNames(model, read.graph).tensors
     nodes = {node.name: node for node in graph.nodes}
     refused: list[Skipped] = []
     whole: set[str] = set()
-    for key, found in list(products.items()):
+    for key, of_site in list(products.items()):
         reasons = (
-            _elsewhere(nodes.get(p.node.name)) if p.matrices else _why_not(model, p, nodes.get(p.node.name))
-            for p in found
+            _elsewhere(nodes.get(p.node.name))
+            if p.matrices
+            else _why_not(model, p, nodes.get(p.node.name), weights[p.weight].dtype)
+            for p in of_site
         )
         reason = next(filter(None, reasons), None)
-        if not reason and any(p.matrices for p in found) and len({nodes[p.node.name].op for p in found}) > 1:
+        if not reason and any(p.matrices for p in of_site) and len({nodes[p.node.name].op for p in of_site}) > 1:
             reason = "its weight is read by a module's call, and without one"
         if reason:
             refused.append(Skipped(key, "linear", reason))
-        elif any(p.matrices for p in found):
+        elif any(p.matrices for p in of_site):
             whole.add(key)
         else:
             continue
@@ -122,11 +155,11 @@ def _elsewhere(node: fx.Node | None) -> str | None:
     return None
 
 
-def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> str | None:
-    """Why a product cannot be rewritten in a graph, or None."""
+def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None, dtype: torch.dtype) -> str | None:
+    """Why a product with a weight of some dtype cannot be rewritten in a graph, or None."""
     if node is None:
         return _elsewhere(node)
-    if casts_its_weight(product, model.get_parameter(product.weight).dtype):
+    if casts_its_weight(product, dtype):
         return "its weight is cast before the product"
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
@@ -137,11 +170,11 @@ def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None) -> s
 
 def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:
     """Sites that ran but that the graph shows in pieces or not at all, such as a packed weight that is cut in three."""
-    found, _ = sites_from_walk(model)
-    return [s for s in found if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
+    walked, _ = sites_from_walk(model)
+    return [s for s in walked if s.weight.rpartition(".")[0] in calls.called or s.weight in calls.read]
 
 
-def _kept_whole(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
+def _inside_leaf_modules(model: nn.Module, graph_module: fx.GraphModule) -> list[Site]:
     """Sites inside the modules that a symbolic trace does not look into."""
     leaves = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
     return [site for site in sites_from_walk(model)[0] if site.weight.startswith(leaves)]
@@ -156,6 +189,6 @@ def _calls_of(graph_module: fx.GraphModule) -> CallRecord:
         if path is not None:
             called.add(path)
             read -= {f"{path}.weight", f"{path}.bias"}
-        elif node.op == "get_attr" and not all("called_module" in user.meta for user in node.users):
-            read.add(str(node.target))
+        elif (name := tensor_name(node)) is not None and not all("called_module" in user.meta for user in node.users):
+            read.add(name)
     return CallRecord(frozenset(called), frozenset(read))

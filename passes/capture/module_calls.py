@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, set_mode, state_kept
+from passes.ir.torch_internals import TorchDispatchMode, tree_iter
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,12 @@ class _Recorder(TorchDispatchMode):
             before.remove()
             after.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: object) -> None:
         if id(module) in self.paths:
             self.called.add(self.paths[id(module)])
         self.stack.append(module)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if self.stack:
             self.stack.pop()
 

@@ -1,7 +1,7 @@
 """The graph dialect as an executable specification: what every graph keeps to between any two passes.
 
 Each rule is one function that yields what is wrong; :func:`check_graph` runs them all.
-:func:`passes.infra.pass_base.run_pass` does so after every pass in debug mode (``SURGERY_DEBUG=1``, or ``debug=True``).
+:meth:`passes.infra.pass_base.Pass.run` does so after every pass in debug mode (``SURGERY_DEBUG=1``, or ``debug=True``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from passes.ir.adapter_trace import is_adapter
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import META, Mark, mark_of, occurrences
+from passes.ir.provenance import Provenance, adapter_instances, provenance_entry, provenance_of
+from passes.ir.torch_internals import OpOverload, schema_of
 
 aten = torch.ops.aten
 Rule = Callable[[fx.GraphModule], Iterator[str]]
@@ -22,7 +23,7 @@ RULES: list[Rule] = []
 ROLES, FORMS = ("base", "body", "biased", "out", "shared"), ("delta", "residual", "weight")
 
 
-def rule(function: Rule) -> Rule:
+def dialect_rule(function: Rule) -> Rule:
     """Register a rule of the specification."""
     RULES.append(function)
     return function
@@ -33,7 +34,7 @@ def check_graph(graph_module: fx.GraphModule) -> list[str]:
     return [problem for each in RULES for problem in each(graph_module)]
 
 
-@rule
+@dialect_rule
 def ends_with_one_output(graph_module: fx.GraphModule) -> Iterator[str]:
     """Exactly one output, and it is the last node."""
     outputs = [i for i, node in enumerate(graph_module.graph.nodes) if node.op == "output"]
@@ -41,7 +42,7 @@ def ends_with_one_output(graph_module: fx.GraphModule) -> Iterator[str]:
         yield f"expected one output at the end, found outputs at {outputs} of {len(graph_module.graph.nodes)} nodes"
 
 
-@rule
+@dialect_rule
 def names_are_unique(graph_module: fx.GraphModule) -> Iterator[str]:
     """No two nodes share a name."""
     for name, n in Counter(node.name for node in graph_module.graph.nodes).items():
@@ -49,7 +50,7 @@ def names_are_unique(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"{n} nodes are named {name!r}"
 
 
-@rule
+@dialect_rule
 def nodes_read_earlier_nodes(graph_module: fx.GraphModule) -> Iterator[str]:
     """Nodes stand after what they read, and know their readers."""
     seen: set[fx.Node] = set()
@@ -62,7 +63,7 @@ def nodes_read_earlier_nodes(graph_module: fx.GraphModule) -> Iterator[str]:
         seen.add(node)
 
 
-@rule
+@dialect_rule
 def attributes_exist(graph_module: fx.GraphModule) -> Iterator[str]:
     """Every ``get_attr`` gives something, and every ``call_module`` calls a module."""
     for node in graph_module.graph.nodes:
@@ -72,68 +73,66 @@ def attributes_exist(graph_module: fx.GraphModule) -> Iterator[str]:
             yield f"node {node.name!r} calls {node.target!r}, which is no module"
 
 
-@rule
+@dialect_rule
 def inserted_nodes_are_aten(graph_module: fx.GraphModule) -> Iterator[str]:
     """What surgery inserts is ATen overloads on tensors of the adapter, none of which writes to a tensor."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark is None or mark.role == "base":
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role == "base":
             continue
         if node.op == "call_function":
-            schema = getattr(node.target, "_schema", None)
-            if not isinstance(node.target, torch._ops.OpOverload) or schema is None:
-                yield f"site {mark.key!r}: node {node.name!r} calls {node.target!r}, which is no ATen overload"
+            schema = schema_of(node.target)
+            if not isinstance(node.target, OpOverload) or schema is None:
+                yield f"site {provenance.key!r}: node {node.name!r} calls {node.target!r}, which is no ATen overload"
             elif schema.is_mutable:
-                yield f"site {mark.key!r}: node {node.name!r} calls {node.target}, which writes to a tensor"
+                yield f"site {provenance.key!r}: node {node.name!r} calls {node.target}, which writes to a tensor"
         elif node.op != "get_attr":
-            yield f"site {mark.key!r}: node {node.name!r} is a {node.op}"
+            yield f"site {provenance.key!r}: node {node.name!r} is a {node.op}"
 
 
-@rule
+@dialect_rule
 def inserted_nodes_are_read(graph_module: fx.GraphModule) -> Iterator[str]:
     """No inserted node is dead, but for the output of a product that nothing read."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark and mark.role in ("body", "shared") and not node.users:
-            yield f"site {mark.key!r}: node {node.name!r} is dead"
+        provenance = provenance_of(node)
+        if provenance and provenance.role in ("body", "shared") and not node.users:
+            yield f"site {provenance.key!r}: node {node.name!r} is dead"
 
 
-@rule
+@dialect_rule
 def adapters_are_whole(graph_module: fx.GraphModule) -> Iterator[str]:
-    """Each occurrence has a base, an output, and an adapter of the same site that it reads."""
-    for place in occurrences(graph_module.graph):
-        mark: Mark = place.mark
-        lacking = [role for role in ("base", "out") if place.of_role(role) is None]
+    """Each instance has a base, an output, and an adapter of the same site that it reads."""
+    for instance in adapter_instances(graph_module.graph):
+        provenance: Provenance = instance.provenance
+        lacking = [role for role in ("base", "out") if instance.of_role(role) is None]
         if lacking:
-            yield f"site {mark.key!r} at {mark.at!r} lacks its {lacking[0]!r} node"
-        elif not is_adapter(attribute(graph_module, mark.path)):
-            yield f"site {mark.key!r} at {mark.at!r}: {mark.path!r} is no adapter"
-        elif not any(n.op == "get_attr" and str(n.target).startswith(f"{mark.path}.") for n in place.nodes):
-            yield f"site {mark.key!r} at {mark.at!r} reads nothing of its adapter {mark.path!r}"
+            yield f"site {provenance.key!r} at {provenance.at!r} lacks its {lacking[0]!r} node"
+        elif not is_adapter(attribute(graph_module, provenance.path)):
+            yield f"site {provenance.key!r} at {provenance.at!r}: {provenance.path!r} is no adapter"
+        elif not any(n.op == "get_attr" and str(n.target).startswith(f"{provenance.path}.") for n in instance.nodes):
+            yield f"site {provenance.key!r} at {provenance.at!r} reads nothing of its adapter {provenance.path!r}"
 
 
-@rule
+@dialect_rule
 def shared_nodes_are_read_by_sites(graph_module: fx.GraphModule) -> Iterator[str]:
     """What several sites share is read by nothing but adapters, a product of theirs by slices alone."""
     for node in graph_module.graph.nodes:
-        mark = mark_of(node)
-        if mark is None or mark.role != "shared":
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role != "shared":
             continue
         for user in node.users:
-            if mark_of(user) is None:
+            if provenance_of(user) is None:
                 yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it, which is none of theirs"
             elif node.target is aten.linear.default and user.target is not aten.slice.Tensor:
                 yield f"node {node.name!r} is shared by sites, and {user.name!r} reads it and is no slice"
 
 
-@rule
-def marks_are_marks(graph_module: fx.GraphModule) -> Iterator[str]:
-    """The metadata entry of surgery holds a :class:`Mark` with a known role and form."""
+@dialect_rule
+def provenance_is_known(graph_module: fx.GraphModule) -> Iterator[str]:
+    """The metadata entry of surgery holds a :class:`Provenance` with a known role and form."""
     for node in graph_module.graph.nodes:
-        mark = node.meta.get(META)
-        if mark is None:
-            continue
-        if not isinstance(mark, Mark):
-            yield f"node {node.name!r} has {mark!r} for a mark"
-        elif mark.role not in ROLES or mark.form not in FORMS:
-            yield f"node {node.name!r} has the role {mark.role!r} and the form {mark.form!r}"
+        entry, provenance = provenance_entry(node), provenance_of(node)
+        if entry is not None and provenance is None:
+            yield f"node {node.name!r} has {entry!r} for its provenance"
+        elif provenance and (provenance.role not in ROLES or provenance.form not in FORMS):
+            yield f"node {node.name!r} has the role {provenance.role!r} and the form {provenance.form!r}"

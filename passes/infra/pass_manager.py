@@ -1,4 +1,4 @@
-"""The pipeline: named stages, run in order under the pass contract; it can be stopped, thinned out and bisected."""
+"""Sequences of passes: a sequence is a pass itself; it can stop early, leave stages out, and be bisected."""
 
 from __future__ import annotations
 
@@ -8,10 +8,63 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.errors import PassError
-from passes.infra.pass_base import Pass, PassResult, run_pass
+from passes.infra.pass_base import Pass, PassResult
 from passes.infra.translation_validation import Validation
 
 Stages = Sequence[Pass]
+
+
+class Sequential(Pass):
+    """Passes in order, each one under its own contract.
+
+    Args:
+        passes: the stages; one of them may be a sequence too.
+        name: of the sequence, where it is a stage of another.
+        stop_after: name of the last stage to run.
+        disable: names of stages to leave out.
+
+    Raises:
+        PassError: a name is no stage.
+    """
+
+    def __init__(
+        self, *passes: Pass, name: str = "sequential", stop_after: str | None = None, disable: Collection[str] = ()
+    ) -> None:
+        self.passes, self.name, self.stop_after, self.disable = passes, name, stop_after, disable
+        names = [stage.name for stage in passes]
+        if unknown := [stage for stage in (stop_after, *disable) if stage not in (None, *names)]:
+            raise PassError(f"no stage is named {unknown[0]!r}; stages are {', '.join(names)}")
+
+    def call(self, graph_module: fx.GraphModule) -> bool:
+        """Run all stages."""
+        return self.run(graph_module, recompile=False).modified
+
+    def run(
+        self,
+        graph_module: fx.GraphModule,
+        *,
+        validation: Validation | None = None,
+        debug: bool | None = None,
+        recompile: bool = True,
+    ) -> PassResult:
+        """Run the stages, each validated and checked by itself; the module's code is generated once, at the end.
+
+        Raises:
+            PassError: a stage failed; the message names it.
+        """
+        nodes, results = len(graph_module.graph.nodes), list[PassResult]()
+        for stage in self.passes:
+            if stage.name not in self.disable:
+                results.append(stage.run(graph_module, validation=validation, debug=debug, recompile=False))
+            if stage.name == self.stop_after:
+                break
+        modified = any(result.modified for result in results)
+        if modified and recompile:
+            graph_module.recompile()
+        seconds = sum(result.seconds for result in results)
+        error = None if validation is None else validation.error
+        size = len(graph_module.graph.nodes)
+        return PassResult(graph_module, modified, self.name, nodes, size, seconds, error, tuple(results))
 
 
 def run_pipeline(
@@ -23,29 +76,9 @@ def run_pipeline(
     validation: Validation | None = None,
     debug: bool | None = None,
 ) -> list[PassResult]:
-    """Run stages in order, each one under its contract.
-
-    Args:
-        stop_after: name of the last stage to run.
-        disable: names of stages to leave out.
-        validation: inputs to validate every stage on.
-        debug: check the specification of the dialect after every stage.
-
-    Raises:
-        PassError: a stage failed (the message names it), or a name is no stage.
-    """
-    names = [stage.name for stage in stages]
-    if wrong := [name for name in (stop_after, *disable) if name not in (None, *names)]:
-        raise PassError(f"no stage is named {wrong[0]!r}; stages are {', '.join(names)}")
-    results = []
-    for stage in stages:
-        if stage.name not in disable:
-            results.append(run_pass(stage, graph_module, validation=validation, debug=debug, recompile=False))
-        if stage.name == stop_after:
-            break
-    if any(result.modified for result in results):
-        graph_module.recompile()
-    return results
+    """Run a :class:`Sequential` of stages and return what each did."""
+    sequence = Sequential(*stages, stop_after=stop_after, disable=disable)
+    return list(sequence.run(graph_module, validation=validation, debug=debug).stages)
 
 
 @dataclass(frozen=True)

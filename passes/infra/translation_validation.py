@@ -1,10 +1,11 @@
-"""Translation validation: run a graph before and after a pass, and name the first site where the two part.
+"""Translation validation: run a graph before and after a pass, and name the first site where
+the outputs diverge.
 
 The graph after the pass goes on with the value that the graph before it had at every site, so that each stretch between
 two sites is compared by itself: a fault is named where it is, and roundings do not add up over the depth of a model.
 
-While a pass that keeps the cores live is validated, the trainable tensors of the adapters hold noise and the knob
-another value: at identity the best adapter and a broken one give the same.
+While a pass that keeps the cores live is validated, the trainable tensors of the adapters hold noise and the
+coefficient another value: at identity the best adapter and a broken one give the same.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.errors import InputError, PassError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
 from passes.ir.adapter_trace import is_adapter
 from passes.ir.forward_context import Call, copied, state_kept
-from passes.ir.provenance import mark_of
+from passes.ir.provenance import provenance_of
+from passes.ir.torch_internals import tree_leaves, tree_map
 
 Values = dict[str, Any]
 Reference = Callable[[Any, Any], Any]
-NOISE, KNOB = 0.3, 0.75
+NOISE, COEFF_FACTOR = 0.3, 0.75
 
 
 class Validation:
@@ -47,31 +48,31 @@ class Validation:
     def observe(
         self,
         graph_module: fx.GraphModule,
-        places: Mapping[str, str],
+        points: Mapping[str, str],
         *,
         references: Mapping[str, tuple[str, Reference]] | None = None,
         forced: list[Values] | None = None,
         frozen: Collection[str] = (),
     ) -> list[Values]:
-        """Run a graph on every call and keep the value at each place, and the outputs under the name "".
+        """Run a graph on every call and record the value at each point, and the outputs under the name "".
 
         Args:
-            places: places by the name that their product's node had before surgery, each with the key of its site.
+            points: the key of each site to look at, by the name that its product's node had before surgery.
             references: by the name of a node, that of its input and the function that gives what it should be.
-            forced: values to go on with after each place.
+            forced: values to go on with after each point.
             frozen: tensors that the pass may take for constants, so that they keep their values.
         """
-        found = []
+        observed = []
         with _noisy(graph_module, self.seed, frozen):
             for i, call in enumerate(self.calls):
-                runner = _Runner(graph_module, places, references or {}, forced[i] if forced else {})
+                runner = _Runner(graph_module, points, references or {}, forced[i] if forced else {})
                 with state_kept(graph_module), torch.no_grad():
                     torch.manual_seed(self.seed)
-                    found.append(runner.observe(*copied(call)))
-        return found
+                    observed.append(runner.observe(*copied(call)))
+        return observed
 
-    def compare(self, name: str, before: list[Values], after: list[Values], places: Mapping[str, str]) -> None:
-        """Compare two observations; the largest relative error is kept in ``error``.
+    def compare(self, name: str, before: list[Values], after: list[Values], points: Mapping[str, str]) -> None:
+        """Compare two observations; the largest relative error is replaced in ``error``.
 
         Raises:
             PassError: names the pass, the first diverging site and its node.
@@ -79,50 +80,50 @@ class Validation:
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
             on = "the example inputs" if i == 0 else "random inputs"
             for at, value in old.items():
-                what = f"first at site {places[at]!r} (node {at!r})" if at else "in its outputs, after the last site"
+                what = f"first at site {points[at]!r} (node {at!r})" if at else "in its outputs, after the last site"
                 if at not in new:
-                    raise PassError(f"pass {name!r} lost site {places[at]!r} (node {at!r})")
-                for expected, found in zip(tree_leaves(value), tree_leaves(new[at]), strict=True):
-                    if problem := _difference(found, expected):
+                    raise PassError(f"pass {name!r} lost site {points[at]!r} (node {at!r})")
+                for expected, value_after in zip(tree_leaves(value), tree_leaves(new[at]), strict=True):
+                    if problem := _difference(value_after, expected):
                         raise PassError(f"pass {name!r} changed what the model computes, {what}, on {on}: {problem}")
                     if isinstance(expected, torch.Tensor) and expected.dtype in RELATIVE and expected.isfinite().all():
-                        self.error = max(self.error, relative_error(found, expected))
+                        self.error = max(self.error, relative_error(value_after, expected))
 
 
-def _difference(found: Any, expected: Any) -> str | None:
-    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
-        same = type(found) is type(expected) and found == expected
-        return None if same else f"{found!r:.80}, expected {expected!r:.80}"
-    if found.dtype != expected.dtype:
-        return f"dtype {found.dtype}, expected {expected.dtype}"
-    return disagreement(found, expected)
+def _difference(actual: object, expected: object) -> str | None:
+    if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
+        same = type(actual) is type(expected) and actual == expected
+        return None if same else f"{actual!r:.80}, expected {expected!r:.80}"
+    if actual.dtype != expected.dtype:
+        return f"dtype {actual.dtype}, expected {expected.dtype}"
+    return disagreement(actual, expected)
 
 
 class _Runner(fx.Interpreter):
-    """Runs a graph, looks at places, and applies references and forced values."""
+    """Runs a graph, records the values at points, and applies references and forced values."""
 
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        places: Mapping[str, str],
+        points: Mapping[str, str],
         references: Mapping[str, tuple[str, Reference]],
-        forced: Mapping[str, Any],
+        forced: Values,
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=not references)
         self.graph_module, self.references, self.forced = graph_module, references, forced
-        self.found: Values = {}
+        self.recorded: Values = {}
         self.by_name = {node.name: node for node in graph_module.graph.nodes}
-        self.looked_at = {at: at for at in places if at in self.by_name}
+        self.looked_at = {at: at for at in points if at in self.by_name}
         for node in graph_module.graph.nodes:
-            mark = mark_of(node)
-            if mark is not None and mark.at in places:
-                self.looked_at.pop(mark.at, None)
+            provenance = provenance_of(node)
+            if provenance is not None and provenance.at in points:
+                self.looked_at.pop(provenance.at, None)
         for node in graph_module.graph.nodes:
-            mark = mark_of(node)
-            if mark is not None and mark.role == "out" and mark.at in places:
-                self.looked_at[node.name] = mark.at
+            provenance = provenance_of(node)
+            if provenance is not None and provenance.role == "out" and provenance.at in points:
+                self.looked_at[node.name] = provenance.at
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
+    def observe(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Values:
         signature = inspect.signature(self.graph_module.forward)
         known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no labels, no flags
         try:
@@ -131,16 +132,16 @@ class _Runner(fx.Interpreter):
             raise InputError(f"the graph does not take the inputs to verify it on: {error}") from error
         bound.apply_defaults()
         output = self.run(*bound.args, *bound.kwargs.values())
-        return {**self.found, "": output}
+        return {**self.recorded, "": output}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.references:
             source, function = self.references[n.name]
             value = function(self.env[self.by_name[source]] if source != n.name else value, value)
         at = self.looked_at.get(n.name)
         if at is not None:
-            self.found[at] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            self.recorded[at] = value.detach().clone() if isinstance(value, torch.Tensor) else value
             value = self.forced.get(at, value)
             if isinstance(value, torch.Tensor) and at in self.forced:
                 value = value.clone()  # the model may write to it
@@ -149,9 +150,9 @@ class _Runner(fx.Interpreter):
 
 @contextlib.contextmanager
 def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> Iterator[None]:
-    """Replace the trainable tensors of all adapters by noise, and scale their knobs, but for frozen ones."""
+    """Replace the trainable tensors of all adapters by noise, and scale their coefficients, but for frozen ones."""
     generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     adapters = [(path, module) for path, module in graph_module.named_modules() if is_adapter(module)]
     try:
         for prefix, adapter in adapters:
@@ -160,24 +161,36 @@ def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> 
                 for name, parameter in module._parameters.items():
                     if parameter is None or not parameter.requires_grad or f"{path}.{name}" in frozen:
                         continue
-                    kept.append((module._parameters, name, parameter))
+                    replaced.append((module._parameters, name, parameter))
                     change = NOISE * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     value = parameter.detach() + change.to(parameter)
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and f"{path}.{name}" == f"{prefix}.{adapter.knob}" not in frozen:
-                        kept.append((module._buffers, name, buffer))
-                        module._buffers[name] = buffer * KNOB
+        for holder, name in _live_coefficients(adapters, frozen):
+            replaced.append((holder._buffers, name, holder._buffers[name]))
+            holder._buffers[name] = holder.get_buffer(name) * COEFF_FACTOR
         yield
     finally:
-        for holder, name, tensor in reversed(kept):
+        for holder, name, tensor in reversed(replaced):
             holder[name] = tensor
+
+
+def _live_coefficients(adapters: list[tuple[str, Any]], frozen: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that hold a coefficient, each once, since adapters may share one; none that is frozen anywhere."""
+    holders: dict[int, tuple[nn.Module, str]] = {}
+    fixed: set[int] = set()
+    for prefix, adapter in adapters:
+        path, _, name = adapter.coefficient_name.rpartition(".")
+        holder = adapter.get_submodule(path)
+        holders[id(holder)] = holder, name
+        if f"{prefix}.{adapter.coefficient_name}" in frozen:
+            fixed.add(id(holder))
+    yield from (found for key, found in holders.items() if key not in fixed)
 
 
 def _randomised(call: Call, generator: torch.Generator) -> Call:
     """Inputs of the same shapes: normal noise of the same scale, integers and the like in another order."""
 
-    def other(value: Any) -> Any:
+    def other(value: object) -> object:
         if not isinstance(value, torch.Tensor) or value.numel() == 0:
             return value
         value = value.detach()

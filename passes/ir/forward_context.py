@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_iter
+
+from passes.ir.torch_internals import tree_iter
 
 P = ParamSpec("P")
 T = TypeVar("T")

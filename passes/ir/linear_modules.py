@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -16,7 +15,7 @@ def linear_layout(module: nn.Module) -> str | None:
     return None if "forward" in vars(module) else layout_of_forward(type(module).forward)
 
 
-def layout_of_forward(forward: Callable[..., Any]) -> str | None:
+def layout_of_forward(forward: Callable[..., object]) -> str | None:
     """The layout of the weight that a plain linear forward multiplies by, or None."""
     if forward is nn.Linear.forward:
         return "out_in"

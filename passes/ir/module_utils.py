@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
+
+from passes.ir.torch_internals import copy_signature, graph_like
 
 
 def attribute(root: nn.Module, target: str) -> Any:
     """What a ``get_attr`` node gives, or None where there is no such attribute."""
-    found: Any = root
+    value: Any = root
     for part in target.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             return None
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of the same class with tables of its own that hold the same tensors and submodules."""
-    twin = type(module).__new__(type(module))
+    new = type(module).__new__(type(module))
     for name, value in vars(module).items():
-        vars(twin)[name] = value.copy() if isinstance(value, (dict, OrderedDict, set)) else value
-    return twin
+        vars(new)[name] = value.copy() if isinstance(value, (dict, OrderedDict, set)) else value
+    return new
 
 
 def private_module(root: nn.Module, path: str, shared: Mapping[str, nn.Module | None] | None = None) -> nn.Module:
@@ -65,13 +68,20 @@ def set_parameter(
     owner._parameters[local] = nn.Parameter(tensor, requires_grad=requires_grad)
 
 
+def map_inputs(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
+    """The arguments and keywords of a node, with each node among them changed."""
+    args: Any = fx.map_arg(node.args, change)
+    kwargs: Any = fx.map_arg(node.kwargs, change)
+    return args, kwargs
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A graph with the same nodes, names and metadata."""
-    twin = fx.Graph(tracer_cls=graph._tracer_cls)
-    output = twin.graph_copy(graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    value, node = output
-    new = twin.output(value, type_expr=getattr(node, "type", None))
-    new.meta = copy.copy(node.meta)
-    twin._codegen = copy.copy(graph._codegen)
-    return twin
+    new = graph_like(graph)
+    result = new.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(result, tuple)
+    value, node = result
+    output = new.output(value, type_expr=getattr(node, "type", None))
+    output.meta = copy.copy(node.meta)
+    copy_signature(graph, new)
+    return new

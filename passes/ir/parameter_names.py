@@ -1,11 +1,62 @@
-"""The names that a model's parameters have, and which of them are one tensor."""
+"""The names that a model's parameters have, which of them are one tensor, and which nodes of a graph read them."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import fx, nn
+
+from passes.ir.torch_internals import dynamo_source
+
+PARAMETER, BUFFER = "parameter_name", "buffer_name"  # metadata of placeholders
+
+
+def tensor_name(node: fx.Node) -> str | None:
+    """Name of the parameter or buffer that a node reads, or None.
+
+    A node reads one by ``get_attr``, or is a placeholder that stands for one (:func:`name_placeholders`).
+    """
+    if node.op == "get_attr":
+        return str(node.target)
+    return node.meta.get(PARAMETER, node.meta.get(BUFFER)) if node.op == "placeholder" else None
+
+
+def name_placeholders(
+    graph: fx.Graph, parameters: Mapping[str, str] | None = None, buffers: Mapping[str, str] | None = None
+) -> None:
+    """Note which placeholders stand for parameters and buffers, as they do where a graph owns no tensors.
+
+    Args:
+        parameters, buffers: names of the tensors by placeholder, as ``inputs_to_parameters`` and ``inputs_to_buffers``
+            of an ``ExportedProgram``'s signature give them; without either, the graph is one that ``torch.compile``
+            gives a backend, and they are what Dynamo noted.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if parameters is not None or buffers is not None:
+        for node in placeholders:
+            for kind, names in ((PARAMETER, parameters or {}), (BUFFER, buffers or {})):
+                if node.name in names:
+                    node.meta[kind] = names[node.name]
+        return
+    sources = {node: dynamo_source(node) for node in placeholders}
+    count = Counter(source[1] for source in sources.values() if source)
+    for node, source in sources.items():
+        is_parameter = isinstance(node.meta.get("example_value"), nn.Parameter)
+        if source is not None:
+            root, path = source
+            node.meta[PARAMETER if is_parameter else BUFFER] = path if count[path] == 1 else f"{root}.{path}"
+        elif is_parameter:  # Dynamo forgets the sources when the backend returns
+            node.meta[PARAMETER] = str(node.target)
+
+
+def placeholder_parameters(graph: fx.Graph) -> dict[str, torch.Tensor]:
+    """The parameters that are placeholders of a graph, by name, as the fake tensors that it was traced with."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder" and PARAMETER in node.meta]
+    values = {node.meta[PARAMETER]: node.meta.get("example_value", node.meta.get("val")) for node in nodes}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
@@ -14,19 +65,25 @@ def original_names(model: nn.Module) -> dict[str, str]:
     plain: dict[str, list[str]] = defaultdict(list)  # of numbered modules, it records names before their last cleaning
     for flat, original in known.items():
         plain[re.sub("_+", "_", flat.replace("getattr_", ""))].append(original)
-    found = {}
+    originals = {}
     for name, _ in model.named_parameters() if known else ():
         same = [known[name]] if name in known else plain[re.sub("_+", "_", name)]
         if len(same) == 1:
-            found[name] = same[0]
-    return found
+            originals[name] = same[0]
+    return originals
 
 
-class Names:
-    """The model's parameters by every name they have, and which of these names are one tensor."""
+class ParameterNames:
+    """The model's parameters by every name they have, and which of these names are one tensor.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = dict(model.named_parameters(remove_duplicate=False))
+    Args:
+        graph: of the model; parameters that are placeholders of it count too.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph | None = None) -> None:
+        self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        for name, tensor in placeholder_parameters(graph).items() if graph is not None else ():
+            self.tensors.setdefault(name, tensor)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.originals = original_names(model)
         self.first_path: dict[int, str] = {}
@@ -44,8 +101,8 @@ class Names:
 
     def owner(self, name: str) -> str:
         """First path of the module that registers a parameter."""
-        module = self.modules[name.rpartition(".")[0]]
-        return self.first_path[id(module)]
+        path = name.rpartition(".")[0]
+        return self.first_path[id(self.modules[path])] if path in self.modules else path
 
     def key(self, weight: str, module_path: str | None = None) -> str:
         """Key of the product that uses a weight: among tied names, the one whose module the product stands in."""

@@ -2,35 +2,35 @@
 
 * The split ``x W_res^T + (S h + delta) U^T`` of the residual form is recognised and becomes ``x W^T + delta U^T`` with
   the stored ``W``, bit for bit. (Adding ``W_res + U S Vh`` in floating point would give other bits in about 60% of
-  float32 entries; it is done, in float64 and rounded once, only where W was not kept.)
+  float32 entries; it is done, in float64 and rounded once, only where the graph module no longer holds W.)
 * What depends on frozen tensors alone is computed once (:mod:`passes.transforms.fold_constants`).
 * ``S`` meets its neighbour: ``(x Vh^T) * (S * e)  ->  (x (S Vh)^T) * e``, where every reader of ``x Vh^T`` scales by S;
   in a product that several sites share (:mod:`passes.transforms.fuse_projections`), each site's own rows.
-* An adapter whose every tensor is frozen, its knob included, becomes a dense weight
+* An adapter whose every tensor is frozen, its coefficient included, becomes a dense weight
   (:mod:`passes.transforms.merge`): the graph then has the base's nodes and no others.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Hashable
 
 import torch
 from torch import fx
 
-from passes.ir.adapter_trace import adapter_tensors
+from passes.infra.pass_base import Pass
+from passes.ir.adapter_trace import adapter_at, adapter_tensors
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of, occurrences
+from passes.ir.provenance import adapter_instances, provenance_of, sites_by_product
 from passes.transforms.fold_constants import fold_constants, store
 from passes.transforms.fuse_projections import parts_of
-from passes.transforms.insert import Place, insert_delta
+from passes.transforms.insert import InsertionPoint, insert_delta
 from passes.transforms.merge import Merge, take_out
 
 aten = torch.ops.aten
 
 
-class Fold:
+class Fold(Pass):
     """Fold the frozen tensors of adapters.
 
     Args:
@@ -38,8 +38,6 @@ class Fold:
         keys: sites to keep to; all by default.
         untie: give a site that folds completely a weight of its own where others read it too.
     """
-
-    name = "fold"
 
     def __init__(self, frozen: Collection[str], keys: Collection[str] | None = None, *, untie: bool = False) -> None:
         self.frozen = frozenset(frozen)
@@ -56,9 +54,9 @@ class Fold:
                 return f"{name!r} is listed as frozen and requires a gradient"
         return self._dense(graph_module).requires(graph_module)
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
-        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.keys)}
+        return sites_by_product(graph_module.graph, self.keys)
 
     def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
         """The tensors that are taken for constants."""
@@ -69,36 +67,43 @@ class Fold:
         dense = self._dense(graph_module)
         modified = bool(dense.weights) and dense.call(graph_module)
         names = {node.name: node for node in graph_module.graph.nodes}
-        for place in occurrences(graph_module.graph, self.keys):
-            if place.mark.form == "residual":
-                adapter: Any = graph_module.get_submodule(place.mark.path)
+        for instance in adapter_instances(graph_module.graph, self.keys):
+            if instance.provenance.form == "residual":
+                adapter = adapter_at(graph_module, instance.provenance.path)
                 adapter.use_base()
-                mark, x, added = place.mark, place.input, place.added
-                node = take_out(place, names)
+                provenance, x, added = instance.provenance, instance.input, instance.added
+                node = take_out(instance, names)
                 insert_delta(
-                    Place(mark.key, mark.path, mark.at, x.name, added.name if added else None), adapter, node, x
+                    InsertionPoint(
+                        provenance.key, provenance.path, provenance.at, x.name, added.name if added else None
+                    ),
+                    adapter,
+                    node,
+                    x,
                 )
                 modified = True
         return self._constants(graph_module) or modified
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """No site is left in residual form."""
-        left = [p for p in occurrences(graph_module.graph, self.keys) if p.mark.form == "residual"]
-        return f"site {left[0].mark.key!r} is still in residual form" if left else None
+        left = [p for p in adapter_instances(graph_module.graph, self.keys) if p.provenance.form == "residual"]
+        return f"site {left[0].provenance.key!r} is still in residual form" if left else None
 
     def _dense(self, graph_module: fx.GraphModule) -> Merge:
         """The merge of the adapters whose every tensor is frozen."""
         weights = {}
-        for place in occurrences(graph_module.graph, self.keys):
-            adapter: Any = graph_module.get_submodule(place.mark.path)
-            if all(f"{place.mark.path}.{name}" in self.frozen for name in adapter_tensors(adapter)):
-                weights[place.mark.key] = adapter.merged_weight()
+        for instance in adapter_instances(graph_module.graph, self.keys):
+            adapter = adapter_at(graph_module, instance.provenance.path)
+            if all(f"{instance.provenance.path}.{name}" in self.frozen for name in adapter_tensors(adapter)):
+                weights[instance.provenance.key] = adapter.merged_weight()
         return Merge(weights, untie=self.untie)
 
     def _constants(self, graph_module: fx.GraphModule) -> bool:
         frozen: Collection[str] = self.frozen
         if self.keys is not None:
-            paths = tuple({f"{place.mark.path}." for place in occurrences(graph_module.graph, self.keys)})
+            paths = tuple(
+                {f"{instance.provenance.path}." for instance in adapter_instances(graph_module.graph, self.keys)}
+            )
             frozen = {name for name in self.frozen if name.startswith(paths)}
         folded = scale_neighbours(graph_module, frozen)
         return bool(fold_constants(graph_module, frozen) + folded)
@@ -107,10 +112,10 @@ class Fold:
 def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> int:
     """Fold frozen scales of the rows of ``Vh`` into ``Vh``; returns the number of products that changed."""
     changed = 0
-    stored: dict[tuple[Any, ...], str] = {}
+    stored: dict[tuple[Hashable, ...], str] = {}
     for node in list(graph_module.graph.nodes):
-        mark = mark_of(node)
-        if mark is None or mark.role not in ("body", "shared"):
+        provenance = provenance_of(node)
+        if provenance is None or provenance.role not in ("body", "shared"):
             continue
         if node.target is not aten.linear.default or len(node.args) != 2:
             continue
@@ -132,11 +137,11 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
                 folds.append((start, stop, S))
         if not folds:
             continue
-        place = (matrix.target, *folds)
-        if place in stored:
-            matrix.target = stored[place]
+        scaled_by = (matrix.target, *folds)
+        if scaled_by in stored:
+            matrix.target = stored[scaled_by]
         else:
-            stored[place] = store(graph_module, matrix, product.to(Vh.dtype))
+            stored[scaled_by] = store(graph_module, matrix, product.to(Vh.dtype))
         for start, stop, _ in folds:
             for h in parts[start, stop]:
                 for user in list(h.users):
@@ -183,7 +188,8 @@ def _drop_scale(user: fx.Node, h: fx.Node, scale: fx.Node, path: list[fx.Node]) 
     graph = user.graph
     if path and path[-1].target is aten.mul.Tensor:
         inner = path[-1]
-        rest: Any = next(a for a in inner.args if a is not scale)
+        rest = next(a for a in inner.args if a is not scale)
+        assert isinstance(rest, fx.Node)
         inner.replace_all_uses_with(rest)
         graph.erase_node(inner)
     else:

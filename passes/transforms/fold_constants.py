@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.ir.module_utils import attribute
-from passes.ir.provenance import erase_unread, mark_of
+from passes.ir.erased_nodes import erase_unread
+from passes.ir.module_utils import attribute, map_inputs
+from passes.ir.provenance import provenance_of
+from passes.ir.torch_internals import OpOverload, is_erased, schema_of
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -22,9 +24,9 @@ def is_pure(node: fx.Node) -> bool:
     target = node.target
     return (
         node.op == "call_function"
-        and isinstance(target, torch._ops.OpOverload)
+        and isinstance(target, OpOverload)
         and target.namespace == "aten"
-        and not target._schema.is_mutable
+        and not schema_of(target).is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
         and not node.is_impure()
     )
@@ -51,7 +53,7 @@ def fold_constants(graph_module: fx.GraphModule, frozen: Collection[str]) -> int
                 values[node] = node.target(*args, **kwargs)
     stored = 0
     for node in reversed(list(values)):
-        if node._erased:
+        if is_erased(node):
             continue
         if not node.users:
             graph_module.graph.erase_node(node)
@@ -67,14 +69,13 @@ def store(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
     Returns:
         The name of the buffer, empty for a number.
     """
-    graph, mark = node.graph, mark_of(node)
+    graph, provenance = node.graph, provenance_of(node)
     if not isinstance(value, torch.Tensor):
         for user in list(node.users):
-            arguments: Any = [fx.map_arg(a, lambda n: value if n is node else n) for a in (user.args, user.kwargs)]
-            user.args, user.kwargs = arguments
+            user.args, user.kwargs = map_inputs(user, lambda n: value if n is node else n)
         erase_unread(graph, [node])
         return ""
-    path = mark.path if mark else ""
+    path = provenance.path if provenance else ""
     module = graph_module.get_submodule(path)
     local = next(name for i in itertools.count() if not hasattr(module, name := f"folded_{i}"))
     module.register_buffer(local, value.detach().clone(), persistent=False)

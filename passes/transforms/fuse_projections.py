@@ -2,9 +2,9 @@
 
     linear(rows(x), Vh_i) for each i     ->     wide = linear(x, [Vh_1; ...; Vh_n]),     rows(wide[..., a_i:b_i])
 
-``rows`` sees a tensor as (rows, tokens, ...), with the rows of each site's own knob, so it stays with the site and the
-product comes before it: scalar and per-row knobs go on working, and sizes stay free. The concatenated matrix is kept
-once: the buffers that it is made of become views of its rows.
+``rows`` sees a tensor as (rows, tokens, ...), with one row for each entry of the site's own coefficient, so it
+stays with the site and the product comes before it: scalar and per-row coefficients go on working, and sizes stay free.
+The concatenated matrix is stored once: the buffers that it is made of become views of its rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument, Target
 
+from passes.infra.pass_base import Pass
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import META, Mark, mark_of, occurrences
+from passes.ir.provenance import Provenance, adapter_instances, provenance_of, set_provenance, sites_by_product
+from passes.ir.torch_internals import HigherOrderOperator, storage_address
 
 aten = torch.ops.aten
 HOLDER = "fused"
@@ -29,7 +32,7 @@ WRITING = {operator.setitem, operator.delitem, *(getattr(operator, n) for n in d
            ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"))}  # fmt: skip
 
 
-class Rows(nn.Module):
+class StackedRows(nn.Module):
     """The matrices of several modules below one another in ``rows``; the modules' own buffers are views of it.
 
     Args:
@@ -67,7 +70,7 @@ class Rows(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         parts = [module.get_buffer(name) for module, name in self.parts]
-        if any(part.untyped_storage()._cdata != self.rows.untyped_storage()._cdata for part in parts):
+        if any(storage_address(part) != storage_address(self.rows) for part in parts):
             self._tie()  # assign=True put other tensors in; parts are loaded first, since they are registered first
 
 
@@ -99,40 +102,38 @@ class Head:
         return str(self.tensor.target)
 
 
-class Fuse:
+class Fuse(Pass):
     """Fuse the down-projections of adapters in delta form.
 
     Args:
         keys: sites to keep to; all by default.
     """
 
-    name = "fuse"
-
     def __init__(self, keys: Collection[str] | None = None) -> None:
         self.keys = keys
 
     def requires(self, graph_module: fx.GraphModule) -> str | None:
         """The sites to keep to stand in the graph."""
-        standing = {place.mark.key for place in occurrences(graph_module.graph)}
+        standing = {instance.provenance.key for instance in adapter_instances(graph_module.graph)}
         missing = sorted(set(self.keys or ()) - standing)
         return f"site {missing[0]!r} is not in the graph" if missing else None
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: the output of each site."""
-        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.keys)}
+        return sites_by_product(graph_module.graph, self.keys)
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Fuse what can be fused."""
-        found = fusible(graph_module, self.keys)
-        for targets, groups in found:
+        fusions = fusible(graph_module, self.keys)
+        for targets, groups in fusions:
             parts = [(graph_module.get_submodule(t.rpartition(".")[0]), t.rpartition(".")[2]) for t in targets]
             name = next(n for i in count() if not hasattr(graph_module, n := f"{HOLDER}_{i}"))
-            rows = Rows(parts)
+            rows = StackedRows(parts)
             graph_module.add_module(name, rows)
             bounds = dict(zip(targets, rows.bounds(), strict=True))
             for heads in groups:
                 _fuse(name, heads, bounds)
-        return bool(found)
+        return bool(fusions)
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Nothing is left to fuse."""
@@ -173,7 +174,7 @@ def fusible(
     ]
 
 
-def shared_tensors(graph_module: fx.GraphModule) -> set[str]:
+def shared_factor_names(graph_module: fx.GraphModule) -> set[str]:
     """Names of the frozen tensors that several sites read."""
     shared = (node for node in graph_module.graph.nodes if node.op == "get_attr" and _is_shared(node))
     return {str(node.target) for node in shared}
@@ -197,21 +198,21 @@ def forget_rows(graph_module: nn.Module) -> None:
     """Remove concatenated tensors of which no part is left in the module tree."""
     alive = set(graph_module.modules())
     for name, module in list(graph_module._modules.items()):
-        if isinstance(module, Rows) and not any(part in alive for part, _ in module.parts):
+        if isinstance(module, StackedRows) and not any(part in alive for part, _ in module.parts):
             del graph_module._modules[name]
 
 
 def _is_shared(node: fx.Node) -> bool:
-    mark = mark_of(node)
-    return mark is not None and mark.role == "shared"
+    provenance = provenance_of(node)
+    return provenance is not None and provenance.role == "shared"
 
 
 def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] | None) -> Head | None:
     """Read ``linear(reshape(unflatten(x, 0, [rows, -1]), [rows, -1, d_in]), cast(tensor))``."""
-    mark = mark_of(product)
-    if product.target is not aten.linear.default or len(product.args) != 2 or mark is None or mark.form != "delta":
+    provenance = provenance_of(product)
+    if product.target is not aten.linear.default or len(product.args) != 2 or provenance is None:
         return None
-    if mark.role != "body" or (keys is not None and mark.key not in keys):
+    if (provenance.form, provenance.role) != ("delta", "body") or (keys is not None and provenance.key not in keys):
         return None
     tokens: Any = product.args[0]
     matrix: Any = product.args[1]
@@ -221,9 +222,9 @@ def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] 
     tensor = matrix.args[0] if matrix.target is aten.to.dtype and len(matrix.args) == 2 else matrix
     inner = {split: tokens, tokens: product, matrix: product} | ({} if tensor is matrix else {tensor: matrix})
     for node, reader in inner.items():
-        own = mark_of(node)
+        own = provenance_of(node)
         readers = [user for user in node.users if node is not tokens or not _asks_rows(user)]
-        if own is None or (own.path, own.at) != (mark.path, mark.at) or readers != [reader]:
+        if own is None or (own.path, own.at) != (provenance.path, provenance.at) or readers != [reader]:
             return None
     if tensor.op != "get_attr":
         return None
@@ -249,24 +250,24 @@ def _may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     in_place = node.target in WRITING or bool(node.kwargs.get("inplace")) or name.endswith("_")
-    return in_place or isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+    return in_place or isinstance(node.target, HigherOrderOperator) or node.is_impure()
 
 
 def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) -> None:
     """Let adapters go on from their slices of one product, which stands before the first of them."""
     first, x = heads[0], heads[0].x
     graph, at = x.graph, f"{x.name}_{name}"
-    keys = dict.fromkeys(_mark(head.product).key for head in heads)
+    keys = dict.fromkeys(_provenance(head.product).key for head in heads)
 
-    def shared(op: str, target: Any, args: tuple[Any, ...], like: fx.Node, suffix: str) -> fx.Node:
+    def shared(op: str, target: Target, args: tuple[Argument, ...], like: fx.Node, suffix: str) -> fx.Node:
         node = graph.create_node(op, target, args, {}, f"{at}_{suffix}")
-        node.meta = _provenance(like)
-        node.meta[META] = Mark(" + ".join(keys), name, at, "shared", "delta", x.name)
+        node.meta = _metadata(like)
+        set_provenance(node, Provenance(" + ".join(keys), name, at, "shared", "delta", x.name))
         return node
 
-    def own(head: Head, target: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
-        node = graph.create_node("call_function", target, args, {}, f"{_mark(head.product).at}_{suffix}")
-        node.meta = _provenance(head.product)
+    def own(head: Head, target: Target, args: tuple[Argument, ...], suffix: str) -> fx.Node:
+        node = graph.create_node("call_function", target, args, {}, f"{_provenance(head.product).at}_{suffix}")
+        node.meta = _metadata(head.product)
         return node
 
     with graph.inserting_before(min(head.first for head in heads)):
@@ -287,12 +288,12 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
             graph.erase_node(node)
 
 
-def _mark(node: fx.Node) -> Mark:
-    mark = mark_of(node)
-    assert mark is not None
-    return mark
+def _provenance(node: fx.Node) -> Provenance:
+    provenance = provenance_of(node)
+    assert provenance is not None
+    return provenance
 
 
-def _provenance(node: fx.Node) -> dict[str, Any]:
+def _metadata(node: fx.Node) -> dict[str, object]:
     """Metadata of a node without what tells of its value."""
     return {name: value for name, value in node.meta.items() if name not in STALE}

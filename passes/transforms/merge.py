@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from passes.analysis.residual_stream import VIEWS, operation
-from passes.ir.module_utils import attribute, set_parameter
-from passes.ir.provenance import META, Occurrence, erase_unread, mark_of, occurrences, put_back
+from passes.infra.pass_base import Pass
+from passes.ir.adapter_trace import InlinableAdapter, adapter_at
+from passes.ir.erased_nodes import erase_unread, erased_nodes_of, restore_product
+from passes.ir.module_utils import attribute, map_inputs, set_parameter
+from passes.ir.parameter_names import tensor_name
+from passes.ir.provenance import AdapterInstance, adapter_instances, clear_provenance, provenance_of, sites_by_product
 from passes.transforms.split_packed_weight import is_part
 
 VIEWS_OF_A_WEIGHT = VIEWS | {"t", "transpose", "permute", "numpy_t", "mt", "getattr", "detach", "expand"}
 
 
-class Merge:
+class Merge(Pass):
     """Replace adapters by weights.
 
     Args:
@@ -26,25 +29,23 @@ class Merge:
         untie: give a site whose weight has other readers a weight of its own.
     """
 
-    name = "merge"
-
     def __init__(self, weights: Mapping[str, torch.Tensor], *, untie: bool = False) -> None:
         self.weights = weights
         self.untie = untie
 
     def requires(self, graph_module: fx.GraphModule) -> str | None:
         """Every site stands in the graph, its weight has the right shape, and no other reader unless untied."""
-        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        by_key, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
         for key, weight in self.weights.items():
-            if key not in found:
+            if key not in by_key:
                 return f"site {key!r} is not in the graph"
-            adapter: Any = graph_module.get_submodule(found[key][0].mark.path)
+            adapter = adapter_at(graph_module, by_key[key][0].provenance.path)
             if weight.shape != adapter.weight.shape or weight.dtype != adapter.weight.dtype:
                 return (
                     f"site {key!r}: expected a weight of shape {tuple(adapter.weight.shape)} and "
                     f"{adapter.weight.dtype}, found {tuple(weight.shape)} and {weight.dtype}"
                 )
-            others = _others(found[key], readers[identity(graph_module, adapter)])
+            others = _others(by_key[key], readers[identity(graph_module, adapter)])
             if others and not self.untie:
                 return (
                     f"site {key!r} shares its weight with node {', '.join(repr(node.name) for node in others)}, which "
@@ -52,30 +53,32 @@ class Merge:
                 )
         return None
 
-    def places(self, graph_module: fx.GraphModule) -> dict[str, str]:
+    def comparison_points(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """What translation validation compares: each product, as it was named before surgery."""
-        return {place.mark.at: place.mark.key for place in occurrences(graph_module.graph, self.weights)}
+        return sites_by_product(graph_module.graph, self.weights)
 
     def constants(self, graph_module: fx.GraphModule) -> frozenset[str]:
         """The tensors of the merged adapters, whose values are in the weights."""
-        paths = tuple(f"{place.mark.path}." for place in occurrences(graph_module.graph, self.weights))
+        paths = tuple(
+            f"{instance.provenance.path}." for instance in adapter_instances(graph_module.graph, self.weights)
+        )
         tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
         return frozenset(name for name, _ in tensors if name.startswith(paths))
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Put the plain products back, and then the weights."""
-        found, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
+        by_key, readers = _by_key(graph_module, self.weights), readers_of_parameters(graph_module)
         names = {node.name: node for node in graph_module.graph.nodes}
         shared = dict(graph_module._modules)
-        for key, places in found.items():
-            adapter: Any = graph_module.get_submodule(places[0].mark.path)
+        for key, instances in by_key.items():
+            adapter = adapter_at(graph_module, instances[0].provenance.path)
             weight, name = adapter.weight, adapter.weight_name
-            merged, rows = self.weights[key], getattr(adapter, "rows", None)
+            merged, rows = self.weights[key], adapter.rows
             if rows is not None:
                 whole = attribute(graph_module, name).detach()
                 merged = torch.cat([whole[: rows[0]], merged, whole[rows[1] :]])
-            tied = bool(_others(places, readers[identity(graph_module, adapter)]))
-            nodes = [take_out(place, names) for place in places]
+            tied = bool(_others(instances, readers[identity(graph_module, adapter)]))
+            nodes = [take_out(instance, names) for instance in instances]
             # a module that is called gets a copy of its own, in which the weight has its old name
             if tied and nodes[0].op != "call_module":
                 name = _free_name(graph_module, key)
@@ -86,29 +89,29 @@ class Merge:
 
     def ensures(self, graph_module: fx.GraphModule) -> str | None:
         """Nothing of the merged adapters is left."""
-        left = occurrences(graph_module.graph, self.weights)
-        return f"site {left[0].mark.key!r} still carries an adapter" if left else None
+        left = adapter_instances(graph_module.graph, self.weights)
+        return f"site {left[0].provenance.key!r} still carries an adapter" if left else None
 
 
-def take_out(place: Occurrence, names: dict[str, fx.Node]) -> fx.Node:
-    """Put the plain product of an occurrence back, erase the adapter's nodes, and return the product's node.
+def take_out(instance: AdapterInstance, names: dict[str, fx.Node]) -> fx.Node:
+    """Put the plain product of an instance back, erase the adapter's nodes, and return the product's node.
 
     Args:
         names: all nodes of the graph by name, brought up to date here.
     """
-    out, base = place.out, place.base
+    out, base = instance.out, instance.base
     graph, node = out.graph, base
-    if place.mark.form == "residual":
-        current: dict[str, fx.Node] = {place.mark.input: place.input}
-        if place.mark.added is not None and place.added is not None:
-            current[place.mark.added] = place.added
-        node = put_back(place.mark.erased, out, current, names)
+    if instance.provenance.form == "residual":
+        current: dict[str, fx.Node] = {instance.provenance.input: instance.input}
+        if instance.provenance.added is not None and instance.added is not None:
+            current[instance.provenance.added] = instance.added
+        node = restore_product(erased_nodes_of(out), out, current, names)
     else:
-        del node.meta[META]
+        clear_provenance(node)
     out.replace_all_uses_with(node)
-    sources = dict.fromkeys(source for own in place.nodes for source in own.all_input_nodes)
-    shared = [source for source in sources if (mark := mark_of(source)) and mark.role == "shared"]
-    for current_node in reversed(place.nodes):
+    sources = dict.fromkeys(source for own in instance.nodes for source in own.all_input_nodes)
+    shared = [source for source in sources if (provenance := provenance_of(source)) and provenance.role == "shared"]
+    for current_node in reversed(instance.nodes):
         if current_node is not node:
             graph.erase_node(current_node)
     erase_unread(graph, shared)
@@ -122,51 +125,52 @@ def readers_of_parameters(graph_module: fx.GraphModule) -> dict[int | str, list[
         if node.op == "call_module":
             for parameter in graph_module.get_submodule(node.target).parameters():
                 readers[id(parameter)].append(node)
-        if node.op != "get_attr":
+        name = tensor_name(node)
+        value = None if name is None else attribute(graph_module, name)
+        if not isinstance(value, torch.nn.Parameter):
             continue
-        parameter = attribute(graph_module, node.target)
-        if not isinstance(parameter, torch.nn.Parameter):
-            continue
-        if META in node.meta and node.meta[META].role == "base":
-            readers[id(parameter)].append(node)
+        if (provenance := provenance_of(node)) and provenance.role == "base":
+            readers[id(value)].append(node)
             continue
         pending = list(node.users)
         while pending:
             user = pending.pop()
-            if META not in user.meta and operation(user, node.graph) in VIEWS_OF_A_WEIGHT:
+            if provenance_of(user) is None and operation(user, node.graph) in VIEWS_OF_A_WEIGHT:
                 pending.extend(user.users)
-            elif user not in readers[id(parameter)]:
-                readers[id(parameter)].append(user)
-    for place in occurrences(graph_module.graph):
-        if place.mark.form == "residual":  # reads its weight again when it is taken out
-            readers[identity(graph_module, graph_module.get_submodule(place.mark.path))].append(place.base)
+            elif user not in readers[id(value)]:
+                readers[id(value)].append(user)
+    for instance in adapter_instances(graph_module.graph):
+        if instance.provenance.form == "residual":  # reads its weight again when it is taken out
+            readers[identity(graph_module, adapter_at(graph_module, instance.provenance.path))].append(instance.base)
     return readers
 
 
-def identity(graph_module: fx.GraphModule, adapter: Any) -> int | str:
-    """What tells the weight of an adapter from others: the tensor, or its name where it was not kept."""
-    kept = attribute(graph_module, adapter.weight_name)
-    return adapter.weight_name if kept is None else id(kept)
+def identity(graph_module: fx.GraphModule, adapter: InlinableAdapter) -> int | str:
+    """What tells the weight of an adapter from others: the tensor, or its name where the graph module lacks it."""
+    weight = attribute(graph_module, adapter.weight_name)
+    return adapter.weight_name if weight is None else id(weight)
 
 
 def other_readers(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """What reads the weight of a site beside the site itself, by the site's key."""
-    readers, found = readers_of_parameters(graph_module), _by_key(graph_module, None)
-    adapters: dict[str, Any] = {key: graph_module.get_submodule(p[0].mark.path) for key, p in found.items()}
-    return {key: _others(places, readers[identity(graph_module, adapters[key])]) for key, places in found.items()}
+    readers, by_key = readers_of_parameters(graph_module), _by_key(graph_module, None)
+    adapters = {key: adapter_at(graph_module, instances[0].provenance.path) for key, instances in by_key.items()}
+    return {
+        key: _others(instances, readers[identity(graph_module, adapters[key])]) for key, instances in by_key.items()
+    }
 
 
-def _others(places: list[Occurrence], readers: list[fx.Node]) -> list[fx.Node]:
-    own = {place.base for place in places}
+def _others(instances: list[AdapterInstance], readers: list[fx.Node]) -> list[fx.Node]:
+    own = {instance.base for instance in instances}
     split = all(is_part(base) for base in own)  # then the other parts are no other readers
     return [node for node in readers if node not in own and not (split and is_part(node))]
 
 
-def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[Occurrence]]:
-    found: dict[str, list[Occurrence]] = defaultdict(list)
-    for place in occurrences(graph_module.graph, keys):
-        found[place.mark.key].append(place)
-    return found
+def _by_key(graph_module: fx.GraphModule, keys: Iterable[str] | None) -> dict[str, list[AdapterInstance]]:
+    by_key: dict[str, list[AdapterInstance]] = defaultdict(list)
+    for instance in adapter_instances(graph_module.graph, keys):
+        by_key[instance.provenance.key].append(instance)
+    return by_key
 
 
 def _free_name(graph_module: fx.GraphModule, key: str) -> str:
@@ -195,5 +199,4 @@ def _read_instead(graph_module: fx.GraphModule, node: fx.Node, old: str, name: s
         return graph.node_copy(source, lambda n: inner if n is source.all_input_nodes[0] else n)
 
     with graph.inserting_before(node):
-        arguments: Any = [fx.map_arg(a, renewed) for a in (node.args, node.kwargs)]
-        node.args, node.kwargs = arguments
+        node.args, node.kwargs = map_inputs(node, renewed)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from passes.infra.pass_base import Pass
 from passes.ir.linear_modules import linear_layout
+from passes.ir.torch_internals import OpOverload, schema_of
 
 aten = torch.ops.aten
 
-FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+FUNCTIONS: dict[Callable[..., object], OpOverload] = {
     F.linear: aten.linear.default,
     torch.matmul: aten.matmul.default,
     operator.matmul: aten.matmul.default,
@@ -32,7 +33,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.t: aten.t.default,
     torch.transpose: aten.transpose.int,
 }
-METHODS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, OpOverload] = {
     "matmul": aten.matmul.default,
     "mm": aten.mm.default,
     "addmm": aten.addmm.default,
@@ -44,14 +45,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Normalize:
+class Normalize(Pass):
     """Rewrite the products and additions of any dialect to ATen overloads, keeping names and metadata."""
-
-    name = "normalize"
-
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any graph."""
-        return None
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Rewrite in place; nodes that have no ATen counterpart here stay as they are."""
@@ -103,7 +98,7 @@ SIZES = ("size", "dim", "numel", "item", "stride", "ndimension", "nelement", "to
 INTEGERS = (operator.getitem, operator.floordiv, operator.mul, operator.sub, operator.mod, operator.neg, *SUMS)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     """Whether an operand of ``+`` is a shape, a number read off a tensor, or a sequence: no tensor to add."""
     if isinstance(value, (tuple, list)):
         return True
@@ -121,9 +116,9 @@ def _is_sum_of_sizes(node: fx.Node) -> bool:
     return all(_is_size(a) for a in node.args if isinstance(a, (fx.Node, tuple, list)))
 
 
-def _retarget(node: fx.Node, target: Callable[..., Any]) -> bool:
+def _retarget(node: fx.Node, target: OpOverload) -> bool:
     """Point a node at an ATen overload, with all arguments positional where the Python call named them."""
-    arguments = target._schema.arguments  # type: ignore[attr-defined]
+    arguments = schema_of(target).arguments
     names = [argument.name for argument in arguments if not argument.kwarg_only]
     kwargs = {("self" if name == "input" and name not in names else name): v for name, v in node.kwargs.items()}
     positional = list(node.args)

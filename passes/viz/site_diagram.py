@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from passes.ir.module_utils import attribute
-from passes.ir.provenance import mark_of, occurrences
+from passes.ir.provenance import adapter_instances, provenance_of
+from passes.ir.torch_internals import schema_of
 
 COLOURS = {
     "base": ("#dbe7f5", "base product"),
@@ -21,7 +22,7 @@ COLOURS = {
     "shared": ("#ece2f5", "shared by sites"),
     "frozen": ("#ececec", "frozen tensor"),
     "trainable": ("#d6efd6", "trainable tensor"),
-    "knob": ("#f6d5d5", "coeff"),
+    "coefficient": ("#f6d5d5", "coeff"),
     "outside": ("#ffffff", "rest of the model"),
 }
 WIDTH, HEIGHT, GAP_X, GAP_Y = 168, 40, 14, 34
@@ -59,12 +60,12 @@ class Drawing:
         rows = [[box for box in self.boxes if layers[box.name] == i] for i in range(max(layers.values()) + 1)]
         widest = max(map(len, rows))
         width = widest * (WIDTH + GAP_X) + GAP_X
-        place: dict[str, tuple[float, float]] = {}
+        corner: dict[str, tuple[float, float]] = {}
         for i, row in enumerate(rows):
-            row = sorted(row, key=lambda box: _wish(box, self, place, width))
+            row = sorted(row, key=lambda box: _wish(box, self, corner, width))
             left = (width - len(row) * (WIDTH + GAP_X) + GAP_X) / 2
             for j, box in enumerate(row):
-                place[box.name] = (left + j * (WIDTH + GAP_X), GAP_Y + i * (HEIGHT + GAP_Y))
+                corner[box.name] = (left + j * (WIDTH + GAP_X), GAP_Y + i * (HEIGHT + GAP_Y))
         height = GAP_Y + len(rows) * (HEIGHT + GAP_Y) + 30
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
@@ -74,7 +75,7 @@ class Drawing:
             f'<rect width="{width}" height="{height}" fill="#fff"/>',
         ]
         for source, target in self.edges:
-            (x0, y0), (x1, y1) = place[source], place[target]
+            (x0, y0), (x1, y1) = corner[source], corner[target]
             a, b, c, d = x0 + WIDTH / 2, y0 + HEIGHT, x1 + WIDTH / 2, y1
             bend = (d - b) / 2
             parts.append(
@@ -82,7 +83,7 @@ class Drawing:
                 'fill="none" stroke="#667" marker-end="url(#tip)"/>'
             )
         for box in self.boxes:
-            x, y = place[box.name]
+            x, y = corner[box.name]
             parts.append(
                 f'<rect x="{x:.0f}" y="{y:.0f}" width="{WIDTH}" height="{HEIGHT}" rx="6" '
                 f'fill="{COLOURS[box.kind][0]}" stroke="#99a"/>'
@@ -107,13 +108,13 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
     Raises:
         KeyError: no adapter of that key stands in the graph.
     """
-    found = occurrences(graph_module.graph, [key])
-    if not found:
+    instances = adapter_instances(graph_module.graph, [key])
+    if not instances:
         raise KeyError(key)
-    inside = set(found[0].nodes)
+    inside = set(instances[0].nodes)
     for node in reversed(graph_module.graph.nodes):
-        mark = mark_of(node)
-        if mark is not None and mark.role == "shared" and any(user in inside for user in node.users):
+        provenance = provenance_of(node)
+        if provenance is not None and provenance.role == "shared" and any(user in inside for user in node.users):
             inside.add(node)
     readers = {user for node in inside for user in node.users} - inside
     sources = {source for node in inside for source in node.all_input_nodes} - inside
@@ -124,22 +125,22 @@ def draw_site(graph_module: fx.GraphModule, key: str) -> Drawing:
 
 
 def _box(graph_module: fx.GraphModule, node: fx.Node) -> Box:
-    mark = mark_of(node)
+    provenance = provenance_of(node)
     if node.op != "get_attr":
-        target = getattr(node.target, "_schema", None)
+        target = schema_of(node.target)
         title = (
             target.name.replace("::", ".") if target is not None else str(getattr(node.target, "__name__", node.target))
         )
         shape = getattr(node.meta.get("val"), "shape", None)
         detail = node.name if shape is None else f"{node.name}  {tuple(map(str, shape))}".replace("'", "")
-        return Box(node.name, title, detail, mark.role if mark else "outside")
+        return Box(node.name, title, detail, provenance.role if provenance else "outside")
     tensor = attribute(graph_module, str(node.target))
     kind = "trainable" if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad else "frozen"
     short = _end(str(node.target), 27)
-    if mark is not None and str(node.target).startswith(f"{mark.path}."):
-        short = str(node.target).removeprefix(f"{mark.path}.")
-        adapter = graph_module.get_submodule(mark.path)
-        kind = "knob" if short == getattr(adapter, "knob", None) else kind
+    if provenance is not None and str(node.target).startswith(f"{provenance.path}."):
+        short = str(node.target).removeprefix(f"{provenance.path}.")
+        adapter = graph_module.get_submodule(provenance.path)
+        kind = "coefficient" if short == getattr(adapter, "coefficient_name", None) else kind
     return Box(node.name, short, f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", kind)
 
 
@@ -159,11 +160,11 @@ def _layers(drawing: Drawing) -> dict[str, int]:
     return layers
 
 
-def _wish(box: Box, drawing: Drawing, place: dict[str, tuple[float, float]], width: float) -> float:
+def _wish(box: Box, drawing: Drawing, corner: dict[str, tuple[float, float]], width: float) -> float:
     """Where a box would like to stand: below the mean of what it reads; tensors to the right."""
-    above: Iterable[float] = [place[s][0] for s, t in drawing.edges if t == box.name and s in place]
-    found = list(above)
-    return sum(found) / len(found) if found else width
+    above: Iterable[float] = [corner[s][0] for s, t in drawing.edges if t == box.name and s in corner]
+    positions = list(above)
+    return sum(positions) / len(positions) if positions else width
 
 
 def _end(text: str, length: int) -> str:

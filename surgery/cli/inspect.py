@@ -12,20 +12,24 @@ import torch
 from torch import fx, nn
 
 from passes.capture.inspect_model import Inspection, graph_products
-from passes.errors import InputError, TargetError
+from passes.errors import InputError
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.module_utils import copy_graph
 from passes.transforms.insert import Insert
 from passes.viz.site_diagram import Drawing, draw_site
+from surgery.errors import TargetError
+from surgery.hosting.attach import graph_adapter
 from surgery.hosting.checks import check_form
+from surgery.hosting.graph_site import GraphSite
 from surgery.hosting.graph_surgery import register_sites
+from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
-from surgery.modules.graph_host_module import SSpaceNode
 from surgery.planning.adapter_init import initial_core
 from surgery.planning.target_selection import select_sites, site_ranks, why_not_chosen
 from surgery.support.hf_config import first_line, hub_config, model_class
 from surgery.variants import DEFAULT, Variant, resolve_variant
 from surgery.verbs.apply import inspect_sites
+from surgery.verbs.argument_types import ExampleInputs, VariantLike
 from surgery.verbs.capture_base import capture_base
 
 
@@ -47,16 +51,16 @@ class Choice:
     def rows(self) -> list[dict[str, Any]]:
         """One mapping per site and skipped product, for machines."""
         groups = _siblings(self.inspection)
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for site in self.inspection.sites:
             chosen = {"chosen": site.key in self.ranks, "r": self.ranks.get(site.key)}
             reads_with = [key for key in groups[site.key] if key != site.key]
-            found.append({**asdict(site), "reads_with": reads_with, **chosen, "reason": self.reasons.get(site.key)})
+            rows.append({**asdict(site), "reads_with": reads_with, **chosen, "reason": self.reasons.get(site.key)})
         skipped = [
             {"key": s.where, "operation": s.operation, "chosen": False, "reason": s.reason}
             for s in self.inspection.skipped
         ]
-        return found + skipped
+        return rows + skipped
 
     def table(self, *, every: bool = False) -> Any:
         """A ``rich`` table; like sites of all layers share a row unless ``every`` is true."""
@@ -81,8 +85,8 @@ class Choice:
             shape = " x ".join(str(n) for n in (site.stack, site.d_out, site.d_in) if n is not None)
             row = (key, shape, site.operation or "?", others, role, verdict)
             rows.setdefault(row, []).append(i)
-        for (key, *rest), found in rows.items():
-            table.add_row(key, str(len(found)), *rest)
+        for (key, *rest), alike in rows.items():
+            table.add_row(key, str(len(alike)), *rest)
         return table
 
     def lines(self) -> list[str]:
@@ -93,7 +97,7 @@ class Choice:
         lines = [f"no site: {n} x {operation}: {reason}" for (operation, reason), n in counted.items()]
         return lines + [f"note: {note}" for note in self.inspection.notes]
 
-    def draw(self, key: str, example_inputs: Any = None, form: str = "delta") -> Drawing:
+    def draw(self, key: str, example_inputs: ExampleInputs | None = None, form: str = "delta") -> Drawing:
         """Draw the graph around a site as surgery would leave it; the tensors have shapes and no values.
 
         Raises:
@@ -107,11 +111,11 @@ class Choice:
         graph, _ = capture_base(self.model, example_inputs)
         graph.requires_grad_(False)
         site, r = sites[key], self.ranks.get(key, min(sites[key].d_out, sites[key].d_in, self.variant.r))
-        node = _hollow_site(graph, site, self.variant, self.variant.rank(r))
-        if form == "residual" and node.kind == "product":
+        node = _meta_site(graph, site, self.variant, self.variant.rank(r))
+        if form == "residual" and not node.host.changes_weight:
             node.register_buffer("W_res", torch.empty(site.d_out, site.d_in, device="meta"))
             node.form = form
-        run_pipeline(graph, [Insert(_places(graph, node))])
+        run_pipeline(graph, [Insert(_insertion_points(graph, node))])
         return draw_site(graph, key)
 
 
@@ -131,16 +135,16 @@ def _short(key: str, other: str) -> str:
     return ".".join(parts)
 
 
-def _places(graph: fx.GraphModule, node: SSpaceNode) -> Any:
+def _insertion_points(graph: fx.GraphModule, node: Adapter) -> Any:
     original = graph.graph
-    places = register_sites(graph, original, [node])
+    points = register_sites(graph, original, [node])
     graph.graph = copy_graph(original)
-    if not places:
+    if not points:
         raise TargetError(f"site {node.key!r} does not run on the example inputs, so the graph does not show it")
-    return places
+    return points
 
 
-def _hollow_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> SSpaceNode:
+def _meta_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> Adapter:
     """A site whose factors have shapes and no values."""
     weight = graph.get_parameter(site.weight)
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
@@ -149,16 +153,18 @@ def _hollow_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> 
     empty = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     core = Core(initial_core(variant, site.key, r, 0, site.stack), core_dtype, torch.device("meta"))
-    kind = "product" if site.key in graph_products(graph, graph.graph)[0] else "weight"
-    names = (site.weight, site.bias)
-    return SSpaceNode(graph, site.key, names, variant, Factors(*empty), core, site.layout, kind=kind)
+    changes_weight = site.key not in graph_products(graph, graph.graph)[0]
+    host = GraphSite(graph, site.weight, site.bias, changes_weight=changes_weight)
+    adapter = graph_adapter(host, site, variant, Factors(*empty), core)
+    adapter.share(adapter.steering, register=True)
+    return adapter
 
 
 def choose(
     model: nn.Module,
-    variant: str | Variant = DEFAULT,
+    variant: VariantLike = DEFAULT,
     r: int | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     **targets: Any,
 ) -> Choice:
     """Say what ``apply_surgery`` would choose, without operating.
@@ -211,14 +217,14 @@ def is_callable(source: str) -> bool:
 
 def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, Any]:
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
         with torch.device(device):
-            found = found()
+            made = target()
     except (Exception, SystemExit) as error:  # it is somebody else's code
         raise InputError(f"cannot call {module}:{name}: {type(error).__name__}: {first_line(error)}") from error
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InputError(f"{module}:{name} gave a {type(model).__name__}, expected an nn.Module (and example inputs)")
     return model.eval(), inputs

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from importlib.metadata import entry_points, version
+from inspect import getdoc
 from pathlib import Path
 
 import typer
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from passes.errors import SurgeryError
-from surgery.variants import DEFAULT, REGISTRY
+from surgery.variants import DEFAULT, REGISTRY, Variant
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,26 +39,28 @@ def _root(
 
 @app.command()
 def variants() -> None:
-    """List the variants of the adapter, each with its equation, its size and what it needs."""
+    """List the variants of the adapter: what each is, its size, what it needs, and its options with their defaults."""
     import torch
 
+    shared = {option.name for option in fields(Variant)}
     for name, cls in sorted(REGISTRY.items()):
-        lines = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
-        equation = next((line.strip() for line in lines if line.strip().startswith("delta(h)")), "")
         config, about = cls(), []
         tensors = config.init_core(config.r, torch.Generator())
         trainable = sum(tensor.numel() for key, tensor in tensors.items() if key not in config.frozen)
         about.append(f"{trainable:,} trainable at r = {config.r}")
         about += ["needs calibration data"] * config.needs_calibration + ["cannot be merged"] * (not config.linear)
         about += [f"on {config.default_targets}"] * (config.default_targets != "all-linear")
-        typer.echo(f"{name:20}{lines[0]}\n{'':20}{equation}\n{'':20}{'; '.join(about)}")
+        options = ", ".join(f"{o.name}={getattr(config, o.name)!r}" for o in fields(config) if o.name not in shared)
+        summary = (getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0]
+        typer.echo(f"{name:20}{summary}\n{'':20}{'; '.join(about)}" + (f"\n{'':20}{options}" if options else ""))
+    typer.echo(f"{'all':20}options of all: {', '.join(f'{o.name}={o.default!r}' for o in fields(Variant))}")
 
 
 @app.command()
 def inspect(
     model: str = typer.Argument(
-        help="A hub id, a directory with a config.json, or package.module:callable (which gives a module, or a module "
-        "and its example inputs). No weights are loaded."
+        help="A hub id, a directory with a config.json, or package.module:callable, which gives a module, or a module "
+        "and its example inputs. No weights are loaded."
     ),
     variant: str = typer.Option(DEFAULT, help="The variant to choose sites for."),
     r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
@@ -74,9 +78,9 @@ def inspect(
     """Print the sites of a model: shape, operation, what reads the same input, role, ties, chosen or why not."""
     from surgery.cli.inspect import choose, load_model, write_text
 
-    found, inputs = load_model(model)
+    loaded, inputs = load_model(model)
     targets = {"target_modules": patterns(target_modules), "exclude_modules": patterns(exclude_modules)}
-    choice = choose(found, variant, r, inputs, **targets)
+    choice = choose(loaded, variant, r, inputs, **targets)
     console = Console()
     if as_json:
         typer.echo(json.dumps(choice.rows(), indent=1))
@@ -97,7 +101,7 @@ def inspect(
 @app.command()
 def push(
     adapter: Path = typer.Argument(help="Directory that save_adapter wrote."),
-    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it is not there."),
+    repo: str = typer.Argument(help="OWNER/NAME on the Hugging Face Hub; created if it is not there."),
     private: bool | None = typer.Option(None, "--private/--public", help="Of a new repository."),
     revision: str | None = typer.Option(None, help="Branch; main by default."),
     message: str = typer.Option("Upload S-space adapter", help="Message of the commit."),

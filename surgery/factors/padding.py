@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._pytree import tree_iter
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call
+from passes.ir.torch_internals import tree_iter
 
 
 class Tokens:

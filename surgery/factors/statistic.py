@@ -17,17 +17,22 @@ that read the same input share a statistic, unless it holds something of their w
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 
-from passes.errors import InputError, VariantError
-from surgery.factors.svd import Factorisation, factorise, gram_matrix
+from passes.errors import InputError
+from surgery.errors import VariantError
+from surgery.factors.gram import gram_matrix
+from surgery.factors.svd import Factorisation, Method, factorise
 from surgery.support.determinism import one_thread
 
-POOLS = {"rms": "moment", "mean_abs": "absolute"}
-KINDS = ("moment", "squares", "absolute", "contrast")
+Kind = Literal["moment", "squares", "absolute", "contrast"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Pool = Literal["rms", "mean_abs"]
+POOLS: dict[Pool, Kind] = {"rms": "moment", "mean_abs": "absolute"}
 ROUNDING = 1e-12  # of a mean: a smaller difference of two means is one of the order of summation
-FULL = "exact"  # re-ranking looks at every direction, so that there is nothing to gain from a range finder
+FULL: Method = "exact"  # re-ranking looks at every direction, so that there is nothing to gain from a range finder
 
 
 @dataclass
@@ -43,8 +48,8 @@ class Statistic:
         sums: by name, float64.
     """
 
-    kind: str
-    side: str
+    kind: Kind
+    side: Literal["input", "output"]
     d_in: int
     weight: torch.Tensor | None = None
     counts: dict[str, int] = field(default_factory=dict)

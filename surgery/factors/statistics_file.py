@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import AdapterError, InputError
+from passes.errors import InputError
+from surgery.errors import AdapterError
 from surgery.factors.statistic import KINDS, Statistic
-from surgery.support.fingerprint import fingerprint
 from surgery.support.untrusted_files import parse_json, path_of, require_regular
 
 FORMAT, VERSION = "sspace-statistics", "1"
@@ -57,8 +56,12 @@ class Statistics:
         """Memory of all sums."""
         return sum(statistic.bytes for statistic in self.distinct)
 
-    def of(self, model: nn.Module, site: Site, kind: str) -> Statistic:
+    def of(self, site: Site, kind: str, weight: str, device: torch.device) -> Statistic:
         """The statistic of a site.
+
+        Args:
+            weight: the fingerprint of its base weight.
+            device: to have it on.
 
         Raises:
             InputError: there is none, it is of another kind, or it was collected on another weight.
@@ -68,10 +71,9 @@ class Statistics:
             raise InputError(f"site {site.key!r}: the statistics do not cover it; they were collected at other sites")
         if statistic.kind != kind:
             raise InputError(f"site {site.key!r}: the statistics are of kind {statistic.kind!r}, needed is {kind!r}")
-        weight = site.weight_of(model)
-        if statistic.d_in != site.d_in or self.fingerprints[site.key] != fingerprint(weight):
+        if statistic.d_in != site.d_in or self.fingerprints[site.key] != weight:
             raise InputError(f"site {site.key!r}: the statistics were collected on another base weight")
-        return statistic.to(weight.device)
+        return statistic.to(device)
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both runs together.

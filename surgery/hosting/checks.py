@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import InputError, VariantError, WeightError
-from surgery.lowerings import REGISTRY
+from passes.errors import InputError
+from surgery.errors import VariantError, WeightError
+from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY
+from surgery.modules.base_weights import BaseWeight, base_weight_in
 from surgery.modules.core import Factors
-from surgery.support.distributed import is_sharded
-from surgery.support.fingerprint import DTYPES
 from surgery.variants import Variant
 
 
@@ -22,38 +22,18 @@ def check_weight(model: nn.Module, site: Site) -> None:
     Raises:
         WeightError: it is on the meta device, quantised, sharded, a tensor subclass, or not finite.
     """
-    weight = site.parameter_of(model)
-    if weight.numel() == 0:
-        raise WeightError(f"site {site.key!r}: its weight of shape {tuple(weight.shape)} has no entries")
-    check_plain(site.key, weight)
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"site {site.key!r}: {bad} of {weight.numel()} entries of its weight are not finite")
+    if reason := base_weight_in(model, site).why_not():
+        raise WeightError(f"site {site.key!r}: {reason}")
 
 
-def check_plain(key: str, weight: torch.Tensor) -> None:
-    """Refuse a weight whose entries are not there as plain numbers.
-
-    Raises:
-        WeightError: it is on the meta device, quantised, sharded or a tensor subclass.
-    """
-    supported = "supported are plain float16, bfloat16, float32 and float64 parameters"
-    if weight.is_meta:
-        raise WeightError(f"site {key!r}: its weight is on the meta device; load the weights first ({supported})")
-    check_whole(key, weight)
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES.values():
-        kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
-        raise WeightError(f"site {key!r}: its weight is a {kind} of {weight.dtype}, quantised; {supported}")
-
-
-def check_whole(key: str, weight: torch.Tensor) -> None:
+def check_whole(key: str, base: BaseWeight) -> None:
     """Refuse a weight of which this process holds a shard.
 
     Raises:
         WeightError: it is sharded.
     """
-    if is_sharded(weight):
-        raise WeightError(f"site {key!r}: its weight is sharded; operate, load or merge before fully_shard")
+    if reason := base.why_not_whole():
+        raise WeightError(f"site {key!r}: {reason}")
 
 
 def check_factors(site: Site, factors: Factors) -> None:
@@ -89,17 +69,17 @@ def check_options(
         wanted = "Contrast(positive, negative)" if config.statistic == "contrast" else "an iterable of batches"
         raise VariantError(f"{config.name} needs data to choose its factors by: pass calibration={wanted}")
     check_form(form)
-    known = ("auto", "lowrank", "residual") if is_graph else ("auto", "measure", *REGISTRY)
+    known = ("auto", ALWAYS, IN_RESIDUAL) if is_graph else ("auto", "measure", *REGISTRY)
     if not isinstance(lowering, str) or lowering not in known:
         where = "in a graph " if is_graph else ""
         raise InputError(f"lowering {where}must be one of {', '.join(known)}; found {lowering!r:.80}")
-    if form == "residual" and lowering not in ("auto", "residual"):
+    if form == "residual" and lowering not in ("auto", IN_RESIDUAL):
         raise InputError(f"form='residual' has one lowering: leave lowering out; found {lowering!r:.80}")
-    form = "residual" if lowering == "residual" else form
+    form = "residual" if lowering == IN_RESIDUAL else form
     if not keep_base and (form != "residual" or is_graph):
         where = "the graph: use to_graph(model, inputs, form='residual', keep_base=False)" if is_graph else "the model"
         raise InputError(f"keep_base=False needs form='residual'; in delta form the base weight is part of {where}")
-    return form, "residual" if form == "residual" and not is_graph else lowering
+    return form, IN_RESIDUAL if form == "residual" and not is_graph else lowering
 
 
 def check_form(form: Any) -> None:

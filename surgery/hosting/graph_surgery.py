@@ -1,6 +1,6 @@
-"""Graph patients: adapters inlined in the graph of a ``GraphModule``, their tensors in one submodule per site.
+"""Operated graph modules: adapters inlined in the graph of a ``GraphModule``, their tensors in one submodule per site.
 
-The patient's graph object is never changed: surgery builds another one and puts it in its place, so that undoing it,
+The model's graph object is never changed: surgery builds another one and puts it in its place, so that undoing it,
 or failing half-way, is putting the first one back.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import fx, nn
@@ -22,43 +23,45 @@ from passes.infra.pass_base import PassResult
 from passes.infra.pass_manager import Stages, run_pipeline
 from passes.infra.translation_validation import Validation
 from passes.ir.module_utils import copy_graph
-from passes.transforms.fuse_projections import Rows, forget_rows
-from passes.transforms.insert import Place
+from passes.ir.torch_internals import put_graph
+from passes.transforms.fuse_projections import StackedRows, forget_rows
+from passes.transforms.insert import InsertionPoint
 from passes.transforms.split_packed_weight import reads_of_part
+from surgery.hosting.state import STATE
 from surgery.hosting.transaction import transaction
-from surgery.modules.graph_host_module import SSpaceNode
+from surgery.modules.adapter import Adapter
 
 CONTAINER = "sspace"
 
 
 @dataclass(frozen=True)
 class GraphState:
-    """What a graph patient was: enough to put it back, since surgery changes no graph and no shared module."""
+    """What a graph module was: enough to put it back, since surgery changes no graph and no shared module."""
 
     graph: fx.Graph
-    modules: dict[str, Any]
-    parameters: dict[str, Any]
-    sites: dict[str, Any]
+    modules: dict[str, nn.Module | None]
+    parameters: dict[str, nn.Parameter | None]
+    sites: dict[str, nn.Module | None]
     forms: dict[str, str]
-    buffers: list[tuple[nn.Module, dict[str, Any], set[str]]]
+    buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None], set[str]]]
 
 
 def graph_state(model: nn.Module) -> GraphState | None:
-    """The state of a graph patient; None for a module that is operated on in place."""
+    """The state of a graph module; None for a module that is operated on in place."""
     if not isinstance(model, fx.GraphModule):
         return None
     nodes = graph_sites(model)
     holder = _container(model)
     inner = dict(holder._modules) if holder is not None else {}
     forms = {key: site.form for key, site in nodes.items()}
-    rows = [module for module in model.children() if isinstance(module, Rows)]
+    rows = [module for module in model.children() if isinstance(module, StackedRows)]
     holders = [*nodes.values(), *(site.factors for site in nodes.values()), *rows]
     buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in holders]
     return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms, buffers)
 
 
 def restore_state(model: Any, state: GraphState) -> None:
-    """Put a graph patient back."""
+    """Put a graph module back."""
     model._modules.clear()
     model._modules.update(state.modules)
     model._parameters.clear()
@@ -80,10 +83,10 @@ def restore_state(model: Any, state: GraphState) -> None:
         model.graph = state.graph
 
 
-def graph_sites(model: nn.Module) -> dict[str, SSpaceNode]:
-    """The sites of a graph patient that stand in its graph, by key."""
+def graph_sites(model: nn.Module) -> dict[str, Adapter]:
+    """The sites of a graph module that stand in its graph, by key."""
     holder = _container(model)
-    return {} if holder is None else {site.key: site for site in holder.children() if isinstance(site, SSpaceNode)}
+    return {} if holder is None else {site.key: site for site in holder.children() if isinstance(site, Adapter)}
 
 
 def _container(model: nn.Module) -> nn.Module | None:
@@ -91,10 +94,10 @@ def _container(model: nn.Module) -> nn.Module | None:
 
 
 class _Sites(nn.Module):
-    """Holds the sites of a graph patient."""
+    """Holds the sites of a graph module."""
 
 
-def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SSpaceNode]) -> list[Place]:
+def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[Adapter]) -> list[InsertionPoint]:
     """Give a graph module the submodules of sites, and say where their adapters go.
 
     Args:
@@ -113,19 +116,19 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[SS
         name = _free(holder, site.key.replace(".", "_"))
         holder.add_module(name, site)
         path = f"{prefix}.{name}"
-        if site.kind == "weight":
+        if site.host.changes_weight:
             if site.rows is not None:
                 reads = reads_of_part(original, site.weight_name, site.rows)
             else:
                 reads = [n for n in original.nodes if n.op == "get_attr" and n.target == site.weight_name]
-            places += [Place(site.key, path, node.name, node.name) for node in reads]
-            site.in_place_host = site.in_place_host or "weight"
+            places += [InsertionPoint(site.key, path, node.name, node.name) for node in reads]
+            site.host.in_place = site.host.in_place or "weight"
             continue
         for p in products[site.key]:
-            if site.in_place_host is None:
-                site.in_place_host = _in_place_host(model, site, p)
+            if site.host.in_place is None:
+                site.host.in_place = _in_place_host(model, site, p)
             added = p.added.name if p.added is not None and p.added.name in known else None
-            places.append(Place(site.key, path, p.node.name, p.input.name, added, p.bias))
+            places.append(InsertionPoint(site.key, path, p.node.name, p.input.name, added, p.bias))
     return places
 
 
@@ -133,7 +136,7 @@ def _free(module: nn.Module, name: str) -> str:
     return next(n for i in itertools.count() if not hasattr(module, n := name + (f"_{i}" if i else "")))
 
 
-def _in_place_host(model: nn.Module, site: SSpaceNode, product: Product) -> str:
+def _in_place_host(model: nn.Module, site: Adapter, product: Product) -> Literal["module", "weight"]:
     """Whether the product was that of a linear module that is called, so that an in-place model can host it there."""
     path = product.node.meta.get("called_module")
     if path is not None:
@@ -156,8 +159,7 @@ def rewrite(
         PassError: a pass failed; the graph module is what it was.
     """
     with transaction(model):
-        model._graph = copy_graph(model.graph)
-        model._graph.owning_module = model
+        put_graph(model, copy_graph(model.graph))
         return run_pipeline(model, stages, validation=validation, debug=debug)
 
 
@@ -165,7 +167,7 @@ def drop_sites(model: Any, keys: Iterable[str]) -> None:
     """Forget sites that no longer stand in the graph, and their container with the last of them."""
     holder, gone = _container(model), set(keys)
     assert holder is not None
-    for name in [name for name, site in holder.named_children() if getattr(site, "key", None) in gone]:
+    for name in [name for name, site in holder.named_children() if isinstance(site, Adapter) and site.key in gone]:
         del holder._modules[name]
     forget_rows(model)
     if not holder._modules:
@@ -175,8 +177,8 @@ def drop_sites(model: Any, keys: Iterable[str]) -> None:
 
 
 def original_graph(model: fx.GraphModule) -> fx.Graph:
-    """The graph of a graph patient before any surgery."""
-    record = vars(model).get("_surgery")
+    """The graph of a graph module before any surgery."""
+    record = vars(model).get(STATE)
     return record.original.graph if record is not None else model.graph
 
 
@@ -188,17 +190,18 @@ def copy_whole(model: fx.GraphModule) -> None:
     has a class of its own, so that this changes no other.
     """
 
-    def deepcopy(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-        twin: fx.GraphModule = super(cls, self).__deepcopy__(memo)
+    def deepcopy(self: fx.GraphModule, memo: dict[int, object]) -> fx.GraphModule:
+        copied: fx.GraphModule = super(cls, self).__deepcopy__(memo)
         for table in ("_modules", "_parameters", "_buffers"):
             for name, value in vars(self)[table].items():
-                vars(twin)[table][name] = copy.deepcopy(value, memo)
-        if "_surgery" in vars(self):
-            vars(twin)["_surgery"] = copy.deepcopy(vars(self)["_surgery"], memo)
-        copy_whole(twin)
-        return twin
+                vars(copied)[table][name] = copy.deepcopy(value, memo)
+        if STATE in vars(self):
+            vars(copied)[STATE] = copy.deepcopy(vars(self)[STATE], memo)
+            vars(copied)[STATE].steering.root = weakref.ref(copied)
+        copy_whole(copied)
+        return copied
 
-    def refuse(self: fx.GraphModule) -> Any:
+    def refuse(self: fx.GraphModule) -> NoReturn:
         raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
 
     def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from passes.capture.capture import forward_call
 from passes.errors import CaptureError, InputError
+from passes.ir.torch_internals import module_of_script
 
 
 def as_patient(model: Any, example_inputs: Any) -> Any:
@@ -31,11 +32,9 @@ def as_patient(model: Any, example_inputs: Any) -> Any:
 def _from_script(model: torch.jit.ScriptModule, example_inputs: Any) -> fx.GraphModule:
     if example_inputs is None:
         raise CaptureError("a TorchScript module needs example_inputs to be converted to a graph")
-    from torch._export.converter import TS2EPConverter
-
     args, kwargs = forward_call(example_inputs)
     try:
-        return TS2EPConverter(model, args, kwargs).convert().module()  # type: ignore[return-value]
+        return module_of_script(model, args, kwargs)
     except Exception as error:  # the converter covers a part of TorchScript and fails in many ways
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise CaptureError(f"the TorchScript module cannot be converted: {type(error).__name__}: {reason}") from error

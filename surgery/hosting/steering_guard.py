@@ -9,59 +9,60 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
 from passes.errors import SurgeryError
-from surgery.modules.adapter import SSpaceLinear
-from surgery.modules.core import Core
+from surgery.modules.steering import Steering
 
 _LOCK = threading.Lock()
-_BLOCKS: weakref.WeakKeyDictionary[Core, list[object]] = weakref.WeakKeyDictionary()  # those that are open, in order
+_BLOCKS: weakref.WeakKeyDictionary[Steering, list[object]] = (
+    weakref.WeakKeyDictionary()
+)  # those that are open, in order
 _OWN: ContextVar[tuple[object, ...]] = ContextVar("_OWN", default=())  # those that this thread or task is within
 
 
 @contextlib.contextmanager
-def steering(found: Mapping[str, SSpaceLinear]) -> Iterator[None]:
-    """Keep others from setting the coefficient of sites; blocks of one thread or task may be nested.
+def steering(found: Sequence[Steering]) -> Iterator[None]:
+    """Keep others from setting coefficients; blocks of one thread or task may be nested.
 
     Raises:
         SurgeryError: another thread or task steers one of them.
     """
-    block, cores = object(), [site.core for site in found.values()]  # surgery may end within the block
+    block = object()  # surgery may end within it
     try:
         with _LOCK:
-            _check(found)
-            for core in cores:
-                _BLOCKS.setdefault(core, []).append(block)
+            for one in found:
+                _check(one)
+            for one in found:
+                _BLOCKS.setdefault(one, []).append(block)
         _OWN.set((*_OWN.get(), block))
         yield
     finally:  # also of what an interrupt has left half done
         _OWN.set(tuple(other for other in _OWN.get() if other is not block))
         with _LOCK:
-            for core in cores:
-                blocks = _BLOCKS.get(core, [])
+            for one in found:
+                blocks = _BLOCKS.get(one, [])
                 if block in blocks:
                     blocks.remove(block)
 
 
-def check_steering(found: Mapping[str, SSpaceLinear]) -> None:
+def check_steering(one: Steering) -> None:
     """Refuse to set a coefficient that another thread or task has set for the length of a block.
 
     Raises:
         SurgeryError: it has.
     """
     with _LOCK:
-        _check(found)
+        _check(one)
 
 
-def _check(found: Mapping[str, SSpaceLinear]) -> None:
-    own = _OWN.get()
-    for key, site in found.items():
-        blocks = _BLOCKS.get(site.core)
-        if blocks and blocks[-1] not in own:
-            raise SurgeryError(
-                f"site {key!r} is being steered by another thread or task, and all who run the model read one coeff: "
-                "take turns, give each thread a copy.deepcopy of the model, or steer the rows of one batch with a "
-                "tensor (batch,)"
-            )
+def _check(one: Steering) -> None:
+    blocks = _BLOCKS.get(one)
+    if blocks and blocks[-1] not in _OWN.get():
+        root = one.root() if one.root is not None else None
+        raise SurgeryError(
+            f"this {type(root).__name__} is being steered by another thread or task, and all who run it read one "
+            "coeff: take turns, give each thread a copy.deepcopy of the model, or steer the rows of one batch with a "
+            "tensor (batch,)"
+        )

@@ -2,7 +2,7 @@
 
 What a verb changes is how a model is put together: classes, attributes, tables of parameters, buffers and modules,
 hooks, flags. These are kept by reference, which costs no memory. No base tensor is ever written, so that of values only
-those that may be are kept: cores with their ``coeff``, which are small, and buffers where a forward runs.
+those that may be are kept: cores and ``coeff``, which are small, and buffers where a forward runs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from surgery.hosting.state import STATE, shared_tensors
+from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
-from surgery.modules.residual_host import SSpaceResidual, shared_tensors
+from surgery.modules.steering import Steering
 
 TABLES = (dict, OrderedDict, set, list)
 FIXED = ("__dict__", "__weakref__")
@@ -56,6 +58,7 @@ class Snapshot:
         self.values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _written(modules, forwards)]
         self.numbers = random.getstate(), torch.get_rng_state()
         self.fused = torch.backends.mha.get_fastpath_enabled()
+        self.state = vars(model).get(STATE)
 
     def restore(self) -> None:
         """Put it all back."""
@@ -77,6 +80,8 @@ class Snapshot:
             for tensor, value, version in self.values:
                 if tensor._version != version and not torch.equal(tensor, value):
                     tensor.copy_(value)
+        if self.state is not None:
+            self.state.staleness.forget()
         random.setstate(self.numbers[0])
         torch.set_rng_state(self.numbers[1])
         torch.backends.mha.set_fastpath_enabled(self.fused)
@@ -84,12 +89,14 @@ class Snapshot:
 
 def _objects(model: nn.Module) -> Iterator[Any]:
     """The model's modules, and what else a verb writes to: the record, what it was before, its configuration."""
-    record = vars(model).get("_surgery")
+    record = vars(model).get(STATE)
     original = getattr(record, "original", None)
     roots = [model, *(m for m in (original.modules.values() if original else ()) if m is not None)]
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     yield from modules
-    yield from (vars(module)["_base"] for module in modules if isinstance(module, SSpaceResidual))
+    for adapter in (module for module in modules if isinstance(module, Adapter)):
+        yield adapter.host
+        yield adapter.base_weight
     yield from (part for part in (record, original, getattr(model, "config", None)) if hasattr(part, "__dict__"))
 
 
@@ -120,6 +127,6 @@ def _written(modules: Iterable[nn.Module], forwards: bool) -> list[torch.Tensor]
     for module in modules:
         if isinstance(module, Core):
             found |= {id(p): p for p in module._parameters.values() if p is not None}
-        if isinstance(module, Core) or (forwards and not isinstance(module, (Factors, SSpaceResidual))):
+        if isinstance(module, (Core, Steering)) or (forwards and not isinstance(module, (Factors, Adapter))):
             found |= {id(b): b for b in module._buffers.values() if b is not None}
     return [t for t in found.values() if not t.is_meta and not t.is_inference()]

@@ -6,19 +6,17 @@ forward by the number of tokens and by whether the core is being trained, along 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
+from surgery.lowerings._site import Base, LinearSite
+from surgery.support.configuration import import_all
 
-
-AMORTISED = 16  # forwards that what is made from a core is taken to serve in inference
+ALWAYS = "lowrank"  # what is possible at every site, with every coefficient, and what traces and exports show
+AMORTISED_FORWARDS = 16  # forwards assumed per core update when pricing a materialised weight
 
 
 class Size(NamedTuple):
@@ -55,7 +53,9 @@ class Work:
 
     def amortised(self) -> Work:
         """Its share of one of the forwards that what it makes serves."""
-        return Work(self.flops / AMORTISED, self.bytes / AMORTISED, self.launches / AMORTISED)
+        return Work(
+            self.flops / AMORTISED_FORWARDS, self.bytes / AMORTISED_FORWARDS, self.launches / AMORTISED_FORWARDS
+        )
 
 
 class Lowering(Protocol):
@@ -64,19 +64,24 @@ class Lowering(Protocol):
     Attributes:
         name: as in ``apply_surgery(lowering=...)``.
         steers_rows: whether a coeff per row of the batch is possible.
+        caches: whether inference reads what was derived from the core before, under the lowering's name in the site's
+            cache, so that the root has to have checked it.
+        form: of the sites that it computes; the residual form has one lowering.
     """
 
     name: str
+    form: Literal["delta", "residual"]
     steers_rows: bool
+    caches: bool
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
+    def why_not(self, site: LinearSite) -> str | None:
         """Why a site cannot be computed so, or None."""
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Whether it may be chosen where it is not asked for by name."""
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-        """The site's output (..., d_out) for an input x (..., d_in), which is the one among the arguments."""
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
+        """The site's output (..., d_out) for an input x (..., d_in)."""
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """The kernels beside those of the plain base."""
@@ -120,5 +125,5 @@ def describe(steps: Iterable[tuple[int, str]]) -> str:
     return ", ".join(f"{name} from {least:,}" if least else name for least, name in steps)
 
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_all(__name__, __path__)
+IN_RESIDUAL = next(name for name, lowering in REGISTRY.items() if lowering.form == "residual")  # its one lowering

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
-from surgery.lowerings import REGISTRY, Schedule, Size, Work
+from passes.ir.torch_internals import TorchDispatchMode
+from surgery.lowerings import ALWAYS, REGISTRY, Schedule, Size, Work
+from surgery.lowerings._site import LinearSite
 from surgery.variants import Variant
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
 
 
 class Rates(NamedTuple):
@@ -76,10 +74,10 @@ def cheapest(names: tuple[str, ...], size: Size, device: str, training: bool) ->
     return tuple(steps)
 
 
-def candidates(site: SSpaceLinear) -> tuple[str, ...]:
+def candidates(site: LinearSite) -> tuple[str, ...]:
     """The lowerings to choose from at a site, the low-rank one first."""
     fit = (name for name, lowering in REGISTRY.items() if lowering.advised(site) and lowering.why_not(site) is None)
-    return tuple(sorted(fit, key=lambda name: name != "lowrank"))
+    return tuple(sorted(fit, key=lambda name: name != ALWAYS))
 
 
 @functools.lru_cache(maxsize=256)
@@ -119,14 +117,14 @@ def _meta(variant: Variant, r: int, tokens: int) -> tuple[torch.Tensor, torch.Te
     return torch.ones(tokens, r, device="meta"), S, SimpleNamespace(**tensors), coeff
 
 
-def size_of(site: SSpaceLinear, tokens: int) -> Size:
+def size_of(site: LinearSite, tokens: int) -> Size:
     """What the cost of a site depends on."""
     d_out, r, d_in = site.factors.U.shape[0], len(site.factors.S), site.factors.Vh.shape[1]
-    variant, item = site.variant, site.weight.element_size()
+    variant, item = site.variant, site.base_weight.dtype.itemsize
     return Size(tokens, d_out, d_in, r, core_macs(variant, r), item, core_launches(variant, r))
 
 
-def schedule_of(site: SSpaceLinear, lowering: str) -> Schedule:
+def schedule_of(site: LinearSite, lowering: str) -> Schedule:
     """When to use which lowering at a site.
 
     Args:
@@ -145,5 +143,5 @@ def schedule_of(site: SSpaceLinear, lowering: str) -> Schedule:
     reason = REGISTRY[lowering].why_not(site)
     if reason:
         raise InputError(f"lowering {lowering!r} is not possible: {reason}")
-    named, rows = ((0, lowering),), ((0, lowering if REGISTRY[lowering].steers_rows else "lowrank"),)
+    named, rows = ((0, lowering),), ((0, lowering if REGISTRY[lowering].steers_rows else ALWAYS),)
     return Schedule(named, named, rows, rows)

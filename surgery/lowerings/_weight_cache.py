@@ -1,64 +1,76 @@
-"""What a lowering makes out of a site's tensors for inference, and keeps until one of them changes.
+"""What a lowering derives from a site's tensors for inference, and reuses until one of them changes.
 
-It is never stale. On the CPU the values of the core and of coeff are compared with those that it was made from, as
-``.data`` may be written unnoticed; on an accelerator, where that would synchronise, version counters are, and
-``surgery.refresh`` and ``eval()`` are for such writes there. Of the frozen tensors, identity and version are compared.
-
-All this is asked in each forward, where an attribute of a module costs a microsecond and a generator another.
+Whoever writes to a core marks it stale: the verbs, ``load_state_dict``, conversions, ``train()`` and ``eval()``,
+every step of an optimiser. Other writes are found by version counters, which the root's call compares once, before any
+site runs; what is cached is used within such a call only. A write that bumps no counter (``.data``, NumPy) needs
+``surgery.refresh``.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from surgery.support.change_detection import watch
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
-    from surgery.modules.core import Core
+PREPARED = "prepared"
+COUNTER = itertools.count(1)
+SITES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-class Kept:
-    """A tensor and what it was made from."""
+class WeightCache:
+    """Derived tensors of one site by name.
 
-    def __init__(self, site: SSpaceLinear, make: Callable[[SSpaceLinear], torch.Tensor]) -> None:
-        live, frozen = _sources(site)
-        self.unchanged = [watch(tensor, by_value=True) for tensor in live]
-        self.unchanged += [watch(tensor, by_value=False) for tensor in frozen]
-        self.made = make(site)
-
-    def fits(self, site: SSpaceLinear) -> bool:
-        """Whether the tensor is what would be made now."""
-        live, frozen = _sources(site)
-        if len(live) + len(frozen) != len(self.unchanged):
-            return False
-        for same, tensor in zip(self.unchanged, (*live, *frozen), strict=True):  # noqa: SIM110
-            if not same(tensor):
-                return False
-        return True
-
-
-def _sources(site: SSpaceLinear) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The core and the knob, which are live, and the frozen tensors."""
-    modules = site._modules
-    core: Core = modules["core"]  # type: ignore[assignment]
-    return core.state(), (site.weight, *modules["factors"]._buffers.values())  # type: ignore[union-attr, arg-type]
-
-
-def kept(site: SSpaceLinear, name: str, make: Callable[[SSpaceLinear], torch.Tensor]) -> torch.Tensor:
-    """What ``make(site)`` gives at the present core and coeff, made anew only if one of them has changed.
-
-    A new tensor each time: a graph that autograd still holds may read the old one.
-
-    Args:
-        name: under which the site keeps it.
+    Attributes:
+        handle: the number by which compiled code finds the site; a tensor, so that no graph holds its value.
     """
-    found = site._kept.get(name)
-    if found is None or not found.fits(site):
-        site._kept.pop(name, None)  # before there are two
-        with torch.inference_mode(False):
-            found = site._kept[name] = Kept(site, make)
-    return found.made
+
+    def __init__(self, site: Any) -> None:
+        number = next(COUNTER)
+        self.handle = torch.tensor(number)
+        self._site = weakref.ref(site)
+        self._cached: dict[str, Any] = {}
+        SITES[number] = site
+
+    def get(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """What ``make(site)`` gives at the present core and coeff; within a call of the root it is made once.
+
+        A new tensor each time: a graph that autograd still holds may read the old one.
+        """
+        site: Any = self._site()
+        if not site.steering.armed:
+            return make(site)
+        if name not in self._cached:
+            with torch.inference_mode(False):
+                self._cached[name] = make(site)
+        return self._cached[name]
+
+    def clear(self, *, steered: bool = False) -> None:
+        """Drop it all.
+
+        Args:
+            steered: only what depends on the coefficient, and so not what the variant prepares from its core.
+        """
+        kept = self._cached.get(PREPARED) if steered else None
+        self._cached.clear()
+        if kept is not None:
+            self._cached[PREPARED] = kept
+
+    def peek(self, name: str) -> Any:
+        """What is cached under a name, or None."""
+        return self._cached.get(name)
+
+    def values(self) -> list[Any]:
+        """All that is cached."""
+        return list(self._cached.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._cached
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the site makes one of its own
+
+    def __reduce__(self) -> Any:
+        return type(None), ()

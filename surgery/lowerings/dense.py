@@ -1,4 +1,4 @@
-"""``dense``: one plain product with ``W + dW``, which is made once for each value of the core and of coeff.
+"""``dense``: one plain product with ``W + dW``, computed once for each value of the core and of coeff.
 
 Inference costs what the base costs. In training dx goes through the same product, and the core gets its gradient
 without the d_out x d_in gradient of a weight: with ``h = x Vh^T`` and ``p = dy U`` it is that of ``<p, delta(h)>``.
@@ -7,22 +7,13 @@ That is 2 N r (d_in + d_out) FLOPs and 2 d_out d_in r for the weight, where ``lo
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 
 from surgery.lowerings import Size, Work, register
 from surgery.lowerings._shared import with_gradient_of
-from surgery.lowerings._weight_cache import kept
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
-
-COUNTER = itertools.count(1)
-SITES: weakref.WeakValueDictionary[int, SSpaceLinear] = weakref.WeakValueDictionary()
+from surgery.lowerings._site import Base, LinearSite
+from surgery.lowerings._weight_cache import SITES
 
 
 @register
@@ -30,22 +21,28 @@ class Dense:
     """The materialised weight."""
 
     name = "dense"
+    form = "delta"
     steers_rows = False
+    caches = True
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
-        """The variant is not linear."""
-        return None if site.variant.linear else f"{site.variant.name} is not linear in its input: there is no weight"
+    def why_not(self, site: LinearSite) -> str | None:
+        """The variant is not linear, or the module has a forward of its own."""
+        if not site.variant.linear:
+            return f"{site.variant.name} is not linear in its input: there is no weight"
+        if not site.base_weight.holds_entries:
+            return "the weight is quantised"
+        return None if site.host.exact else "the module's own forward is not that of nn.Linear"
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Always."""
         return True
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """One product; while the core is trained, with a term of value zero that has the core's gradient."""
         if not site.core.trains():
             if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-                reads = [site.weight, site.core.coeff, *site.core.parameters()]
-                return torch.ops.surgery.dense_linear(x, site.handle, reads, site.factors.U.shape[0])  # type: ignore[no-any-return]
+                reads = [site.weight, site.steering.coeff, *site.core.parameters()]
+                return torch.ops.surgery.dense_linear(x, site.cache.handle, reads, site.factors.U.shape[0])  # type: ignore[no-any-return]
             return product(site, x, _weight(site))
         return with_gradient_of(site, product(site, x, _weight(site)), site.adapter_delta(x.detach()))
 
@@ -60,12 +57,12 @@ class Dense:
         return [*make, *thin, Work.pointwise(n * r, item, 6)]
 
 
-def _weight(site: SSpaceLinear) -> torch.Tensor:
-    """The materialised weight; in compiled code that autograd may go through, made in each forward."""
-    return changed(site) if torch.compiler.is_compiling() else kept_weight(site)
+def _weight(site: LinearSite) -> torch.Tensor:
+    """The materialised weight; in compiled code that autograd may go through, computed in each forward."""
+    return changed(site) if torch.compiler.is_compiling() else cached_weight(site)
 
 
-def product(site: SSpaceLinear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def product(site: LinearSite, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What the base computes, with another weight."""
     if site.layout == "out_in":
         return F.linear(x, weight, site.bias)
@@ -73,10 +70,10 @@ def product(site: SSpaceLinear, x: torch.Tensor, weight: torch.Tensor) -> torch.
     return torch.addmm(site.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-def changed(site: SSpaceLinear) -> torch.Tensor:
+def changed(site: LinearSite) -> torch.Tensor:
     """``W + U delta(Vh^T)^T`` without gradients, in the layout of the weight, formed in the core's dtype."""
     with torch.no_grad():
-        factors, weight, wide = site.factors, site.weight.detach(), site.core.coeff.dtype
+        factors, weight, wide = site.factors, site.weight.detach(), site.core.dtype
         D = site.core_delta(factors.Vh.T.to(wide), factors.S)  # (d_in, r)
         left, right = factors.U.to(wide), D.T
         if site.layout == "in_out":
@@ -86,25 +83,16 @@ def changed(site: SSpaceLinear) -> torch.Tensor:
         return made if made.stride() == weight.stride() else torch.empty_like(weight).copy_(made)
 
 
-def kept_weight(site: SSpaceLinear) -> torch.Tensor:
-    """The materialised weight of a site at the present core and coeff, kept until one of them changes."""
-    return kept(site, "dense", changed)
-
-
-def give_handle(site: SSpaceLinear) -> None:
-    """Give a site a place for what it keeps, and the number by which compiled code finds it.
-
-    The number is a tensor, so that no graph holds its value.
-    """
-    number = next(COUNTER)
-    vars(site).update(handle=torch.tensor(number), _kept={})
-    SITES[number] = site
+def cached_weight(site: LinearSite) -> torch.Tensor:
+    """The materialised weight of a site at the present core and coeff."""
+    return site.cache.get("dense", changed)  # type: ignore[no-any-return]
 
 
 OPERATORS = torch.library.Library("surgery", "FRAGMENT")
 OPERATORS.define(
     "dense_linear(Tensor x, Tensor handle, Tensor[] reads, SymInt d_out) -> Tensor",
-    # a CUDA graph would replay the weight of its recording; and x is read as it lies, where it would be copied
+    # Unsafe under CUDA graphs: replay would use the weight captured at record time. flexible_layout: accept any
+    # strides, so that Inductor need not copy x.
     tags=(torch.Tag.cudagraph_unsafe, torch.Tag.flexible_layout),
 )
 
@@ -113,7 +101,7 @@ def _dense_linear(x: torch.Tensor, handle: torch.Tensor, reads: list[torch.Tenso
     """The product of a site with its materialised weight; ``reads`` tells a compiler what it depends on."""
     site = SITES[int(handle)]
     with torch.no_grad():
-        return product(site, x, kept_weight(site))
+        return product(site, x, cached_weight(site))
 
 
 def _dense_linear_shape(x: torch.Tensor, handle: torch.Tensor, reads: list[torch.Tensor], d_out: int) -> torch.Tensor:

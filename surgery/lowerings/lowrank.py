@@ -6,15 +6,11 @@ gradient; a LoRA of the same rank needs three times the forward's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from surgery.lowerings import Size, Work, register
 from surgery.lowerings._shared import add_term
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
+from surgery.lowerings._site import Base, LinearSite
 
 
 @register
@@ -22,19 +18,21 @@ class LowRank:
     """The default form of a site."""
 
     name = "lowrank"
+    form = "delta"
     steers_rows = True
+    caches = False
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
+    def why_not(self, site: LinearSite) -> str | None:
         """Always possible."""
         return None
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Always."""
         return True
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's own forward, plus the term."""
-        return add_term(site, site.base_class.forward(site, *args, **kwargs), site.adapter_delta(x), site.factors.U)
+        return add_term(site, base(), site.adapter_delta(x), site.factors.U)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """Two thin products and the core; in training their transposes."""

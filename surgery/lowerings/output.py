@@ -7,17 +7,13 @@ measured. Cheaper than ``lowrank`` where d_out < d_in, and for few tokens, since
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 
 from passes.infra.tolerance import RELATIVE
 from surgery.lowerings import Size, Work, register
 from surgery.lowerings._shared import add_term
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
+from surgery.lowerings._site import Base, LinearSite
 
 PROBES = 8
 
@@ -27,23 +23,25 @@ class Output:
     """The projection of the output."""
 
     name = "output"
+    form = "delta"
     steers_rows = True
+    caches = False
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
+    def why_not(self, site: LinearSite) -> str | None:
         """The variant reads h itself, or the factors are not those of the weight."""
-        if not site.variant.of_scaled:
+        if not site.variant.depends_only_on_Sh:
             return f"the core of {site.variant.name} reads h itself, which the output does not give"
         error = mismatch(site)
-        limit = max(RELATIVE[site.weight.dtype], RELATIVE[site.factors.U.dtype])
+        limit = max(RELATIVE[site.base_weight.dtype], RELATIVE[site.factors.U.dtype])
         return None if error <= limit else f"U^T W differs from S Vh by {error:.1e} (approximate factors)"
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Not in half precision, where it would project the rounding of the output: 2 to 3 times the error."""
-        return site.weight.element_size() > 2
+        return bool(site.base_weight.dtype.itemsize > 2)
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's own forward, its projection without the bias, and the term."""
-        y: torch.Tensor = site.base_class.forward(site, *args, **kwargs)
+        y: torch.Tensor = base()
         U = site.factors.U.to(y.dtype)
         s = F.linear(y, U.T, None if site.bias is None else -(site.bias.to(y.dtype) @ U))
         return add_term(site, y, site.core_delta(s, torch.ones_like(site.factors.S)), site.factors.U)
@@ -59,10 +57,10 @@ class Output:
         return kernels
 
 
-def mismatch(site: SSpaceLinear) -> float:
+def mismatch(site: LinearSite) -> float:
     """Frobenius norm of ``U^T W - S Vh`` over that of S, estimated by random vectors as ``E |R z|^2 = |R|^2``."""
     with torch.no_grad():
-        W = site.weight.detach() if site.layout == "out_in" else site.weight.detach().T
+        W = site.base_weight.matrix().detach()
         wide = torch.promote_types(W.dtype, torch.float32)
         z = torch.randn(PROBES, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
         U, S, Vh = (factor.to(wide) for factor in (site.factors.U, site.factors.S, site.factors.Vh))

@@ -7,17 +7,12 @@ of, which for a few tokens is most of what ``lowrank`` costs. In training, and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 
-from surgery.lowerings import REGISTRY, Size, Work, register
+from surgery.lowerings import ALWAYS, REGISTRY, Size, Work, register
 from surgery.lowerings._shared import add_term
-from surgery.lowerings._weight_cache import kept
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
+from surgery.lowerings._site import Base, LinearSite
 
 
 @register
@@ -25,34 +20,36 @@ class Pair:
     """The factors with the core in one of them."""
 
     name = "pair"
+    form = "delta"
     steers_rows = False
+    caches = True
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
+    def why_not(self, site: LinearSite) -> str | None:
         """The variant is not linear."""
         return None if site.variant.linear else f"{site.variant.name} is not linear in its input: there is no matrix D"
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Always."""
         return True
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The base's own forward, plus two thin products."""
         if torch.compiler.is_compiling() or site.core.trains():
-            return REGISTRY["lowrank"].run(site, x, args, kwargs)
-        y = site.base_class.forward(site, *args, **kwargs)
-        return add_term(site, y, F.linear(x, site.factors.Vh.to(x.dtype)), kept(site, "pair", left))
+            return REGISTRY[ALWAYS].run(site, x, base)
+        y = base()
+        return add_term(site, y, F.linear(x, site.factors.Vh.to(x.dtype)), site.cache.get("pair", left))
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """Two thin products, the second of which adds to the output, and the making of one factor."""
         if training:
-            return REGISTRY["lowrank"].work(size, training=True)
+            return REGISTRY[ALWAYS].work(size, training=True)
         n, d_out, d_in, r, core, item, launches = size
         make = [Work.product(d_out, r, r, max(item, 4)), Work(2.0 * r * core, 0, launches)]
         thin = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
         return [*thin, *(work.amortised() for work in make)]
 
 
-def left(site: SSpaceLinear) -> torch.Tensor:
+def left(site: LinearSite) -> torch.Tensor:
     """``U D^T`` (d_out, r) without gradients, formed in the core's dtype and rounded to the factors'."""
     with torch.no_grad():
         return site.delta_factor().to(site.factors.U.dtype)

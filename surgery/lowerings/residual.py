@@ -2,20 +2,16 @@
 
 It costs what ``lowrank`` costs and computes in the remainder's dtype, float32 or better. The one lowering whose
 ``coeff = 0`` is the base up to rounding, and not bit for bit: there to be compared with, and for a base that is not
-kept. The site is then a :class:`surgery.modules.residual_host.SSpaceResidual`.
+kept. The remainder is then a buffer of the adapter.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 
-from surgery.lowerings import REGISTRY, Size, Work, register
-
-if TYPE_CHECKING:
-    from surgery.modules.adapter import SSpaceLinear
+from surgery.lowerings import ALWAYS, REGISTRY, Size, Work, register
+from surgery.lowerings._site import Base, LinearSite
 
 
 @register
@@ -23,17 +19,19 @@ class Residual:
     """The PiSSA-style split."""
 
     name = "residual"
+    form = "residual"
     steers_rows = True
+    caches = False
 
-    def why_not(self, site: SSpaceLinear) -> str | None:
+    def why_not(self, site: LinearSite) -> str | None:
         """The site has its weight, and no remainder."""
         return None if site.form == "residual" else "the site is in delta form"
 
-    def advised(self, site: SSpaceLinear) -> bool:
+    def advised(self, site: LinearSite) -> bool:
         """Never by itself: what the form of a site is, is decided when it is operated on."""
         return False
 
-    def run(self, site: SSpaceLinear, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The remainder's product and the whole term, summed in the remainder's dtype."""
         W_res = site.get_buffer("W_res")
         wide, factors = x.to(W_res.dtype), site.factors
@@ -45,4 +43,4 @@ class Residual:
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
         """What ``lowrank`` takes beside the product, which is that of another weight."""
-        return REGISTRY["lowrank"].work(size, training=training)
+        return REGISTRY[ALWAYS].work(size, training=training)

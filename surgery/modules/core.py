@@ -1,17 +1,16 @@
-"""What an adapter is made of: frozen factors, and a trainable core with its coefficient."""
+"""What an adapter is made of: frozen factors, and a trainable core."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from surgery.support.change_detection import watch
-from surgery.variants import Variant
+from passes.ir.torch_internals import function_transforms, script_tracing_state
+from surgery.modules.steering import keeping_precision
 
 
 class Factors(nn.Module):
@@ -48,13 +47,16 @@ class Factors(nn.Module):
 
 
 class Core(nn.Module):
-    """Trainable tensors of a site, named as in the variant's table row, and the runtime knob ``coeff``.
+    """Trainable tensors of a site, named as in the variant's table row, and a lasting factor of its coefficient.
 
-    Both stay in float32 or float64 when the model is cast to a half dtype: they are small, and a half ``g`` would lose
+    They stay in float32 or float64 when the model is cast to a half dtype: they are small, and a half ``g`` would lose
     its small gains.
+
+    Attributes:
+        scale: multiplies the coefficient at this site, before any clamp of the variant; None stands for 1.
     """
 
-    coeff: torch.Tensor
+    scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -70,66 +72,37 @@ class Core(nn.Module):
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
-        self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors, float32 or float64."""
+        for table in (self._parameters, self._buffers):
+            for tensor in table.values():
+                if tensor is not None:
+                    return tensor.dtype
+        return next(self.parameters()).dtype  # parametrised
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            out = fn(tensor)
-            half = out.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != out.dtype
-            return tensor.to(device=out.device) if half else out
-
-        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and frozen tensors by name: all that the variant's core is, without the knob."""
-        buffers = {name: buffer for name, buffer in self.named_buffers() if name != "coeff"}
+        """Parameters and frozen tensors by name: all that the variant's core is."""
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name != "scale"}
         return dict(self.named_parameters()) | buffers
 
-    def state(self) -> tuple[torch.Tensor, ...]:
-        """Parameters, frozen tensors and the knob: all that the adapter's term depends on beside the factors."""
-        if self._modules:  # parametrised
-            return (*self.parameters(), *self.buffers())
-        return (*self._parameters.values(), *self._buffers.values())  # type: ignore[arg-type]  # none is None
-
     def trains(self) -> bool:
-        """Whether this forward is one that the core's gradient will be taken of."""
+        """Whether autograd records this forward, and the core requires a gradient."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def plain(self) -> bool:
         """Whether the core's own parameters are what is computed with, and nothing records the operations."""
-        if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        if script_tracing_state() is not None or function_transforms() is not None:
             return False
         for p in self._parameters.values():  # a loop, as in each forward a generator costs as much as what it asks
             if type(p) is not nn.Parameter:
                 return False
         return get_proxy_mode() is None
-
-    def prepared(self, variant: Variant) -> Any:
-        """The core, with what the variant prepares from it where no gradient is wanted.
-
-        It is kept until the values of the core change. On the CPU they are compared, since ``.data`` may be written
-        unnoticed; on an accelerator, where that would synchronise, the tensors' version counters are, and
-        ``surgery.refresh`` and ``eval()`` are for such writes.
-        """
-        if type(variant).prepare is Variant.prepare or torch.is_grad_enabled():
-            return self
-        tensors = list(self.parameters())
-        if torch.compiler.is_compiling() or not self.plain():
-            return self  # what traces must see the computation
-        kept = vars(self).get("_prepared")
-        if kept is None or not all(same(p) for p, same in zip(tensors, kept[0], strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                made = variant.prepare(self)  # type: ignore[arg-type]
-                kept = [watch(p, by_value=True) for p in tensors], SimpleNamespace(**self.tensors(), **made)
-            vars(self)["_prepared"] = kept
-        return kept[1]
-
-    def forget(self) -> None:
-        """Drop what was prepared."""
-        vars(self).pop("_prepared", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_prepared"}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.tensors().items())

@@ -1,4 +1,4 @@
-"""Make what a site is operated on with: its factors, from its weight and from calibration, and its initial core."""
+"""The factors of every site, from its weight and from calibration, and its initial core."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.errors import InputError, WeightError
+from passes.errors import InputError
+from surgery.errors import WeightError
 from surgery.factors.statistic import Statistic
 from surgery.factors.statistics_file import Statistics
 from surgery.factors.svd import Factorisation
+from surgery.hosting.attach import AdapterPlan
 from surgery.hosting.checks import check_factors
-from surgery.hosting.hosts import Graft
-from surgery.modules.adapter import matrices_of
+from surgery.modules.base_weights import BaseWeight, base_weight_in
 from surgery.modules.core import Core, Factors
 from surgery.support.determinism import side_by_side
 from surgery.support.progress_bar import track
 from surgery.variants import Variant
 
-MEMORY, BYTES = 2**32, 40  # for factorisations at a time; what one of them takes for each entry of its weight
+MEMORY, BYTES = 2**32, 40  # of all factorisations at a time; of one of them for each entry of its weight
 Wanted = tuple[Site, Variant, int, str]
 """A site, its variant, its rank, and how it is hosted."""
+Note = dict[str, str | float | None]
+"""What is remembered of a factorisation: its method and what was measured, the seed, the tokens of calibration."""
 
 
 def make_grafts(
     model: nn.Module, wanted: list[Wanted], statistics: Statistics | None, seed: int, *, progress: bool = False
-) -> tuple[list[Graft], dict[str, dict[str, Any]]]:
+) -> tuple[list[AdapterPlan], dict[str, Note]]:
     """Factorise the weights of sites and make their cores; nothing of the model is touched.
 
     Returns:
@@ -42,8 +44,11 @@ def make_grafts(
         WeightError: singular values or factors overflow their dtype.
     """
     known = {site.key: _statistic(model, site, config, r, statistics) for site, config, r, _ in wanted}
+    bases = {site.key: base_weight_in(model, site) for site, *_ in wanted}
     jobs = (
-        (config, matrix, r, known[site.key], seed) for site, config, r, _ in wanted for matrix in _matrices(model, site)
+        (config, matrix, r, known[site.key], seed)
+        for site, config, r, _ in wanted
+        for matrix in _each(bases[site.key].matrix().detach())
     )
     grafts, notes = [], {}
     with contextlib.closing(side_by_side(_factorised, jobs, _workers(model, wanted))) as found:
@@ -52,9 +57,9 @@ def make_grafts(
                 parts = [next(found) for _ in range(site.stack or 1)]
             except (InputError, WeightError) as error:
                 raise type(error)(f"site {site.key!r}: {error}") from error
-            factors, core, note = _made(site.weight_of(model), site, config, r, parts, seed)
+            factors, core, note = _made(bases[site.key], site, config, r, parts, seed)
             notes[site.key] = note | {"seed": seed, "tokens": tokens.tokens if (tokens := known[site.key]) else None}
-            grafts.append(Graft(site, host, config, factors, core))
+            grafts.append(AdapterPlan(site, host, config, factors, core))
     return grafts, notes
 
 
@@ -71,7 +76,8 @@ def _statistic(
 ) -> Statistic | None:
     if statistics is None or site.stack is not None:
         return None
-    statistic = statistics.of(model, site, config.statistic)
+    base = base_weight_in(model, site)
+    statistic = statistics.of(site, config.statistic, base.fingerprint(), base.device)
     if statistic.kind != "contrast" and statistic.tokens < r:
         raise InputError(
             f"site {site.key!r}: calibration showed it {statistic.tokens} tokens, fewer than its rank {r}; "
@@ -80,13 +86,9 @@ def _statistic(
     return statistic
 
 
-def _matrices(model: nn.Module, site: Site) -> Iterator[torch.Tensor]:
-    """The matrix (d_out, d_in) of a site, or every one of its stack."""
-    weight = site.weight_of(model).detach()
-    if site.stack is None:
-        yield matrices_of(weight, site.layout, (site.d_out, site.d_in))
-    else:
-        yield from matrices_of(weight, site.layout, (site.stack, site.d_out, site.d_in))
+def _each(matrices: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A matrix, or every one of a stack."""
+    yield from (matrices,) if matrices.dim() == 2 else matrices
 
 
 def _factorised(job: tuple[Variant, torch.Tensor, int, Statistic | None, int]) -> Factorisation:
@@ -96,39 +98,33 @@ def _factorised(job: tuple[Variant, torch.Tensor, int, Statistic | None, int]) -
 
 
 def _made(
-    weight: torch.Tensor, site: Site, config: Variant, r: int, parts: list[Factorisation], seed: int
-) -> tuple[Factors, Core, dict[str, Any]]:
-    """Factors in the dtype that is kept, the initial core, and what is noted of the factorisation."""
+    base: BaseWeight, site: Site, config: Variant, r: int, parts: list[Factorisation], seed: int
+) -> tuple[Factors, Core, Note]:
+    """Factors in the dtype that is stored, the initial core, and what is noted of the factorisation."""
     with torch.inference_mode(False), torch.no_grad():  # cores made in inference mode could never be trained
         found = parts[0] if site.stack is None else _stacked(parts)
-        dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else weight.dtype
-        factors = as_factors(found, dtype, weight.device)
+        dtype = getattr(torch, config.factors_dtype) if config.factors_dtype else base.dtype
+        factors = as_factors(found, dtype, base.device)
         check_factors(site, factors)
-        core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        tensors = initial_core(config, site.key, r, seed, site.stack) | found.core
-        core = Core(tensors, core_dtype, weight.device, config.frozen)
-    note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
+        core_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        given = {name: tensor for name, tensor in found.core.items() if name in config.frozen}
+        tensors = initial_core(config, site.key, r, seed, site.stack) | given
+        core = Core(tensors, core_dtype, base.device, config.frozen)
+    note: Note = {"method": found.method, "error": found.error, "residual": found.residual, "energy": found.energy}
     return factors, core, note
 
 
 def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch.device) -> Factors:
-    """The factors of a site as they are kept."""
+    """The factors of a site as they are stored."""
     # a size of one may have any stride, by which kernels are chosen: a reload would then have other bits
     return Factors(*(torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for t in (found.U, found.S, found.Vh)))
 
 
 def factorised(
-    config: Variant,
-    weight: torch.Tensor,
-    layout: str,
-    shape: tuple[int, ...],
-    r: int,
-    statistic: Statistic | None,
-    seed: int,
+    config: Variant, matrices: torch.Tensor, r: int, statistic: Statistic | None, seed: int
 ) -> Factorisation:
-    """Factorise the weight of one site, with the bits that :func:`make_grafts` gives it."""
-    matrices = matrices_of(weight, layout, shape)
-    if len(shape) == 2:
+    """Factorise the matrix of one site, or its stack of them, with the bits that :func:`make_grafts` gives it."""
+    if matrices.dim() == 2:
         return _factorised((config, matrices, r, statistic, seed))
     return _stacked([_factorised((config, matrix, r, None, seed)) for matrix in matrices])
 

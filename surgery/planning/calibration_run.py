@@ -20,21 +20,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_iter, tree_map_only
 
 from passes.analysis.linear_sites import Site
 from passes.capture.activations import observed
 from passes.capture.capture import forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.torch_internals import tree_iter, tree_map_only
 from surgery.factors.padding import Tokens
 from surgery.factors.statistic import Statistic
 from surgery.factors.statistics_file import Statistics
 from surgery.factors.svd import factorise
-from surgery.hosting.hosts import operated_sites
-from surgery.modules.adapter import matrices_of
+from surgery.hosting.state import state_of
+from surgery.modules.base_weights import base_weight_in
 from surgery.support.determinism import one_thread
-from surgery.support.fingerprint import fingerprint
 from surgery.support.progress_bar import track
 
 SMALL = 2**26  # parameters of a model that always runs in one thread
@@ -148,22 +147,27 @@ def collect(
     run.finish(watched)
     for statistic in statistics.values():
         statistic.weight = None
-    prints = {site.key: fingerprint(site.weight_of(model)) for site in sites}
+    prints = {site.key: base_weight_in(model, site).fingerprint() for site in sites}
     return Statistics(statistics, prints, run.pool)
 
 
 @contextlib.contextmanager
 def _at_identity(model: nn.Module) -> Iterator[None]:
     """Let a model whose other sites are operated on compute what it did before: coeff 0 is an exact identity."""
-    cores = [site.core for site in operated_sites(model).values()]
-    before = [core.coeff for core in cores]
+    state = state_of(model)
+    if state is None:
+        yield
+        return
+    steering, buffers = state.steering, dict(state.steering._buffers)
+    coefficient, state.coefficient = state.coefficient, None
+    steering._buffers["coeff"] = steering.coeff.new_zeros(())
+    steering.refresh_copies()
     try:
-        for core in cores:
-            core.coeff = torch.zeros((), dtype=core.coeff.dtype, device=core.coeff.device)
         yield
     finally:
-        for core, coeff in zip(cores, before, strict=True):
-            core.coeff = coeff
+        state.coefficient = coefficient
+        steering._buffers.update(buffers)
+        steering.refresh_copies()
 
 
 def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, str]) -> dict[str, Statistic]:
@@ -180,8 +184,7 @@ def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, str]) ->
             found |= dict.fromkeys((site.key for site in members), Statistic(kind, "input", d_in))
             continue
         for site in members:
-            weight = site.weight_of(model).detach()
-            weight = matrices_of(weight, site.layout, (site.d_out, site.d_in))
+            weight = base_weight_in(model, site).matrix().detach()
             if kind == "absolute":
                 full = factorise(weight, min(weight.shape), "exact")
                 weight = (full.S[:, None] * full.Vh).to(torch.promote_types(weight.dtype, torch.float32))

@@ -14,10 +14,12 @@ from torch import nn
 from passes.capture.capture import default_inputs, forward_call
 from passes.errors import InputError
 from passes.ir.forward_context import copied, inference_mode_of, state_kept
-from surgery.hosting.hosts import host_of, operated_sites
+from surgery.hosting.called_module import ATTRIBUTE, Called
+from surgery.hosting.state import adapters_of
+from surgery.hosting.subclasses import without
 from surgery.lowerings import REGISTRY, Schedule
 from surgery.lowerings._cost_model import candidates
-from surgery.modules.adapter import SSpaceLinear
+from surgery.modules.adapter import Adapter
 from surgery.support.progress_bar import track
 
 SHARES = (1, 4, 16, 64)  # of the tokens of the inputs; and a single one
@@ -37,8 +39,8 @@ def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = Fa
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if example_inputs is None:
         raise InputError("lowering='measure' needs example_inputs to time the lowerings on")
-    sites = {key: site for key, site in operated_sites(model).items() if host_of(site) == "module"}
-    kinds: dict[Any, list[tuple[SSpaceLinear, torch.Tensor]]] = {}
+    sites = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    kinds: dict[Any, list[tuple[Adapter, torch.Tensor]]] = {}
     for site, x in _inputs(model, list(sites.values()), forward_call(example_inputs)):
         shape = (tuple(site.weight.shape), tuple(site.factors.U.shape), x.shape, x.dtype, x.device)
         kinds.setdefault((shape, site.variant, site.layout, site.bias is None), []).append((site, x))
@@ -48,16 +50,16 @@ def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = Fa
             site.lowering, site.schedule = "measure", schedule
 
 
-def _inputs(model: nn.Module, sites: list[SSpaceLinear], call: Any) -> list[tuple[SSpaceLinear, torch.Tensor]]:
+def _inputs(model: nn.Module, sites: list[Adapter], call: Any) -> list[tuple[Adapter, torch.Tensor]]:
     """One input of each site that a forward reaches."""
-    found: dict[int, tuple[SSpaceLinear, torch.Tensor]] = {}
+    found: dict[int, tuple[Adapter, torch.Tensor]] = {}
 
-    def see(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(site, SSpaceLinear)
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        adapter: Adapter = module._modules[ATTRIBUTE]  # type: ignore[assignment]
         x = args[0] if args else next(iter(kwargs.values()))
-        found.setdefault(id(site), (site, x.detach()))
+        found.setdefault(id(adapter), (adapter, x.detach()))
 
-    handles = [site.register_forward_pre_hook(see, with_kwargs=True) for site in sites]
+    handles = [site.host.owner.register_forward_pre_hook(see, with_kwargs=True) for site in sites]
     try:
         with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             args, kwargs = copied(call)
@@ -68,7 +70,7 @@ def _inputs(model: nn.Module, sites: list[SSpaceLinear], call: Any) -> list[tupl
     return list(found.values())
 
 
-def _timed(site: SSpaceLinear, x: torch.Tensor) -> Schedule:
+def _timed(site: Adapter, x: torch.Tensor) -> Schedule:
     x = x.reshape(-1, x.shape[-1])
     counts = sorted({1} | {max(1, len(x) // share) for share in SHARES})
     names = candidates(site)
@@ -76,7 +78,7 @@ def _timed(site: SSpaceLinear, x: torch.Tensor) -> Schedule:
     return Schedule(*(_steps(site, x, counts, n, training=t) for n in (names, steering) for t in (False, True)))
 
 
-def _steps(site: SSpaceLinear, x: torch.Tensor, counts: list[int], names: tuple[str, ...], *, training: bool) -> Steps:
+def _steps(site: Adapter, x: torch.Tensor, counts: list[int], names: tuple[str, ...], *, training: bool) -> Steps:
     fastest = [(n, _fastest(site, x[:n], names, training=training)) for n in counts]
     steps: list[tuple[int, str]] = [(0, fastest[0][1])]
     for (before, old), (after, new) in pairwise(fastest):
@@ -85,7 +87,7 @@ def _steps(site: SSpaceLinear, x: torch.Tensor, counts: list[int], names: tuple[
     return tuple(steps)
 
 
-def _fastest(site: SSpaceLinear, x: torch.Tensor, names: tuple[str, ...], *, training: bool) -> str:
+def _fastest(site: Adapter, x: torch.Tensor, names: tuple[str, ...], *, training: bool) -> str:
     """The lowering with the least median time, the contenders taking turns."""
     runs = {name: _run(site, x, name, training=training) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -99,12 +101,14 @@ def _fastest(site: SSpaceLinear, x: torch.Tensor, names: tuple[str, ...], *, tra
     return min(names, key=lambda name: statistics.median(times[name]))
 
 
-def _run(site: SSpaceLinear, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
+def _run(site: Adapter, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
     x = x.clone().requires_grad_(training)  # a clone: a tensor of inference mode could not be trained on
+    owner: Any = site.host.owner
+    cls = without(type(owner), Called)
     cores = list(site.core.parameters())
 
     def run() -> None:
-        y = REGISTRY[name].run(site, x, (x,), {})
+        y = REGISTRY[name].run(site, x, lambda: cls.forward(owner, x))
         if training:
             torch.autograd.grad(y, [x, *cores], y.detach(), allow_unused=True)
 

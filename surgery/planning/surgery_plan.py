@@ -11,10 +11,12 @@ from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products, inspect_model
-from passes.errors import VariantError
+from surgery.errors import VariantError
+from surgery.hosting.attach import check_not_operated
 from surgery.hosting.checks import check_loaded, check_weight
+from surgery.hosting.choose import choose_host, is_product
 from surgery.hosting.graph_surgery import original_graph
-from surgery.hosting.hosts import check_not_operated, choose_host, require_bases
+from surgery.hosting.state import require_bases, state_of
 from surgery.planning.target_selection import GROUPS, Patterns, select_sites, site_ranks
 from surgery.variants import Variant
 
@@ -42,8 +44,8 @@ class Plan:
 
 def known_inspection(model: nn.Module) -> Inspection | None:
     """The inspection of a model that is already operated on, since its graph no longer shows the plain products."""
-    record = vars(model).get("_surgery")
-    return record.inspection if record else None
+    state = state_of(model)
+    return state.inspection if state else None
 
 
 def make_plan(
@@ -63,7 +65,7 @@ def make_plan(
     """
     check_loaded(model)
     require_bases(model)
-    inspection = known_inspection(model) or inspect_model(model, example_inputs)
+    inspection = known_inspection(model) or inspect_model(model, example_inputs, is_product)
     chosen = select_sites(
         model,
         inspection,

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from passes.analysis.linear_sites import Site, parts
 from passes.capture.inspect_model import Inspection
-from passes.errors import CaptureError, RankError, TargetError, WeightError
+from passes.errors import CaptureError
+from surgery.errors import RankError, TargetError, WeightError
 from surgery.variants import Variant
 
 Patterns = str | Sequence[str]
@@ -94,15 +95,15 @@ def select_sites(
     _check_patterns("exclude_modules", "" if exclude_modules is None else exclude_modules)
     layers = _layers(layers_to_transform)
     known = {site.key: site for site in inspection.sites}
+    if isinstance(model, fx.GraphModule) and not list(model.parameters()):
+        raise TargetError(
+            "this graph has no parameters: they are among its inputs, as in a graph that torch.compile gives to a "
+            "backend; capture the model with torch.export or torch._dynamo.export"
+        )
     if not known:
         if quantised := _quantised(model):
             raise WeightError(
                 f"{quantised} is quantised; supported are float16, bfloat16, float32 and float64 parameters"
-            )
-        if isinstance(model, fx.GraphModule) and not list(model.parameters()):
-            raise TargetError(
-                "this graph has no parameters: they are among its inputs, as in a graph that torch.compile gives to a "
-                "backend; capture the model with torch.export or torch._dynamo.export"
             )
         reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
         raise TargetError(

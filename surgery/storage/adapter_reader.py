@@ -1,4 +1,4 @@
-"""Read an adapter directory and check all of it against a model, before anything is touched."""
+"""Read an adapter directory, and check all of it against a model before the model is touched."""
 
 from __future__ import annotations
 
@@ -10,170 +10,109 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.analysis.linear_sites import Site, part_of
+from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import graph_products
-from passes.errors import AdapterError, SurgeryError
-from passes.ir.parameter_names import original_names
-from surgery.hosting.checks import check_plain
+from surgery.errors import AdapterError, WeightError
+from surgery.hosting.attach import AdapterPlan
+from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
-from surgery.hosting.hosts import Graft, is_module_host, operated_sites
-from surgery.modules.adapter import SSpaceLinear
-from surgery.modules.graph_host_module import SSpaceNode
-from surgery.storage.format_migration import migrate
-from surgery.storage.site_entry import check_entry, check_key, overlap, read_parts, rows_of, variant_of
-from surgery.storage.tensor_file import CONFIG, TENSORS, settled
+from surgery.hosting.state import adapters_of, module_paths, parameter_names
+from surgery.storage.adapter_file import open_adapter
+from surgery.storage.format_migration import Config
+from surgery.storage.saved_names import SavedNames
+from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.support.progress_bar import track
-from surgery.support.untrusted_files import read_json
-from surgery.variants import Variant, resolve_variant
-
-FORMAT = "sspace-adapter"
-STORED = ("exact", "recompute")
 
 
-def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[Graft], dict[str, Any]]:
-    """Read an adapter into grafts that fit the model.
+def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[AdapterPlan], dict[str, Any]]:
+    """Read an adapter into the adapter states of a model's sites.
 
     Args:
-        progress: show a progress bar where factors are made anew.
+        progress: show a progress bar where factors are recomputed.
 
     Returns:
-        The grafts, and what is noted of each site's factorisation.
+        The adapter states, and the record of each site's factorisation.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    present = operated_sites(model)
+    present = adapters_of(model)
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     paths = module_paths(model)
     for site in present.values():  # a hosted weight is named as it was before surgery
-        parameters[parameter_names(paths, site)[0]] = site.parameter
+        parameters[parameter_names(paths, site)[0]] = site.host.parameter()
     products: Collection[str] = ()
-    flat = {original: name for name, original in original_names(model).items()}
+    names_of = SavedNames(model, parameters)
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
-        default = variant_of(config)
         expected: set[str] = set()
-        grafts: list[Graft] = []
+        grafts: list[AdapterPlan] = []
+        notes: dict[str, Any] = {}
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
-        for key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
-            if isinstance(entry, dict):  # a Dynamo graph has flat names
-                entry = entry | {name: flat.get(str(entry.get(name)), entry.get(name)) for name in ("weight", "bias")}
-            stored = config["factors"]
-            graft, names = _read_site(model, path, key, entry, default, products, parameters, tensors, stored)
+        for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
+            entry, key = _named_as_in(names_of, saved_key, entry)
+            where = f"{str(path)!r}: site {saved_key!r}"
+            graft, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
             others = of_weight.setdefault(graft.site.weight, [])
             if any(overlap(graft.site, other) for other in others):
-                raise AdapterError(f"{str(path)!r}: site {key!r} has the weight {graft.site.weight!r} of another site")
+                raise AdapterError(f"{where} has the weight {graft.site.weight!r} of another site")
             grafts.append(graft)
             others.append(graft.site)
             expected |= names
+            notes[key] = {"seed": entry["seed"]}
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
-    return grafts, {key: {"seed": entry["seed"]} for key, entry in config["sites"].items()}
+    return grafts, notes
+
+
+def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
+    """What a file says of a site, with the names that its parameters have in the model, and its key there."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("weight"), str):
+        return entry, key
+    named = {name: names.in_model(entry[name]) for name in ("weight", "bias") if isinstance(entry.get(name), str)}
+    return entry | named, names.key_in_model(key, entry["weight"])
 
 
 @contextlib.contextmanager
-def opened_adapter(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+def opened_adapter(path: Path) -> Iterator[tuple[Config, Any]]:
     """Open an adapter directory without a model: its configuration, and its tensors by name.
 
     Raises:
         AdapterError: the directory is missing or damaged.
     """
-    with settled(path, read_config) as (config, file), file.opened() as tensors:
-        yield config, tensors
-
-
-def module_paths(model: nn.Module) -> dict[int, str]:
-    """The path of every module by its identity."""
-    return {id(module): path for path, module in model.named_modules()}
-
-
-def parameter_names(paths: Mapping[int, str], site: SSpaceLinear) -> tuple[str, str | None]:
-    """Names that the weight and bias of a site have, or had before surgery, in the model of these paths."""
-    if isinstance(site, SSpaceNode):
-        return site.weight_name, site.bias_name
-    host: nn.Module = getattr(site, "owner", (site,))[0]
-    path = paths[id(host)]
-    weight = getattr(site, "weight_name", "weight")
-    bias = getattr(site, "bias_name", "bias" if site.bias is not None else None)
-    join = (lambda name: f"{path}.{name}") if path else (lambda name: name)
-    return join(weight), join(bias) if bias else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read and check the configuration of an adapter.
-
-    Raises:
-        AdapterError: it is missing, damaged, or of another format.
-    """
-    if not path.is_dir():
-        raise AdapterError(f"{str(path)!r} is not a directory; expected an adapter with {CONFIG} and {TENSORS}")
-    file = path / CONFIG
-    try:
-        config = read_json(file)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"cannot read {str(file)!r}: {type(error).__name__}: {error}") from error
-    if isinstance(config, dict) and "peft_type" in config:
-        raise AdapterError(
-            f"{str(path)!r} is a PEFT adapter; load it with peft. load_adapter reads its own format only"
-        )
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise AdapterError(f"{str(file)!r} is no {FORMAT} configuration")
-    config = migrate(repr(str(file)), config)
-    kinds = {"variant": str, "hyperparameters": dict, "sites": dict, "tensors_sha256": str}
-    for name, kind in kinds.items():
-        if not isinstance(config.get(name), kind):
-            raise AdapterError(f"{str(file)!r}: {name!r} must be a {kind.__name__}, found {config.get(name)!r:.80}")
-    if not config["sites"]:
-        raise AdapterError(f"{str(file)!r} names no site")
-    if config.get("factors") not in STORED:
-        raise AdapterError(
-            f"{str(file)!r}: factors must be 'exact' or 'recompute', found {config.get('factors')!r:.80}"
-        )
-    resolve_known(config["variant"])
-    for key, entry in config["sites"].items():
-        check_key(f"{str(file)!r}: site {key!r}", key, entry)
-    return config
-
-
-def resolve_known(name: str) -> None:
-    """Refuse an adapter of an unknown variant.
-
-    Raises:
-        AdapterError: with the known ones.
-    """
-    try:
-        resolve_variant(name)
-    except SurgeryError as error:
-        raise AdapterError(f"cannot load the adapter: {error}") from error
+    with open_adapter(path) as file, file.opened() as tensors:
+        yield file.config, tensors
 
 
 def _read_site(
     model: nn.Module,
-    path: Path,
-    key: str,
+    where: str,
+    keys: tuple[str, str],
     entry: Any,
-    default: Variant,
+    config: Config,
     products: Collection[str],
-    parameters: dict[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
     tensors: Any,
-    stored: str,
-) -> tuple[Graft, set[str]]:
-    where = f"{str(path)!r}: site {key!r}"
+) -> tuple[AdapterPlan, set[str]]:
+    """The adapter state of a site, whose key in the model and in the file are given, and the names of its tensors."""
     check_entry(where, entry, parameters)
+    key, saved_key = keys
     host = "graph" if key in products else entry["host"]
     owner = model.get_submodule(entry["weight"].rpartition(".")[0])
-    base = getattr(owner, "base_class", type(owner))
     if host == "module" and "forward" in vars(owner):  # accelerate's hooks call the forward that was there
         host = "weight"
-    if host == "module" and not is_module_host(base, entry["layout"]):
-        raise AdapterError(f"{where}: {base.__name__} is no linear module of layout {entry['layout']!r}")
-    check_plain(key, parameters[entry["weight"]])
-    rows = rows_of(where, entry, parameters[entry["weight"]])
-    weight = part_of(parameters[entry["weight"]], rows)
-    variant, factors, core, names = read_parts(where, key, entry, default, weight, tensors, host=host, stored=stored)
+    base = base_of(where, key, parameters[entry["weight"]], entry, host)
+    if reason := base.why_not_there():
+        raise WeightError(f"site {key!r}: {reason}")
+    if host == "module" and (reason := why_not_called(owner, entry["layout"])) is not None:
+        raise AdapterError(f"{where}: {type(owner).__name__} cannot host it as a called module: {reason}")
+    default, stored = variant_of(config), config["factors"]
+    parts = read_parts(where, saved_key, entry, default, base, tensors, host=host, stored=stored)
+    variant, factors, core, names = parts
+    core.scale = scale_of(where, entry, core)
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
-    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=rows)
-    return Graft(site, host, variant, factors, core), names
+    site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
+    return AdapterPlan(site, host, variant, factors, core), names

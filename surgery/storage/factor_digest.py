@@ -1,4 +1,4 @@
-"""Factors that are not stored but made anew from the weight, and the digest that tells whether they are the same.
+"""Recompute factors from the base weight at load time, and verify them by a digest.
 
 A core means nothing in another basis, and its entries belong to single directions, so that every direction has to come
 out the same, and not just the subspace. With fixed random ``a_j``, ``b_j``, ``c_j`` (uniform, of mean 0 and variance 1)
@@ -13,12 +13,16 @@ find the same directions, and where they coincide, no two need agree.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 from surgery.factors.svd import Factorisation
+from surgery.modules.base_weights import BaseWeight
 from surgery.modules.core import Factors
 from surgery.planning.adapter_init import as_factors, factorised
+from surgery.support.fingerprint import DTYPES
 from surgery.variants import Variant
 
 SUMS = 4
@@ -26,12 +30,12 @@ TOLERANCE = 1e-4  # of a digest's numbers, which are of the order of 1; and of t
 
 
 def recompute(
-    where: str, config: Variant, weight: torch.Tensor, layout: str, shape: tuple[int, ...], r: int, seed: int
+    where: str, config: Variant, matrices: torch.Tensor, r: int, seed: int
 ) -> tuple[Factorisation, torch.Tensor]:
     """Factorise a weight as surgery without calibration does.
 
     Args:
-        shape: (d_out, d_in), or (stack, d_out, d_in).
+        matrices: (d_out, d_in), or (stack, d_out, d_in).
 
     Returns:
         The factors in float64, and their digest (3, 4), of a stack (stack, 3, 4).
@@ -42,8 +46,32 @@ def recompute(
     if config.needs_calibration or config.frozen:
         raise AdapterError(f"{where}: {config.name} chooses its factors by data, so that they have to be stored")
     with torch.inference_mode(False), torch.no_grad():
-        found = factorised(config, weight.detach(), layout, shape, r, None, seed)
-        return found, digest(found)
+        factors = factorised(config, matrices.detach(), r, None, seed)
+        return factors, digest(factors)
+
+
+def recompute_stored(
+    where: str, entry: dict[str, Any], variant: Variant, base: BaseWeight, stored: torch.Tensor
+) -> Factorisation:
+    """Recompute the factors of a site in a file, and check them by the digest that is stored there.
+
+    Args:
+        entry: what the configuration says of the site.
+        stored: the digest.
+
+    Raises:
+        AdapterError: the weight was rounded to a narrower dtype, or the factors are others.
+    """
+    dtype = base.dtype_name
+    if dtype in entry["casts"]:
+        raise AdapterError(
+            f"{where}: factors of a {entry['dtype']} weight cannot be recomputed from it in {dtype}; load "
+            f"the adapter on the model in {entry['dtype']}, and cast that"
+        )
+    wide = base.matrix().to(DTYPES[entry["dtype"]])
+    factors, computed = recompute(where, variant, wide, entry["r"], entry["seed"])
+    _check_digest(where, computed, stored)
+    return factors
 
 
 def digest(factors: Factorisation | Factors) -> torch.Tensor:
@@ -66,13 +94,13 @@ def _uniform(n: int, generator: torch.Generator) -> torch.Tensor:
     return (torch.rand(SUMS, n, generator=generator, dtype=torch.float64) - 0.5) * 12**0.5
 
 
-def check_recomputed(where: str, found: torch.Tensor, stored: torch.Tensor) -> None:
-    """Compare the digest of factors that were made anew with the stored one.
+def _check_digest(where: str, computed: torch.Tensor, stored: torch.Tensor) -> None:
+    """Compare the digest of recomputed factors with the stored one.
 
     Raises:
         AdapterError: the factors are others.
     """
-    apart = float((found - stored).abs().max())
+    apart = float((computed - stored).abs().max())
     if not apart <= TOLERANCE:
         raise AdapterError(
             f"{where}: the factors that come of its weight here are not those that the adapter was trained in "
@@ -81,15 +109,15 @@ def check_recomputed(where: str, found: torch.Tensor, stored: torch.Tensor) -> N
         )
 
 
-def check_follows(where: str, found: Factorisation, factors: Factors) -> None:
+def check_follows(where: str, recomputed: Factorisation, factors: Factors) -> None:
     """Check that the factors of a site are those that its weight gives.
 
     Raises:
         AdapterError: they are not: they were chosen by calibration, or cast.
     """
-    made = as_factors(found, factors.S.dtype, factors.S.device)
+    expected = as_factors(recomputed, factors.S.dtype, factors.S.device)
     for name in ("U", "S", "Vh"):
-        one, other = (getattr(f, name).to(torch.float64) for f in (made, factors))
+        one, other = (getattr(f, name).to(torch.float64) for f in (expected, factors))
         apart = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other).clamp(min=1e-300))
         if not apart <= TOLERANCE:
             raise AdapterError(

@@ -1,10 +1,14 @@
-"""Configurations of adapters that older versions of this package wrote, brought to the present format.
+"""Bring the configurations of adapters that older versions of this package wrote to the present format.
 
 ======= ==========================================================================================================
 1       every adapter stores its factors
-2       ``factors`` may be "recompute"; of every site the ``seed`` of its factors, and ``casts``, the fingerprints of
+2       ``factors`` may be "recompute"; each site has the ``seed`` of its factors, and ``casts``, the fingerprints of
         its base weight in dtypes that hold less
+3       the configuration is in the header of the tensor file; ``sha256``, the digest of that file, takes the place of
+        ``tensors_sha256``; ``base_model_name_or_path`` names the base model, or is null
 ======= ==========================================================================================================
+
+A migrated adapter is written in the present format when it is saved.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 
-VERSION = 2
+VERSION = 3
+SEPARATE = (1, 2)  # versions whose configuration is a file beside the tensors
 Config = dict[str, Any]
 
 
@@ -22,7 +27,7 @@ def migrate(where: str, config: Config) -> Config:
     """A configuration in the present format.
 
     Raises:
-        AdapterError: it is of a version that is newer, or of none.
+        AdapterError: its version is newer than this package, or no version at all.
     """
     version = config.get("format_version")
     while type(version) is int and version in STEPS:
@@ -36,10 +41,14 @@ def migrate(where: str, config: Config) -> Config:
 
 def _from_1(config: Config) -> Config:
     if config.get("factors") != "exact" or not isinstance(config.get("sites"), dict):
-        return config  # which is refused
+        return config  # the reader refuses it
     added = {"seed": 0, "casts": {}}
     entries = config["sites"].items()
     return {**config, "sites": {k: {**added, **entry} if isinstance(entry, dict) else entry for k, entry in entries}}
 
 
-STEPS: dict[int, Callable[[Config], Config]] = {1: _from_1}
+def _from_2(config: Config) -> Config:
+    return {**config, "sha256": config.get("tensors_sha256"), "base_model_name_or_path": None}
+
+
+STEPS: dict[int, Callable[[Config], Config]] = {1: _from_1, 2: _from_2}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from passes.errors import AdapterError
-from surgery.storage.adapter_reader import opened_adapter
-from surgery.storage.tensor_file import CONFIG, TENSORS
+from surgery.errors import AdapterError
+from surgery.storage.adapter_file import CONFIG, TENSORS, open_adapter
+from surgery.storage.model_card import CARD
 from surgery.support.hf_config import first_line
-from surgery.support.untrusted_files import open_regular, path_of
+from surgery.support.untrusted_files import path_of
 
 FILES = [CONFIG, TENSORS]
 
@@ -28,7 +27,7 @@ def push_adapter(
 ) -> str:
     """Send an adapter directory to a repository of the Hub, which is made if it is not there.
 
-    The two files of the adapter go in one commit, and a README.md if the directory has one; nothing else is sent.
+    The adapter, its mirror, and a README.md if the directory has one, go in one commit; nothing else is sent.
 
     Args:
         path: what ``save_adapter`` wrote; it is checked first.
@@ -51,7 +50,7 @@ def push_adapter(
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        patterns = [*FILES, "README.md"]
+        patterns = [*FILES, CARD]
         done = api.upload_folder(
             repo_id=repo_id, folder_path=path, allow_patterns=patterns, commit_message=message, revision=revision
         )
@@ -94,16 +93,17 @@ def pull_adapter(
             place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=".pull.") as temporary:
             staging = None if target is None else Path(temporary) / "adapter"
-            found = Path(
+            fetched = Path(
                 snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FILES, local_dir=staging)
             )
-            check_adapter(found)
+            check_adapter(fetched)
             if target is None or staging is None:
-                return found
+                return fetched
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # what the download notes for itself
             if target.is_dir():
-                for name in (TENSORS, CONFIG):  # without the latter it is no adapter yet
-                    os.replace(staging / name, target / name)
+                for name in (TENSORS, CONFIG):  # an adapter of format 2 is none before its configuration is there
+                    if (staging / name).exists():
+                        os.replace(staging / name, target / name)
             else:
                 os.rename(staging, target)
             return target
@@ -117,9 +117,8 @@ def check_adapter(path: Path) -> None:
     Raises:
         AdapterError: it is missing or damaged.
     """
-    with opened_adapter(path) as (config, _), open_regular(path / TENSORS) as data:
-        if hashlib.file_digest(data, "sha256").hexdigest() != config["tensors_sha256"]:
-            raise AdapterError(f"{str(path)!r}: replacing this adapter was interrupted; save it again")
+    with open_adapter(path) as file, file.opened():
+        pass
 
 
 def _failures() -> tuple[type[Exception], ...]:

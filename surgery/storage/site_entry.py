@@ -1,4 +1,4 @@
-"""What an adapter's configuration says of one site, read and checked against the base weight."""
+"""Read the adapter of one site from a file, and check it against the base weight that it was made for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 
 from passes.analysis.linear_sites import Site
-from passes.errors import AdapterError, SurgeryError
-from surgery.factors.svd import Factorisation
+from passes.errors import SurgeryError
+from surgery.errors import AdapterError
+from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors
-from surgery.storage.factor_digest import SUMS, check_recomputed, recompute
-from surgery.support.fingerprint import DTYPES, can_be_cast, dtype_name, is_base
+from surgery.storage.factor_digest import SUMS, recompute_stored
+from surgery.support.fingerprint import DTYPES
 from surgery.variants import Variant, variant_from_dict
 
 FACTORS = ("U", "S", "Vh")
@@ -64,26 +65,12 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
         raise AdapterError(f"{where}: unknown dtype {entry['dtype']!r:.40}, or seed {entry['seed']!r:.40}")
 
 
-def check_key(where: str, key: str, entry: Any) -> None:
-    """Check that a site is named after its weight, as every site is.
-
-    Raises:
-        AdapterError: it is not.
-    """
-    weight = entry.get("weight") if isinstance(entry, dict) else None
-    if isinstance(weight, str):
-        owner = weight.removesuffix(".weight")
-        named = (f"{owner}.{part}" for part in "qkv") if entry.get("rows") is not None else (owner,)
-        if key not in named:
-            raise AdapterError(f"{where} has the weight {weight!r}, which is of site {owner!r}")
-
-
 def read_parts(
     where: str,
     key: str,
     entry: dict[str, Any],
     default: Variant,
-    weight: torch.Tensor,
+    base: BaseWeight,
     tensors: Any,
     *,
     host: str,
@@ -96,6 +83,7 @@ def read_parts(
     Args:
         entry: what the configuration says of the site.
         default: the variant of the adapter's first site.
+        base: the base weight, see :func:`base_of`.
         tensors: the opened tensor file.
         stored: what the adapter holds of factors: "exact", or "recompute" for a digest of them.
 
@@ -105,8 +93,8 @@ def read_parts(
     Raises:
         AdapterError: the weight is another one, or a tensor is missing, damaged or does not fit.
     """
-    shape = matrix_shape(where, weight, entry, host)
-    if not is_base(weight, entry):
+    shape = base.matrix_shape
+    if not base.is_that_of(entry):
         raise AdapterError(
             f"{where}: the base weight is not the one that the adapter was made for (fingerprints differ)"
         )
@@ -127,46 +115,26 @@ def read_parts(
     }
     wanted = DTYPES[variant.factors_dtype] if variant.factors_dtype else saved
     if stored == "exact":
-        kept = (wanted, saved)  # a cast of the model casts its factors, and leaves a float64 core as it is
+        dtypes = (wanted, saved)  # a cast of the model casts its factors, and leaves a float64 core as it is
         of_factors = zip(FACTORS, [(*lead, d_out, r), (*lead, r), (*lead, r, d_in)], strict=True)
-        shapes |= {f"factors.{name}": (sizes, kept) for name, sizes in of_factors}
+        shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
     values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
-        factors = Factors(*(values[f"factors.{name}"].to(weight.device) for name in FACTORS))
+        factors = Factors(*(values[f"factors.{name}"].to(base.device) for name in FACTORS))
     else:
-        factors = as_factors(_made_anew(where, entry, variant, weight, shape, values["digest"]), wanted, weight.device)
+        factors = as_factors(recompute_stored(where, entry, variant, base, values["digest"]), wanted, base.device)
     tensors_of_core = {n.removeprefix("core."): v for n, v in values.items() if n.startswith("core.")}
     core_dtype = next((tensor.dtype for tensor in tensors_of_core.values()), core_dtype)
-    if weight.dtype != saved:
-        wanted = DTYPES[variant.factors_dtype] if variant.factors_dtype else weight.dtype
-        factors = as_factors(factors, wanted, weight.device)
-        core_dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else core_dtype
+    if base.dtype != saved:
+        wanted = DTYPES[variant.factors_dtype] if variant.factors_dtype else base.dtype
+        factors = as_factors(factors, wanted, base.device)
+        core_dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else core_dtype
     if not all(torch.isfinite(factor).all() for factor in factors.buffers()):
         raise AdapterError(f"{where}: its factors overflow {wanted}; load it on the model in {entry['dtype']}")
-    core = Core(tensors_of_core, core_dtype, weight.device, variant.frozen)
+    core = Core(tensors_of_core, core_dtype, base.device, variant.frozen)
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
-
-
-def _made_anew(
-    where: str,
-    entry: dict[str, Any],
-    variant: Variant,
-    weight: torch.Tensor,
-    shape: tuple[int, ...],
-    stored: torch.Tensor,
-) -> Factorisation:
-    """Factors that are not stored, checked by their digest."""
-    if dtype_name(weight) in entry["casts"]:
-        raise AdapterError(
-            f"{where}: factors of a {entry['dtype']} weight cannot be made anew of it in {dtype_name(weight)}; load "
-            f"the adapter on the model in {entry['dtype']}, and cast that"
-        )
-    wide = weight.to(DTYPES[entry["dtype"]])
-    found, digest = recompute(where, variant, wide, entry["layout"], shape, entry["r"], entry["seed"])
-    check_recomputed(where, digest, stored)
-    return found
 
 
 def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
@@ -191,30 +159,42 @@ def overlap(one: Site, other: Site) -> bool:
     return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
-def matrix_shape(where: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> tuple[int, ...]:
-    """The shape of a weight as a matrix (d_out, d_in) or, where it is hosted as a weight, as a stack of them."""
-    stored, wanted = tuple(weight.shape), entry["shape"]
+def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> BaseWeight:
+    """The weight that a site in a file is of: a matrix (d_out, d_in) or, where it is read, perhaps a stack of them.
+
+    Args:
+        weight: the parameter of a model, or a tensor of a checkpoint.
+
+    Raises:
+        AdapterError: it has another shape, or a dtype that it cannot be compared in.
+        WeightError: it is of no supported kind.
+    """
+    rows, wanted = rows_of(where, entry, weight), entry["shape"]
+    is_shape = len(wanted) in (2, 3) and all(type(n) is int and n > 0 for n in wanted)
+    base = base_weight_of(key, Held(weight), entry["layout"], tuple(wanted) if is_shape else (1, 1), rows)
+    stored = tuple(weight.shape) if rows is None else (rows[1] - rows[0], *weight.shape[1:])
+    stored = stored if base.holds_entries else tuple(base.shape)
     shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
-    fits = list(shape) == wanted and weight.dim() == 2
-    if host == "weight" and weight.dim() >= 2 and len(wanted) in (2, 3) and (weight.dim(), len(wanted)) != (2, 2):
-        fits = all(type(n) is int and n > 0 for n in wanted) and math.prod(wanted) == weight.numel()
-    if not fits or not can_be_cast(weight, entry):
+    fits = list(shape) == wanted and len(stored) == 2
+    if host == "weight" and len(stored) >= 2 and len(wanted) in (2, 3) and (len(stored), len(wanted)) != (2, 2):
+        fits = is_shape and math.prod(wanted) == math.prod(stored)
+    if not fits or not base.comparable(entry):
         raise AdapterError(
             f"{where}: the adapter is for a weight of shape {wanted} and {entry['dtype']}, "
-            f"the model's is {list(shape)} and {dtype_name(weight)}"
+            f"the model's is {list(shape)} and {str(base.dtype).removeprefix('torch.')}"
         )
-    return tuple(wanted)
+    return base
 
 
 def _tensor(
     where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
     try:
-        found = tuple(tensors.get_slice(name).get_shape())
+        present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:
         raise AdapterError(f"{where}: tensor {name!r} is missing") from error
-    if found != shape:
-        raise AdapterError(f"{where}: tensor {name!r} has shape {found}, expected {shape}")
+    if present != shape:
+        raise AdapterError(f"{where}: tensor {name!r} has shape {present}, expected {shape}")
     tensor: torch.Tensor = tensors.get_tensor(name)
     if tensor.dtype not in dtypes:
         raise AdapterError(f"{where}: tensor {name!r} has dtype {tensor.dtype}, expected {dtypes[0]}")
@@ -222,3 +202,18 @@ def _tensor(
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{where}: tensor {name!r} is not finite")
     return tensor
+
+
+def scale_of(where: str, entry: dict[str, Any], core: Core) -> torch.Tensor | None:
+    """The lasting factor of a site's coefficient, like its core; None where the file has none.
+
+    Raises:
+        AdapterError: it is no finite number.
+    """
+    scale = entry.get("scale")
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise AdapterError(f"{where}: 'scale' must be a finite number, found {scale!r:.40}")
+    device = next((t.device for t in core.tensors().values()), None)
+    return torch.tensor(float(scale), dtype=core.dtype, device=device)

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of adapters: files, determinism, progress."""
+"""Helpers that know nothing of adapters: files, fingerprints, determinism, progress."""

@@ -1,47 +1,37 @@
-"""Folders whose content is put there whole or not at all, by one writer at a time, and tidied of what a kill left.
+"""Write the files of a directory whole or not at all, one writer at a time; what killed writers left is removed.
 
-An adapter that is replaced goes through states of which each is the old adapter or the new one. ``d`` is the digest of
-the tensors that the configuration names; who reads takes whichever of the two files has it
-(``surgery.storage.tensor_file``)::
+Files are prepared in a staging folder and moved into place by ``os.replace``. The first file of a directory is the one
+that counts: a reader of that file alone sees the old one or the new one. The others follow it.
 
-    adapter_model.safetensors    .adapter_model.<d>.safetensors    adapter_config.json    is
-    old                          -                                 old                    the old adapter
-    old                          old                               old                    the old adapter
-    new                          old                               old                    the old adapter
-    new                          old                               new                    the new adapter
-    new                          -                                 new                    the new adapter
+Files get the mode 0666 and folders 0777, less the umask, as ``open`` and ``mkdir`` make them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from surgery.support.untrusted_files import open_regular, read_json
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no locks, and what a kill left cannot be told from what is being written
-    fcntl = None  # type: ignore[assignment]
+from filelock import lock_descriptor, unlock_descriptor
 
 HEX = "[0-9a-f]"
+POLL = 0.01  # seconds between attempts to lock a folder that another process holds
+FOLDERS_OPEN = hasattr(os, "O_DIRECTORY")  # Windows opens none, so that they can be neither locked nor synchronised
+Content = Sequence[bytes | memoryview]
 
 
-def write_directory(path: Path, files: dict[str, bytes]) -> None:
-    """Write an adapter into a directory, whole or not at all; a new directory appears with all of it.
+def write_directory(path: Path, files: Mapping[str, Content]) -> None:
+    """Write files into a directory, all or none; a new directory appears with all of them.
 
-    Writers into one directory wait for each other. What killed ones left is removed.
+    Writers into one directory wait for each other. Other files there are kept.
 
     Args:
-        files: the tensors, and the configuration, which has their digest.
+        files: the content of each file, in parts; the first file is the one that counts.
 
     Raises:
         OSError: nothing is changed.
@@ -53,11 +43,11 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
             _replace(path, files)
 
 
-def _create(path: Path, files: dict[str, bytes]) -> bool:
+def _create(path: Path, files: Mapping[str, Content]) -> bool:
     """Make a new directory; False if another process did so first."""
     with aside(path.parent, path.name) as staging:
-        for name, data in files.items():
-            _write(staging / name, data)
+        for name, content in files.items():
+            _write(staging / name, content)
         sync_folder(staging)
         try:
             os.rename(staging, path)
@@ -73,73 +63,28 @@ def _create(path: Path, files: dict[str, bytes]) -> bool:
     return True
 
 
-def _replace(path: Path, files: dict[str, bytes]) -> None:
-    """Replace the adapter in a directory; the configuration's replacement is what counts."""
-    name, config_name = files
-    tensors, config = path / name, path / config_name
+def _replace(path: Path, files: Mapping[str, Content]) -> None:
+    """Replace files in a directory in the given order; an error puts back the old ones."""
     with locked(path) as held, _folder_in(path, path.name, tidy=held) as staging:
-        for file, data in files.items():
-            _write(staging / file, data)
-        old = kept = None
-        had_config, had_tensors = config.exists(), tensors.exists()
+        for name, content in files.items():
+            _write(staging / name, content)
+        old = {name: _link(path / name, staging / f"{name}.old") for name in files if os.path.lexists(path / name)}
         try:
-            if had_config:
-                old = _link(config, staging / "old")
-            if had_tensors:
-                kept = path / kept_name(name, _digest_in(config) or _digest_of(tensors))
-                if not os.path.lexists(kept):  # left by a kill, it may be the only one
-                    os.replace(_link(tensors, staging / "kept"), kept)
-            os.replace(staging / name, tensors)
-            os.replace(staging / config_name, config)
+            for name in files:
+                os.replace(staging / name, path / name)
             sync_folder(path)
-        except BaseException:  # back in reverse order: the old configuration counts while the kept tensors are there
-            if old is not None and os.path.lexists(old):  # of a link, the copy aside leads nowhere
-                os.replace(old, config)
-            elif not had_config:
-                config.unlink(missing_ok=True)
-            if kept is not None and os.path.lexists(kept):
-                os.replace(kept, tensors)
-                kept.unlink(missing_ok=True)  # of two links to one file, a rename keeps both
-            elif not had_tensors:
-                tensors.unlink(missing_ok=True)
-            raise
-        try:
-            _drop_kept(path, name)
-        except BaseException:  # an interrupt: it is done all the same
-            _drop_kept(path, name)
+        except BaseException:
+            for name in reversed(list(files)):
+                if name in old:
+                    os.replace(old[name], path / name)
+                elif not os.path.lexists(staging / name):  # it was moved
+                    (path / name).unlink()
             raise
 
 
-def kept_name(name: str, digest: str) -> str:
-    """What a tensor file is called while another takes its place."""
-    return f".{Path(name).stem}.{digest[:16]}{Path(name).suffix}"
-
-
-def _drop_kept(folder: Path, name: str) -> None:
-    pattern = rf"\.{re.escape(Path(name).stem)}\.{HEX}{{16}}{re.escape(Path(name).suffix)}"
-    with contextlib.suppress(OSError):  # what stays here is not read, and the next writer removes it
-        for left in folder.iterdir():
-            if re.fullmatch(pattern, left.name):
-                left.unlink(missing_ok=True)
-
-
-def _digest_in(config: Path) -> str | None:
-    """The digest of the tensors that a configuration belongs to, if it is one."""
-    try:
-        found: Any = read_json(config)["tensors_sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) and re.fullmatch(f"{HEX}{{64}}", found) else None
-
-
-def _digest_of(file: Path) -> str:
-    with open_regular(file) as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, content: Content) -> None:
     with open(path, "wb") as file:
-        file.write(data)
+        file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -147,16 +92,18 @@ def _write(path: Path, data: bytes) -> None:
 def _link(file: Path, name: Path) -> Path:
     """Give a file a second name; where there are no links, a copy."""
     try:
-        os.link(file, name)
+        os.link(file, name, follow_symlinks=False)
     except OSError:
-        _write(name, file.read_bytes())
-        shutil.copymode(file, name)
+        shutil.copy(file, name, follow_symlinks=False)
+        if not name.is_symlink():
+            with open(name, "rb") as copy:
+                os.fsync(copy.fileno())
     return name
 
 
 def sync_folder(path: Path) -> None:
     """Have the names in a folder on disk, where folders can be synchronised at all."""
-    if fcntl is None:
+    if not FOLDERS_OPEN:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -184,42 +131,42 @@ def parents_of(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a folder, which keeps out all others who lock it; gives whether it is held: not every file system can.
+    """Hold a folder against all others that lock it; gives whether it is held: not every file system can.
 
     Raises:
-        BlockingIOError: another holds it, and ``wait`` is false.
+        BlockingIOError: another process holds it, and ``wait`` is false.
     """
-    while fcntl is not None:
+    while FOLDERS_OPEN:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            held = _lock(descriptor, wait=wait)
+            held = _lock(descriptor, folder, wait=wait)
             try:
                 if os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # it may be another folder by now
                     yield held
                     return
             finally:
                 if held:  # also for processes that were forked meanwhile, and have the descriptor too
-                    with contextlib.suppress(OSError):  # closing it does as well
-                        fcntl.flock(descriptor, fcntl.LOCK_UN)
+                    with contextlib.suppress(OSError):  # closing it unlocks as well
+                        unlock_descriptor(descriptor)
         finally:
             os.close(descriptor)
     yield False
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
+def _lock(descriptor: int, folder: Path, *, wait: bool) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
+        held = lock_descriptor(descriptor, blocking=wait, poll_interval=POLL)
+    except OSError:  # the file system has no locks
         return False
+    if not held:
+        raise BlockingIOError(f"{str(folder)!r} is held by another process")
     return True
 
 
 @contextlib.contextmanager
 def aside(place: Path, name: str) -> Iterator[Path]:
-    """A new folder to prepare something in, which is gone at the end unless it was renamed; so are those that a kill
-    left beside it."""
+    """A new folder to prepare something in. It is gone at the end unless it was renamed, and so are those that killed
+    writers left beside it."""
     with contextlib.ExitStack() as stack:
         with locked(place) as held:  # a folder that has no holder is one that a kill left
             staging = stack.enter_context(_folder_in(place, name, tidy=held))
@@ -243,6 +190,6 @@ def _folder_in(place: Path, name: str, *, tidy: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def is_left_over(found: str, name: str) -> bool:
+def is_left_over(folder: str, name: str) -> bool:
     """Whether a folder may be one that a killed writer of ``name`` left."""
-    return re.fullmatch(rf"\.{re.escape(name)}\.{HEX}{{16}}\.tmp", found) is not None
+    return re.fullmatch(rf"\.{re.escape(name)}\.{HEX}{{16}}\.tmp", folder) is not None

@@ -1,4 +1,4 @@
-"""Tell whether a tensor still is what it was when something was made from it."""
+"""Cache invalidation: detect whether a tensor has changed since a value was derived from it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def watch(tensor: torch.Tensor, *, by_value: bool) -> Callable[[torch.Tensor], b
     if by_value and tensor.device.type == "cpu":
         value = tensor.detach().clone()
         return lambda now: now.device == value.device and now.dtype == value.dtype and torch.equal(now, value)
-    held, version = tensor.detach(), _version(tensor)  # held, so that no other tensor can come to lie at its address
+    held, version = tensor.detach(), version_of(tensor)  # held, so that no other tensor can come to lie at its address
     address, shape, strides = held.data_ptr(), held.shape, held.stride()
     return lambda now: (
-        _version(now) == version
+        version_of(now) == version
         and now.data_ptr() == address
         and now.shape == shape
         and now.stride() == strides
@@ -29,5 +29,6 @@ def watch(tensor: torch.Tensor, *, by_value: bool) -> Callable[[torch.Tensor], b
     )
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """The number of in-place writes to a tensor that autograd has counted; 0 of an inference tensor, which has none."""
     return 0 if tensor.is_inference() else tensor._version

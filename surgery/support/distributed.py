@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 
-from passes.errors import AdapterError
+from surgery.errors import AdapterError
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

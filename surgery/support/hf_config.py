@@ -1,16 +1,18 @@
-"""Configurations of ``transformers`` models from elsewhere: read without running code that comes with them."""
+"""Read the configurations of untrusted ``transformers`` models without running code that comes with them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from passes.errors import InputError
 from surgery.support.untrusted_files import read_json
 
 COUNTS = re.compile(r"(layers?|depths?|blocks|stages|experts)$|^(n|num)_layer")  # each is a module, or a list of them
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+)[/\\]snapshots[/\\]")
 MOST, MOST_LABELS = 2**12, 2**20
 
 
@@ -43,8 +45,24 @@ def model_class(config: Any, default: Any) -> Any:
 
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else default
+    named = getattr(transformers, name, None)
+    return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else default
+
+
+def base_model_name(model: Any) -> str | None:
+    """What a base model is called in files: its hub id, or the last name of the folder it came from, never a path.
+
+    None for a model that does not say where it came from.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not name.strip():
+        return None
+    if cached := CACHED.search(name):  # a snapshot in the Hub's cache
+        return cached[1].replace("--", "/", 1)
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        return name
+    last = PureWindowsPath(name).name  # which knows both kinds of separators
+    return (last if last.strip(".") else Path(name).resolve().name) or None
 
 
 def first_line(error: BaseException) -> str:

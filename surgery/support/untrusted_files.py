@@ -1,4 +1,4 @@
-"""What comes from elsewhere: paths, files that must be regular ones, and JSON that is bounded and has one meaning.
+"""Hardened parsing of untrusted input: paths, regular files, and strict, bounded JSON.
 
 Opening a FIFO would wait for ever, and a device has no end. A key that stands twice means one thing to one reader and
 another to the next; NaN and infinity are no JSON; deep nesting breaks whatever walks it later.
@@ -28,16 +28,16 @@ def path_of(path: Any, error: type[SurgeryError]) -> Path:
         SurgeryError: of the given kind: it is no path, or no file can have that name.
     """
     try:
-        found = Path(path)
+        given = Path(path)
         if path == "":
             raise ValueError("it is empty")
-        os.lstat(found)
+        os.lstat(given)
     except (TypeError, ValueError) as problem:  # no text; a NUL or a surrogate
         raise error(f"{path!r:.200} is no path: {problem}") from problem
     except OSError as problem:
         if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise error(f"{path!r:.200} is no path: {problem.strerror}") from problem
-    return found
+    return given
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -98,24 +98,24 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         raise ValueError(f"it has more than {VALUES:,} values")
     numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        found = json.loads(text, object_pairs_hook=_once, **numbers)
+        value = json.loads(text, object_pairs_hook=_once, **numbers)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level = [found]
+    level = [value]
     for _ in range(DEPTH):
         level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
     if level:
         raise ValueError(f"it is nested more than {DEPTH} deep")
-    return found
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
-    return found
+    return table
 
 
 def _no_number(name: str) -> NoReturn:

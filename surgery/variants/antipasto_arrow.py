@@ -1,53 +1,30 @@
-"""AntiPaSTO-Arrow: the largest directions mix with each other, the rest have one gain each.
-
-    delta(h) = [coeff * (S h)_{:b} m^T,  (S h)_{b:} * elu(coeff * g)]
-
-``m`` (b, b) and ``g`` (r - b,) start at zero; a site of at most ``b`` directions has no ``g``. ``suppress_only`` clamps
-``g`` and leaves the block alone.
-
-Sources: LoRA-XS (Bałazy et al. 2024, arXiv:2405.17604) for a full core between frozen factors, here of the top b only;
-gains as in SVF (Sun et al. 2025, arXiv:2501.06252).
-"""
+"""AntiPaSTO-Arrow: the largest singular directions mix with each other, the rest have one gain each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from surgery.variants import CoreTensors, Reranked
-from surgery.variants._gains import diagonal_gain, steered
+from surgery.bases.top_svd import SVD
+from surgery.cores.arrow import Arrow
+from surgery.factors.statistic import Pool
+from surgery.variants import Variant
 
 
 @dataclass(frozen=True)
-class AntiPaSTOArrow(Reranked):
+class AntiPaSTOArrow(Variant):
     """Configuration of ``antipasto_arrow``.
 
     Attributes:
+        pool: as in the basis, "rms" or "mean_abs".
         block: number of directions that mix; all of them at a smaller site.
         suppress_only: clamp the gains of the other directions so that they are damped and never amplified.
     """
 
-    block: int = 8
-    suppress_only: bool = False
+    pool: Pool = SVD.pool
+    block: int = Arrow.block
+    suppress_only: bool = Arrow.suppress_only
 
     name: ClassVar[str] = "antipasto_arrow"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.number("block", least=1, whole=True)
-
-    def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``m`` (b, b) and, where there are more directions, ``g`` (r - b,): zeros."""
-        b = min(self.block, r)
-        return {"m": torch.zeros(b, b)} | ({"g": torch.zeros(r - b)} if r > b else {})
-
-    def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
-        """The block's product beside the gains."""
-        b, r = core.m.shape[0], S.shape[0]
-        mixed = steered(h[..., :b], core.m, S[:b], coeff)
-        if r == b:
-            return mixed
-        gain = diagonal_gain(S[b:], core.g, coeff, suppress_only=self.suppress_only)
-        return torch.cat([mixed, h[..., b:] * gain.to(h.dtype)], dim=-1)
+    own_basis: ClassVar[type[SVD]] = SVD
+    own_core: ClassVar[type[Arrow]] = Arrow

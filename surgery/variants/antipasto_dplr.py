@@ -1,54 +1,30 @@
-"""AntiPaSTO-DPLR: one gain per singular direction, plus a low-rank map between all of them.
-
-    delta(h) = h * S * elu(coeff * g)  +  coeff * (h a^T) b^T
-
-``g`` (r,) and ``b`` (r, k) start at zero, ``a`` (k, r) as in LoRA (uniform in ±1/sqrt(r)), so that delta starts at zero
-and ``b`` gets a gradient at once. ``suppress_only`` clamps ``g`` only.
-
-Sources: diagonal plus low rank as in S4 (Gu et al. 2022, arXiv:2111.00396); LoRA (Hu et al. 2021, arXiv:2106.09685).
-"""
+"""AntiPaSTO-DPLR: one gain per singular direction, plus a low-rank map between all of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-
-from surgery.variants import CoreTensors, Reranked
-from surgery.variants._gains import diagonal_gain, saturated, steered
+from surgery.bases.top_svd import SVD
+from surgery.cores.dplr import DPLR
+from surgery.factors.statistic import Pool
+from surgery.variants import Variant
 
 
 @dataclass(frozen=True)
-class AntiPaSTODPLR(Reranked):
+class AntiPaSTODPLR(Variant):
     """Configuration of ``antipasto_dplr``.
 
     Attributes:
+        pool: as in the basis, "rms" or "mean_abs".
         k: rank of the low-rank map.
         suppress_only: clamp the gains so that singular directions are damped and never amplified.
     """
 
-    k: int = 8
-    suppress_only: bool = False
+    pool: Pool = SVD.pool
+    k: int = DPLR.k
+    suppress_only: bool = DPLR.suppress_only
 
     name: ClassVar[str] = "antipasto_dplr"
-    of_scaled: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.number("k", least=1, most=2**16, whole=True)
-
-    def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``g`` (r,) and ``b`` (r, k): zeros; ``a`` (k, r): Kaiming-uniform with a = sqrt(5)."""
-        a = (2 * torch.rand(self.k, r, generator=generator) - 1) / r**0.5
-        return {"g": torch.zeros(r), "a": a, "b": torch.zeros(r, self.k)}
-
-    def delta(self, h: torch.Tensor, S: torch.Tensor, core: CoreTensors, coeff: torch.Tensor) -> torch.Tensor:
-        """The gains' product plus the low-rank one."""
-        diagonal = h * diagonal_gain(S, core.g, coeff, suppress_only=self.suppress_only).to(h.dtype)
-        inner = steered(h, core.a, torch.ones_like(S), coeff)
-        b = saturated(core.b, h.dtype)
-        if coeff.dim() == 0:  # where the knob is off, what overflows on the way back does not reach a either
-            b = torch.where(coeff == 0, torch.zeros_like(b), b)
-        return diagonal + F.linear(inner, b)
+    own_basis: ClassVar[type[SVD]] = SVD
+    own_core: ClassVar[type[DPLR]] = DPLR

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, Unpack, overload
 
 import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
 from passes.capture.inspect_model import Inspection, inspect_model
-from passes.errors import InputError, SurgeryError
-from surgery.hosting.checks import check_flags, check_options
-from surgery.hosting.graph_surgery import GraphState, graph_state, restore_state
-from surgery.hosting.hosts import Graft, attach_all, detach, operated_sites, require_bases
+from surgery.bases import Basis
+from surgery.hosting.attach import AdapterPlan, attach_all
+from surgery.hosting.checks import check_options
+from surgery.hosting.choose import is_product
+from surgery.hosting.graph_surgery import graph_state, restore_state
 from surgery.hosting.model_kinds import as_patient
+from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
+from surgery.hosting.state import State, adapters_of, record_of, require_bases, restore_flags, state_of, unwrap
 from surgery.hosting.transaction import transaction
-from surgery.modules.graph_host_module import SSpaceNode
-from surgery.modules.residual_host import SSpaceResidual
 from surgery.planning.adapter_init import make_grafts
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
-from surgery.support.fingerprint import fingerprint
-from surgery.variants import Variant, resolve_variant
+from surgery.support.progress_bar import wanted_on
+from surgery.variants import resolve_variant
+from surgery.verbs.adopt_roots import Adopted, adopt_roots
+from surgery.verbs.argument_types import (
+    Calibration,
+    ExampleInputs,
+    Form,
+    LoweringName,
+    Program,
+    SurgeryOptions,
+    VariantLike,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class Record:
-    """What an operated model remembers: its inspection, its ``requires_grad`` flags, how each site was factorised.
-
-    A graph patient also remembers what it was before surgery: its graph, its modules and parameters.
-    """
-
-    requires_grad: dict[str, bool]
-    inspection: Inspection | None = None
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
-    original: GraphState | None = None
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The module behind ``torch.compile``'s wrapper."""
-    return getattr(model, "_orig_mod", model)
 
 
 def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
@@ -58,37 +51,32 @@ def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
     return (model if patient is inner else patient), patient
 
 
-def record_of(model: nn.Module) -> Record:
-    """The record of an operated model.
+@overload
+def apply_surgery(model: Program, variant: VariantLike, **options: Unpack[SurgeryOptions]) -> fx.GraphModule: ...
 
-    Raises:
-        SurgeryError: the model carries no surgery.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
-    record = vars(model).get("_surgery")
-    if record is None:
-        raise SurgeryError(f"{type(model).__name__} carries no surgery: call apply_surgery or load_adapter first")
-    return record  # type: ignore[no-any-return]
+
+@overload
+def apply_surgery(model: Model, variant: VariantLike, **options: Unpack[SurgeryOptions]) -> Model: ...
 
 
 def apply_surgery(
-    model: Model,
-    variant: str | Variant,
+    model: Any,
+    variant: VariantLike,
     *,
     r: int | None = None,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
-    calibration: Any = None,
-    form: str = "delta",
-    lowering: str = "auto",
+    example_inputs: ExampleInputs | None = None,
+    calibration: Calibration | None = None,
+    form: Form = "delta",
+    lowering: LoweringName = "auto",
     keep_base: bool = True,
+    basis: str | Basis | None = None,
     seed: int = 0,
-    progress: bool = True,
-) -> Model:
+    progress: bool | None = None,
+) -> Any:
     """Put an S-space adapter on linear operations of a model, in place; afterwards only the cores are trainable.
 
     Args:
@@ -111,24 +99,27 @@ def apply_surgery(
             "residual" is another word for that form.
             Products of weights that are read without a call, and graphs, have one way each.
         keep_base: in residual form, keep the base weights, on the CPU, for ``undo_surgery``.
+        basis: how factors are chosen: a registered name ("corda") or a configuration (``CorDA(cov_eps=1e-2)``); the
+            variant's own if None.
         seed: of the core's initial values.
-        progress: show progress bars, and the report when done.
+        progress: show progress bars on the standard error stream; None shows them on a terminal. Nothing else is
+            printed: ``report(model)`` tells what was done.
 
     Returns:
-        The same model.
+        The same model; a new ``GraphModule`` of an ``ExportedProgram`` or a TorchScript module.
 
     Raises:
         SurgeryError: with the model as it was; the subclass says what is wrong (see ``passes.errors``).
     """
-    given: Model
-    check_flags(progress=progress)
-    config = resolve_variant(variant, r)
+    progress = wanted_on(progress)
+    config = resolve_variant(variant, r, basis)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
     given, model = patient_of(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
-    form, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
+    form_name, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
     with transaction(model):  # also of what capture and calibration leave where they are interrupted
+        adopted = adopt_roots(model) if state_of(model) is None else Adopted()
         plan = make_plan(
             model,
             config,
@@ -138,91 +129,72 @@ def apply_surgery(
             rank_pattern=rank_pattern,
             example_inputs=example_inputs,
         )
+        adopted.check_disjoint({site.key for site in plan.sites})
         kinds = {site.key: config.statistic for site in plan.sites}
         statistics = None
         if calibration is not None:
             statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
         wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
         grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-        grafts = [replace(graft, lowering=lowering, form=form, keep_base=keep_base) for graft in grafts]
+        grafts = [replace(graft, lowering=lowering, form=form_name, keep_base=keep_base) for graft in grafts]
 
         def finish() -> None:
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
-            if progress:
-                _show_report(model)
 
-        operate(model, grafts, plan.inspection, notes, finish)
+        operate(model, [*adopted.plans, *grafts], plan.inspection, adopted.factorisation | notes, finish)
     return given
-
-
-def _show_report(model: nn.Module) -> None:
-    from surgery.verbs.report import report
-
-    report(model).show()
 
 
 def operate(
     model: nn.Module,
-    grafts: Iterable[Graft],
+    plans: Iterable[AdapterPlan],
     inspection: Inspection | None,
     notes: dict[str, dict[str, Any]],
     finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
     with transaction(model, forwards=False):  # a forward in it is in the caller's
-        if "_surgery" not in vars(model):
+        if state_of(model) is None:
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
-            vars(model)["_surgery"] = Record(flags, inspection, {}, graph_state(model))
+            make_root(model, State(flags, inspection, {}, graph_state(model)))
             model.requires_grad_(False)
-        record = record_of(model)
+        state = record_of(model)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-            attach_all(model, grafts, record.original)
-        record.factorisation.update(notes)
+            attach_all(model, plans, state.original)
+            share_steering(model, state)
+        state.factorisation.update(notes)
         finish()
-        dropped = {graft.site.key for graft in grafts if not graft.keep_base}
-        gone = [s for k, s in operated_sites(model).items() if k in dropped and isinstance(s, SSpaceResidual)]
-        for residual in gone:
-            residual.drop_base(fingerprint(residual.weight))
+        dropped = {plan.site.key for plan in plans if not plan.keep_base}
+        for key, site in adapters_of(model).items():
+            if key in dropped and site.host.set_aside is not None:
+                site.host.drop_base(site.base_weight.fingerprint())
 
 
 def undo_surgery(model: Model) -> Model:
     """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
 
     Raises:
-        SurgeryError: the model carries no surgery.
+        SurgeryError: the model carries no surgery, or is a part of a model that was operated on.
     """
-    given, model = model, unwrap(model)
-    record = record_of(model)
-    require_bases(model)
-    with transaction(model, forwards=False):
-        detach_all(model)
-        restore_flags(model, record.requires_grad)
-        del vars(model)["_surgery"]
-    return given
+    for root in roots_of(model):
+        state = record_of(root)
+        require_bases(root)
+        with transaction(root, forwards=False):
+            detach_all(root)
+            restore_flags(root, state.requires_grad)
+            unmake_root(root)
+    return model
 
 
 def detach_all(model: nn.Module) -> None:
     """Take every adapter off an operated model."""
-    record = record_of(model)
-    for site in operated_sites(model).values():
-        if not isinstance(site, SSpaceNode):
-            detach(site)
-    if record.original is not None:
-        restore_state(model, record.original)
-
-
-def restore_flags(
-    model: nn.Module, flags: Mapping[str, bool], replaced: Iterable[tuple[str, torch.Tensor]] = ()
-) -> None:
-    """Set ``requires_grad`` by parameter name.
-
-    Args:
-        replaced: parameters that the model no longer has, and that another model may share, by name.
-    """
-    for name, parameter in (*model.named_parameters(), *replaced):
-        if name in flags:
-            parameter.requires_grad_(flags[name])
+    state = record_of(model)
+    for site in adapters_of(model).values():
+        if not site.host.inlined:
+            site.host.detach()
+    if state.original is not None:
+        restore_state(model, state.original)
 
 
 def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
@@ -236,4 +208,4 @@ def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
         InputError: the model does not run on the example inputs.
     """
     _, model = patient_of(model, example_inputs)
-    return known_inspection(model) or inspect_model(model, example_inputs)
+    return known_inspection(model) or inspect_model(model, example_inputs, is_product)

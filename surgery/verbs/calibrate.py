@@ -13,17 +13,18 @@ from passes.capture.capture import is_pretrained
 from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import outside_inference_mode
 from surgery.factors.statistics_file import Statistics
+from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.checks import check_flags, check_seed, check_whole
-from surgery.hosting.hosts import Graft, operated_sites, require_bases
-from surgery.modules.adapter import SSpaceLinear
+from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, unwrap
+from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, make_grafts
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
-from surgery.storage.adapter_reader import module_paths
 from surgery.variants import Variant, resolve_variant
-from surgery.verbs.apply import Model, patient_of, record_of, restore_flags, unwrap
-from surgery.verbs.replace_adapters import graft_of, replace_adapters
+from surgery.verbs.apply import Model, patient_of
+from surgery.verbs.replace_adapters import replace_adapters
+from surgery.verbs.steer import present, write_coefficient
 
 
 def calibrate(
@@ -98,9 +99,9 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     require_bases(inner)
     if calibration is None:
         raise InputError("recalibrate needs calibration data: an iterable of batches, a Contrast or Statistics")
-    found = operated_sites(inner)
+    found = adapters_of(inner)
     for key, site in found.items():
-        check_whole(key, site.parameter)
+        check_whole(key, site.base_weight)
         if not reset and is_trained(key, site, record.factorisation.get(key, {}).get("seed", 0)):
             raise SurgeryError(
                 f"site {key!r}: its core is not at its initial value, and would mean nothing in another basis; save or "
@@ -111,27 +112,28 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     wanted: list[Wanted] = []
     paths = module_paths(inner)
     for key, site in found.items():
-        graft = graft_of(paths, key, site)
+        graft = plan_of(paths, key, site)
         place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
         wanted.append((place, site.variant, site.factors.rank, graft.host))
-    coeffs = {key: site.core.coeff.clone() for key, site in found.items()}
+    coefficient = present(record)
 
-    def make() -> tuple[list[Graft], dict[str, dict[str, Any]]]:
+    def make() -> tuple[list[AdapterPlan], dict[str, dict[str, Any]]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
         called = {place.key for place, _, _, host in wanted if host == "module"}
         statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
         grafts, notes = make_grafts(inner, wanted, statistics, seed, progress=progress)
         for graft in grafts:
-            graft.core.coeff = coeffs[graft.site.key]
+            graft.core.scale = found[graft.site.key].core.scale
         return grafts, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make)
     restore_flags(inner, flags)
+    write_coefficient(record_of(inner), coefficient)
     return given
 
 
-def is_trained(key: str, site: SSpaceLinear, seed: int) -> bool:
+def is_trained(key: str, site: Adapter, seed: int) -> bool:
     """Whether a core is anywhere but at the initial value of its seed."""
     tensors = initial_core(site.variant, key, site.factors.rank, seed, site.factors.stack)
     parameters = dict(site.core.named_parameters())

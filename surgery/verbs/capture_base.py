@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from passes.analysis.linear_sites import Site
 from passes.capture.capture import (
     default_inputs,
     export_program,
@@ -26,15 +26,16 @@ from passes.infra.tolerance import RELATIVE, disagreement
 from passes.infra.translation_validation import Validation
 from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
 from passes.ir.module_utils import attribute, copy_graph
+from passes.ir.torch_internals import sizes_of_one_are_free, tree_leaves, tree_map_only
 from passes.transforms.split_packed_weight import split_reads
+from surgery.hosting.attach import graph_adapter
+from surgery.hosting.graph_site import GraphSite
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, original_graph
-from surgery.hosting.hosts import detach, host_of, operated_sites, require_bases
 from surgery.hosting.model_kinds import private_parameters
-from surgery.modules.adapter import SSpaceLinear
+from surgery.hosting.root import unmake_root
+from surgery.hosting.state import adapters_of, module_paths, parameter_names, require_bases, shared_tensors
+from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
-from surgery.modules.graph_host_module import SSpaceNode
-from surgery.modules.residual_host import shared_tensors
-from surgery.storage.adapter_reader import module_paths, parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -50,26 +51,27 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
         CaptureError: the model cannot be captured.
     """
     require_bases(model)
-    twin: Any = copy.deepcopy(model, shared_tensors(model))
+    copied: Any = copy.deepcopy(model, shared_tensors(model))
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
-    if isinstance(twin, fx.GraphModule):
-        if hosted := [key for key, site in operated_sites(twin).items() if not isinstance(site, SSpaceNode)]:
+    if isinstance(copied, fx.GraphModule):
+        if hosted := [key for key, site in adapters_of(copied).items() if not site.host.inlined]:
             raise CaptureError(
                 f"site {hosted[0]!r} is hosted by a module that the graph calls, and so cannot be written into it; "
                 "capture the model with torch.export, which shows what the module computes"
             )
-        drop_sites(twin, graph_sites(twin))
-        twin.graph = copy_graph(original_graph(twin))
-        return private_parameters(twin), forward_call(() if example_inputs is None else example_inputs)
+        drop_sites(copied, graph_sites(copied))
+        copied.graph = copy_graph(original_graph(copied))
+        return private_parameters(copied), forward_call(() if example_inputs is None else example_inputs)
     if example_inputs is None:
         raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
-    for site in operated_sites(twin).values():
-        detach(site)
+    for site in adapters_of(copied).values():
+        site.host.detach()
+    unmake_root(copied)
     # one tensor given twice would be one input of the graph
     call = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), forward_call(example_inputs))
-    call = ((), hub_inputs(twin, call)) if is_pretrained(twin) else call
+    call = ((), hub_inputs(copied, call)) if is_pretrained(copied) else call
     try:
-        module, call = _export(twin, call)
+        module, call = _export(copied, call)
     except SurgeryError:
         raise
     except Exception as error:  # a model may resist in any way
@@ -80,21 +82,13 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     return private_parameters(module), call
 
 
-def free_ones() -> Any:
-    """Let ``torch.export`` treat a size of 1 like any other."""
-    from torch.fx.experimental import _config
-
-    patch: Any = _config.patch  # type: ignore[attr-defined]
-    return patch(backed_size_oblivious=True)
-
-
 def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
     doubled = with_two_rows(model, call)
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     if any(1 in tensor.shape for tensor in tensors):
         try:
-            with free_ones():
+            with sizes_of_one_are_free():
                 module = export_program(model, call, dynamic=True).module()
             for args, kwargs in (copied(call), copied(doubled)):  # its guards may still fix a size
                 module(*args, **kwargs)
@@ -111,27 +105,27 @@ def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
         kept = first.setdefault(id(module), path)
         if kept == path or attribute(graph, path) is None:
             continue
-        twin = graph.get_submodule(path)
+        other = graph.get_submodule(path)
         if attribute(graph, kept) is None:
             first[id(module)] = path
             continue
         one = graph.get_submodule(kept)
-        if one is not twin:
-            for name, parameter in twin._parameters.items():
+        if one is not other:
+            for name, parameter in other._parameters.items():
                 one._parameters.setdefault(name, parameter)
-            for name, buffer in twin._buffers.items():
+            for name, buffer in other._buffers.items():
                 one._buffers.setdefault(name, buffer)
             parent, _, local = path.rpartition(".")
             graph.get_submodule(parent)._modules[local] = one
 
 
-def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[SSpaceNode]:
+def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[Adapter]:
     """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
     _split_packed(graph, model, only)
     products, _ = graph_products(graph, graph.graph)
     reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     found, missing, paths = [], [], module_paths(model)
-    for key, site in operated_sites(model).items():
+    for key, site in adapters_of(model).items():
         if only is not None and key not in only:
             continue
         weight, bias = parameter_names(paths, site)
@@ -140,16 +134,14 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         if key not in products and weight not in reads:
             missing.append(key)
             continue
-        core = Core({}, site.core.coeff.dtype, site.core.coeff.device)
+        core = Core({}, site.core.dtype, site.device)
         core._parameters.update(site.core._parameters)
         core._buffers.update(site.core._buffers)
-        core.coeff = site.core.coeff.clone()
         factors = Factors(site.factors.U, site.factors.S, site.factors.Vh)
-        node = SSpaceNode(
-            graph, key, (weight, bias), site.variant, factors, core, site.layout,
-            kind="product" if key in products else "weight", in_place_host=host_of(site),
-            rows=getattr(site, "rows", None),
-        )  # fmt: skip
+        host = GraphSite(graph, weight, bias, changes_weight=key not in products, in_place=site.host.in_place)
+        d_in, d_out = site.features
+        place = Site(key, weight, bias, site.layout, d_out, d_in, stack=factors.stack, rows=site.rows)
+        node = graph_adapter(host, place, site.variant, factors, core)
         found.append(node.train(graph.training))
     if missing:
         warnings.warn(
@@ -161,13 +153,13 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
 
 def _split_packed(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> None:
     """Split the reads of packed weights into the parts that are sites."""
-    found: dict[str, list[SSpaceLinear]] = {}
+    found: dict[str, list[Adapter]] = {}
     paths = module_paths(model)
-    for key, site in operated_sites(model).items():
-        if getattr(site, "rows", None) and (only is None or key in only):
+    for key, site in adapters_of(model).items():
+        if site.rows and (only is None or key in only):
             found.setdefault(parameter_names(paths, site)[0], []).append(site)
     for weight, parts in found.items():
-        split_reads(graph.graph, weight, len(parts[0].parameter), [part.rows for part in parts])  # type: ignore[misc]
+        split_reads(graph.graph, weight, len(parts[0].host.parameter()), [part.rows for part in parts])  # type: ignore[misc]
     if found:
         graph.recompile()
 
@@ -188,7 +180,7 @@ def check_capture(
     tensors_of_all = [*model.parameters(), *model.buffers(), *tree_leaves(validation.calls), *vals]
     dtypes = {t.dtype for t in tensors_of_all if isinstance(t, torch.Tensor) and t.dtype in RELATIVE}
     coarsest = max(dtypes, key=RELATIVE.__getitem__, default=None)  # an output may have been computed in another dtype
-    places, references = insert.places(graph), insert.references(graph)
+    places, references = insert.comparison_points(graph), insert.references(graph)
     found = validation.observe(graph, places, references=references, frozen=tensors)
     for (args, kwargs), values in zip(validation.calls, found, strict=True):
         with inference_mode_of(model), state_kept(model), torch.no_grad():

@@ -1,6 +1,6 @@
 """From a model that is operated on in place to a graph that holds its adapters, and through the passes.
 
-capture  the base as one FX graph, its sizes free      (the adapters are taken off a twin that shares every tensor)
+capture  the base as one FX graph, its sizes free      (the adapters are taken off a copy that shares every tensor)
 insert   each site's adapter, inlined                  delta or residual form
 fold     the frozen factors                            residual -> delta, constants, S into its neighbour
 fuse     down-projections that read the same input     on request: one product for q, k and v, one for gate and up
@@ -11,32 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from passes.capture.capture import forward_call
 from passes.errors import InputError
-from passes.infra.pass_base import Pass, PassResult, run_pass
+from passes.infra.pass_base import Pass, PassResult
 from passes.infra.pass_manager import run_pipeline
 from passes.infra.translation_validation import Validation
 from passes.ir.adapter_trace import adapter_tensors
-from passes.ir.forward_context import outside_inference_mode
+from passes.ir.forward_context import copied, outside_inference_mode
 from passes.ir.module_utils import copy_graph
-from passes.ir.provenance import occurrences
+from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
-from passes.transforms.fuse_projections import Fuse, shared_tensors
+from passes.transforms.fuse_projections import Fuse, shared_factor_names
 from passes.transforms.insert import Insert
 from passes.transforms.merge import Merge
 from passes.transforms.propagate_metadata import Annotate
 from surgery.hosting.checks import check_flags, check_form
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite
-from surgery.hosting.hosts import operated_sites
+from surgery.hosting.root import make_root, share_steering, unmake_root
+from surgery.hosting.state import State, adapters_of, record_of, restore_flags, unwrap
 from surgery.hosting.transaction import transaction
-from surgery.support.fingerprint import fingerprint
-from surgery.verbs.apply import Record, record_of, restore_flags, unwrap
+from surgery.verbs.argument_types import ExampleInputs, Form, Stage, Verify
 from surgery.verbs.capture_base import capture_base, check_capture, sites_for
+from surgery.verbs.verification import call_to_verify, graph_validation
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class Compiled:
 
 def to_graph(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
-    form: str = "delta",
+    form: Form = "delta",
     keep_base: bool = True,
     fuse: bool = False,
-    verify: bool = False,
+    verify: Verify = False,
     debug: bool | None = None,
 ) -> fx.GraphModule:
     """Capture an operated model as one graph with its adapters inlined; the model is left as it was.
@@ -77,7 +76,8 @@ def to_graph(
         keep_base: in residual form, keep the base weights in the graph module, for ``undo_surgery``, and for ``fold``
             to put back bit for bit; else it gives them rounded once (each site's ``base_error`` says how far off).
         fuse: let sites that read the same input share one down-projection, as :func:`fuse` does; delta form only.
-        verify: compare the graph with the model's own adapters on the example inputs and on random ones.
+        verify: compare the graph with the model's own adapters, and before and after each pass, on these inputs and on
+            random ones of their shapes; True takes those that the graph is captured with.
         debug: check the specification of the graph dialect after the pass.
 
     Raises:
@@ -96,20 +96,19 @@ def to_graph(
 @outside_inference_mode
 def pipeline(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
-    form: str = "residual",
+    form: Form = "delta",
     keep_base: bool = True,
     fuse: bool = False,
-    stop_after: str | None = None,
-    disable: Collection[str] = (),
+    stop_after: Stage | None = None,
+    disable: Collection[Stage] = (),
     only: Collection[str] | None = None,
     untie: bool = False,
-    verify: bool = False,
+    verify: Verify = False,
     debug: bool | None = None,
 ) -> Compiled:
-    """Run the whole compiler on an operated model: capture, insert, fold, fuse, merge; the model is left as it
-    was.
+    """Run the whole compiler on an operated model: capture, insert, fold, fuse, merge; the model is left as it was.
 
     Args:
         form, keep_base, verify, debug: as in :func:`to_graph`.
@@ -124,40 +123,45 @@ def pipeline(
     """
     model = unwrap(model)
     check_form(form)
-    check_flags(keep_base=keep_base, fuse=fuse, untie=untie, verify=verify)
+    check_flags(keep_base=keep_base, fuse=fuse, untie=untie)
+    verified = call_to_verify(model, verify, ((), {}))  # what is wrong is refused before anything is captured
     if not keep_base and form != "residual":
         raise InputError("keep_base=False needs form='residual'; in delta form the base weight is part of the graph")
-    if fuse and form == "residual" and ("fold" in disable or stop_after == "insert"):
+    if fuse and form == "residual" and (Fold.name in disable or stop_after == Insert.name):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record = record_of(model)
     with transaction(model):  # whose cores the graph shares
         graph, call = capture_base(model, example_inputs)
-        vars(graph)["_surgery"] = Record(
-            dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph)
-        )
+        state = State(dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph))
+        state.captured_call = copied(call)
+        make_root(graph, state)
+        state.steering.to(record.steering.coeff.device, record.steering.coeff.dtype)
+        state.steering.write(record.steering.coeff)
+        state.number, state.coefficient = record.number, record.coefficient
         sites = sites_for(graph, model, only)
         for site in sites if form == "residual" else ():
-            if site.kind == "product":
-                site.split()
+            if not site.host.changes_weight:
+                site.host.split()
         for site in () if keep_base else sites:
-            site.base_fingerprint = fingerprint(site.weight)
+            site.host.base_fingerprint = site.base_weight.fingerprint()
+        share_steering(graph, state, sites)
         places = register_sites(graph, graph.graph, sites)
         graph.graph = copy_graph(graph.graph)
-        merging = "merge" not in disable and stop_after in (None, "merge")
+        merging = Merge.name not in disable and stop_after in (None, Merge.name)
         stages: list[Pass] = [
             Insert(places, keep_base=keep_base),
             Fold(_tensors(graph, "factors.")),
             *([Fuse()] if fuse else []),
             Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
         ]
-        validation = Validation(call) if verify else None
+        validation = None if verified is None else Validation(call if verify is True else verified)
         if validation is not None and only is None:
-            check_capture(model, graph, stages[0], _tensors(graph, "", knob=True), validation)
+            check_capture(model, graph, stages[0], _tensors(graph, "", coeff=True), validation)
         results = run_pipeline(
             graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug
         )
-        results.append(run_pass(Annotate(), graph))
-        _settle(graph)
+        results.append(Annotate().run(graph))
+        _drop_finished_sites(graph)
     return Compiled(graph, tuple(results))
 
 
@@ -168,21 +172,21 @@ def fold(
     freeze_core: bool = False,
     freeze_coeff: bool | None = None,
     untie: bool = False,
-    verify: Any = None,
+    verify: Verify = False,
     debug: bool | None = None,
 ) -> fx.GraphModule:
-    """Fold the frozen tensors of a graph patient, in place: residual form to delta form, constants, S into ``Vh``.
+    """Fold the frozen tensors of an operated graph, in place: residual form to delta form, constants, S into ``Vh``.
 
     Args:
-        freeze_core: take the cores for constants too; they can no longer be trained.
-        freeze_coeff: take coeff for a constant; as ``freeze_core`` by default. With both, the graph has the base's
+        freeze_core: treat the cores as constants too; they can no longer be trained.
+        freeze_coeff: treat coeff as a constant; as ``freeze_core`` by default. With both, the graph has the base's
             nodes and no others, with the dense weights that :func:`surgery.merge` gives.
         untie: give a site whose weight has other readers a weight of its own.
-        verify: example inputs on which the graph is compared before and after.
+        verify: compare the graph before and after on these inputs; True takes those that it was captured with.
         debug: check the specification of the graph dialect afterwards.
 
     Raises:
-        InputError: the model is no graph patient, or coeff steers rows and cannot be a constant.
+        InputError: the model is no operated graph, or coeff steers rows and cannot be a constant.
         VariantError: an adapter that is all constant is not linear, so that no weight has its effect.
         PassError: the fold failed or verification found a difference; the graph is what it was.
     """
@@ -193,10 +197,11 @@ def fold(
     nodes = graph_sites(model)
     if freeze_coeff:
         for key, site in nodes.items():
-            if site.core.coeff.numel() > 1:
+            if site.steering.coeff.numel() > 1:
                 raise InputError(f"site {key!r}: coeff steers the rows of a batch: set a scalar coeff first")
-    bases = [(site.weight_name, site.weight) for site in nodes.values() if site.keeps_base]
-    frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), knob=freeze_coeff)
+    bases = [(site.weight_name, site.weight) for site in nodes.values() if site.host.keeps_base]
+    frozen = _tensors(model, "factors.", *(["core."] if freeze_core else []), coeff=freeze_coeff)
+    validation = graph_validation(model, verify)
     with transaction(model):
         for site in nodes.values() if freeze_core else ():  # copies, since the model in place may train the cores on
             for name, parameter in site.core.named_parameters():
@@ -204,71 +209,66 @@ def fold(
         rewrite(
             model,
             [Fold(frozen, untie=untie), Annotate()],
-            validation=None if verify is None else Validation(forward_call(verify)),
+            validation=validation,
             debug=debug,
         )
         for site in nodes.values():
             site.coeff_is_folded |= freeze_coeff
-        _settle(model, bases)
+        _drop_finished_sites(model, bases)
     return model
 
 
 @outside_inference_mode
-def fuse(model: fx.GraphModule, *, verify: Any = None, debug: bool | None = None) -> fx.GraphModule:
-    """Let sites of a graph patient that read the same input share one down-projection, in place.
+def fuse(model: fx.GraphModule, *, verify: Verify = False, debug: bool | None = None) -> fx.GraphModule:
+    """Let sites of an operated graph that read the same input share one down-projection, in place.
 
     The factors ``Vh`` of such sites (q, k and v; gate and up) become views of one tensor, and each adapter goes on from
     its slice of one product; what is in residual form is left alone. All verbs work as before.
 
     Args:
-        verify: example inputs on which the graph is compared before and after.
+        verify: compare the graph before and after on these inputs; True takes those that it was captured with.
         debug: check the specification of the graph dialect afterwards.
 
     Raises:
-        InputError: the model is no graph patient.
+        InputError: the model is no operated graph.
         PassError: verification found a difference; the graph is what it was.
     """
     if not isinstance(model, fx.GraphModule):
         raise InputError(f"fuse works on graphs, and {type(model).__name__} is none: use to_graph first")
     record_of(model)
-    rewrite(
-        model,
-        [Fuse(), Annotate()],
-        validation=None if verify is None else Validation(forward_call(verify)),
-        debug=debug,
-    )
+    rewrite(model, [Fuse(), Annotate()], validation=graph_validation(model, verify), debug=debug)
     return model
 
 
-def _tensors(graph: fx.GraphModule, *prefixes: str, knob: bool = False) -> set[str]:
+def _tensors(graph: fx.GraphModule, *prefixes: str, coeff: bool = False) -> set[str]:
     """Full names of the tensors of all sites in a graph that start with one of the prefixes."""
     paths = {id(module): path for path, module in graph.named_modules()}
     names = set()
     for site in graph_sites(graph).values():
         for name in adapter_tensors(site):
-            chosen = name.startswith((*prefixes, "W_res", "folded_")) and name != site.knob
+            chosen = name.startswith((*prefixes, "W_res", "folded_")) and name != site.coefficient_name
             chosen |= name.removeprefix("core.") in site.variant.frozen
-            if chosen or (knob and name == site.knob):
+            if chosen or (coeff and name == site.coefficient_name):
                 names.add(f"{paths[id(site)]}.{name}")
-    return names | shared_tensors(graph)
+    return names | shared_factor_names(graph)
 
 
-def _settle(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
-    """Forget the sites that a graph no longer holds, and the remainders that no product reads.
+def _drop_finished_sites(graph: fx.GraphModule, bases: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+    """Drop the sites that a graph no longer holds, and the remainders that no product reads.
 
     Args:
         bases: weights that the graph had, by name, whose flags are put back with the last site.
     """
     nodes = graph_sites(graph)
-    standing = {place.mark.key for place in occurrences(graph.graph)}
+    standing = {instance.provenance.key for instance in adapter_instances(graph.graph)}
     original = record_of(graph).original
     for site in nodes.values():
         if site.form == "delta":
             site._buffers.pop("W_res", None)
-        if not site.keeps_base and original is not None:
+        if not site.host.keeps_base and original is not None:
             original.parameters.pop(site.weight_name, None)
     if gone := set(nodes) - standing:
         drop_sites(graph, gone)
-    if not operated_sites(graph):
+    if not adapters_of(graph):
         restore_flags(graph, record_of(graph).requires_grad, bases)
-        del vars(graph)["_surgery"]
+        unmake_root(graph)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from passes.analysis.linear_sites import Skipped
-from surgery.hosting.hosts import host_of
-from surgery.lowerings import describe, step
+from surgery.hosting.root import GeneratingRoot, Root
+from surgery.hosting.state import record_of, trainable_parameters, unwrap
+from surgery.hosting.subclasses import without
+from surgery.lowerings import ALWAYS, describe, step
 from surgery.lowerings._cost_model import core_macs, predicted, size_of
-from surgery.modules.adapter import SSpaceLinear
+from surgery.modules.adapter import Adapter
 from surgery.planning.target_selection import why_not_chosen
-from surgery.verbs.apply import record_of, unwrap
-from surgery.verbs.steer_and_merge import sites, trainable_parameters
+from surgery.verbs.steer import sites
 
 TOKENS = 512
+HOSTED = {"weight": "changed weight", "graph": ALWAYS}  # how hosts that leave no choice compute a site
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,12 @@ class SiteReport:
         return "x".join(str(size) for size in (self.stack, self.d_out, self.d_in) if size is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """All operated sites, the products left alone with the reason, and how the model was captured."""
+    """All operated sites, the products left alone with the reason, and how the model was captured.
+
+    ``print(report)`` and ``show()`` give the table, a notebook shows it by itself, ``repr`` is one line.
+    """
 
     model: str
     sites: tuple[SiteReport, ...]
@@ -82,91 +83,37 @@ class Report:
 
     def show(self) -> None:
         """Print the report as a table, with like sites of all layers in one row."""
-        from rich.console import Console
+        from surgery.verbs.report_view import show
 
-        console = Console()
-        self._print(console if console.is_terminal else Console(width=110))
+        show(self)
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from surgery.verbs.report_view import as_text
 
-        console = Console(width=110, color_system=None)
-        with console.capture() as captured:
-            self._print(console)
-        return captured.get()
+        return as_text(self)
 
-    def _print(self, console: Any) -> None:
-        console.print(self._table())
-        for line in self._lines():
-            console.print(line, highlight=False)
+    def __repr__(self) -> str:
+        from surgery.verbs.report_view import summary
 
-    def _table(self) -> Any:
-        from rich import box
-        from rich.table import Table
+        return summary(self)
 
-        variants = ", ".join(dict.fromkeys(site.variant for site in self.sites))
-        title = f"{self.model}: {len(self.sites)} sites operated on ({variants})"
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
-        table.add_column("site", overflow="fold")
-        hosts = any(site.host != "module" for site in self.sites)  # the usual one goes without saying
-        for name in ("n", "out x in", "r", "host", "inference", "training", "energy", "trainable"):
-            left = name in ("host", "inference", "training")
-            if name != "host" or hosts:
-                table.add_column(name, justify="left" if left else "right", no_wrap=True)
-        rows: dict[tuple[Any, ...], list[SiteReport]] = {}
-        for site in self.sites:
-            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.key)
-            rows.setdefault((name, site.shape, site.r, site.host, *_columns(site)), []).append(site)
-        for (name, shape, r, host, inference, training), found in rows.items():
-            energies = [s.energy for s in found if s.energy is not None]
-            energy = f"{100 * sum(energies) / len(energies):.0f}%" if energies else "loaded"
-            trainable = f"{sum(s.trainable for s in found):,}"
-            where = (host,) if hosts else ()
-            table.add_row(name, str(len(found)), shape, str(r), *where, inference, training, energy, trainable)
-        return table
+    def _repr_html_(self) -> str:
+        from surgery.verbs.report_view import as_html
 
-    def _lines(self) -> list[str]:
-        captured = "" if self.captured else " (not captured)"
-        lines = [f"{self.trainable:,} of {self.total:,} parameters are trainable; sites from {self.how}{captured}"]
-        if any(site.cost is not None for site in self.sites):
-            lines.append(
-                f"inference, training: the lowering at {TOKENS} tokens and its predicted cost over the plain base"
-            )
-        macs = f"+{100 * sum(s.macs for s in self.sites) / max(sum(s.base_macs for s in self.sites), 1):.0f}%"
-        lines.append(f"low-rank products take {macs} multiply-accumulates of the sites' own")
-        methods = Counter(s.method for s in self.sites if s.method)
-        if methods:
-            worst = max(s.error for s in self.sites if s.error is not None)
-            error = 10.0 ** math.ceil(math.log10(max(worst, 1e-300)))
-            names = ", ".join(f"{n} by {method}" for method, n in methods.items())
-            lines.append(
-                f"factors: {names}, orthonormal within {error:.0e}; energy is the share that r directions hold"
-            )
-        if inexact := [s.residual for s in self.sites if s.method == "randomised" and s.residual is not None]:
-            lines.append(f"randomised factors deviate from singular triples by up to {max(inexact):.1%}")
-        if tokens := [s.tokens for s in self.sites if s.tokens is not None]:
-            lines.append(f"calibrated on {min(tokens):,} tokens" + (" or more" if max(tokens) > min(tokens) else ""))
-        for (reason, operation), n in Counter((s.reason, s.operation) for s in self.skipped).items():
-            lines.append(f"left alone: {n} x {operation}: {reason}")
-        return lines + [f"note: {note}" for note in self.notes]
+        return as_html(self)
 
 
 def _class_name(model: nn.Module) -> str:
     """Name of the model's own class, where a hosted weight gave it a parametrised one."""
-    return (type(model).__bases__[0] if parametrize.is_parametrized(model) else type(model)).__name__
+    cls = without(without(type(model), GeneratingRoot), Root)
+    return (cls.__bases__[0] if parametrize.is_parametrized(model) else cls).__name__
 
 
-def _columns(site: SiteReport) -> tuple[str, str]:
-    """The two lowerings at ``TOKENS`` tokens, with their cost where it is predicted."""
-    if site.cost is None or site.cost_training is None:
-        return site.lowering, site.lowering_training
-    return f"{site.lowering_at} +{site.cost:.0%}", f"{site.training_at} +{site.cost_training:.0%}"
-
-
-def _lowerings(site: SSpaceLinear, host: str) -> tuple[str, str, str, str, float | None, float | None]:
-    if host != "module":
-        name = "dense" if host == "weight" else "lowrank"
+def _lowerings(site: Adapter, host: str) -> tuple[str, str, str, str, float | None, float | None]:
+    if host != "module":  # which has no choice
+        name = HOSTED[host]
         return name, name, name, name, None, None
+    assert site.schedule is not None
     cases = [site.schedule.case(training=training, rows=False) for training in (False, True)]
     size, device = size_of(site, TOKENS), site.factors.U.device.type
     names = [step(case, TOKENS) for case in cases]
@@ -186,9 +133,9 @@ def report(model: nn.Module) -> Report:
     operated = []
     for key, site in sites(model).items():
         (d_out, d_in), r = site.factors.shape[-2:], site.factors.rank
-        host = host_of(site)
+        host = site.host.name
         trainable = sum(p.numel() for p in site.core.parameters())
-        found = record.factorisation.get(key, {})
+        facts = record.factorisation.get(key, {})
         operated.append(
             SiteReport(
                 key,
@@ -201,11 +148,11 @@ def report(model: nn.Module) -> Report:
                 trainable,
                 0 if host == "weight" else r * (d_in + d_out) + core_macs(site.variant, r),
                 d_out * d_in,
-                found.get("method"),
-                found.get("error"),
-                found.get("residual"),
-                found.get("energy"),
-                found.get("tokens"),
+                facts.get("method"),
+                facts.get("error"),
+                facts.get("residual"),
+                facts.get("energy"),
+                facts.get("tokens"),
                 site.factors.stack,
             )
         )

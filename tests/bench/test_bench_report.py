@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from bench import report, speed_report
 from bench.__main__ import main
-from bench.compare import compare, told
-from bench.rows import read
+from bench.common.results_store import read
+from bench.pages import report
+from bench.speed import report as speed_report
+from bench.speed.compare import compare, told
 from passes.errors import InputError
 
 ROOT = Path(__file__).parents[2]

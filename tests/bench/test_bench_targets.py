@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contenders, lowerings, runs, targets
-from bench.targets import Measured, Target
+from bench.common import runs
+from bench.micro import lowerings
+from bench.models import decoder_layer as contenders
+from bench.pages import targets
+from bench.pages.targets import Measured, Target
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 

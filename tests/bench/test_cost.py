@@ -6,37 +6,21 @@ import gc
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from bench.cost_table import markdown, number, record, size, speed
-from bench.cost_worker import BASE, FULL, Measurement, Settings, disturb
-from bench.loading import device_of, inputs_for, load, varied
-from bench.memory import Meter, held_by
-from bench.runs import forward, products, shadow, step
-from bench.timing import paired, quartiles
+from bench.common.load_model import device_of, inputs_for, load, varied
+from bench.common.memory import Meter, held_by
+from bench.common.runs import forward, products, shadow, step
+from bench.common.timing import paired, quartiles
+from bench.cost.table import markdown, number, record, size, speed
+from bench.cost.worker import BASE, FULL, Measurement, disturb
 from surgery import InputError, apply_surgery, report
 from surgery.variants import REGISTRY
-from tests.exporters.test_cli import application
+from tests.support.cost_runs import measured, run
 from tests.support.zoo import HUB, patient
-
-HERE = "tests.support.cost_models"
-
-
-def measured(name: str, source: str = f"{HERE}:residual", **options: Any) -> dict[str, Any]:
-    return Measurement(Settings(source, **{"r": 4, "repeats": 2, "device": "cpu", **options}), name).run()
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(application(), ["cost", *map(str, arguments)], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +41,7 @@ def test_a_row_has_what_it_says() -> None:
     tokens = 12
     assert row["flops"]["forward"] == [2 * tokens * (row["base_macs"] + row["macs"]), 2 * tokens * row["base_macs"]]
     assert row["lowering"] == {"forward": {"lowrank": 2}, "step": {"lowrank": 2}}
-    assert row["held_bytes"] == {"factors": 2 * 4 * 4 * (16 + 32 + 1), "core": 2 * 4 * (16 + 1), "kept": 0}
+    assert row["held_bytes"] == {"factors": 2 * 4 * 4 * (16 + 32 + 1), "core": 2 * 4 * 16, "kept": 0}
     assert row["file_bytes"] > row["held_bytes"]["factors"]
     assert set(row["milliseconds"]) == {"initialisation", "forward", "step", "merge"}
     assert [len(row["milliseconds"][kind]) for kind in ("forward", "step")] == [2, 2]
@@ -123,7 +107,7 @@ def test_what_an_adapter_holds_is_what_lives_on(name: str) -> None:
     found.run()
     held = held_by(model)
     sites = len(report(model).sites)
-    assert held["kept"] > sum(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight")) * 4
+    assert held["kept"] >= sum(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight")) * 4
     # the handle of a site is 8 bytes, and what is compared with a value that has one
     assert live() - before == pytest.approx(sum(held.values()), abs=16 * sites)
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from bench import cost
-from bench.cost_figure import cost_figure
-from bench.cost_rows import SAME, Rows
-from bench.cost_table import markdown, record, size, speed
-from bench.cost_worker import BASE, FULL, Settings
-from bench.figures import plt
+from bench.common.figures import plt
+from bench.cost import run as cost
+from bench.cost.figure import cost_figure
+from bench.cost.rows import SAME, SavedRows
+from bench.cost.table import markdown, record, size, speed
+from bench.cost.worker import BASE, FULL, CostSettings
 from surgery import InputError, VariantError
-from tests.bench.test_cost import HERE, measured, run
+from tests.support.cost_runs import HERE, measured, run
 
 
 def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:
 def test_rows_are_kept_only_for_the_same_settings_code_and_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, source = Settings("model"), dict.fromkeys(SAME, "this")
+    settings, source = CostSettings("model"), dict.fromkeys(SAME, "this")
     path = tmp_path / "cost.jsonl"
     row = {"variant": BASE, "settings": vars(settings), **source, "model": {"device": "cuda (one card)"}}
     path.write_text(json.dumps(row) + "\n")
-    rows = Rows(path, keep=True)
+    rows = SavedRows(path, keep=True)
     assert rows.finished(settings, source) == [row]
-    assert rows.finished(Settings("model", r=8), source) == []
+    assert rows.finished(CostSettings("model", r=8), source) == []
     assert rows.finished(settings, {**source, "commit": "another"}) == []
     asked: list[str] = []
     for name, expected in {"cuda (one card)": {BASE: row}, "cuda (another card)": {}}.items():
@@ -86,9 +86,9 @@ def test_rows_are_kept_only_for_the_same_settings_code_and_device(
     assert cost._known([], "auto") == {}
     assert asked == ["auto"] * 2
     path.write_text(json.dumps({**row, "error": "failed"}) + "\n")
-    assert Rows(path, keep=True).finished(settings, source) == []
+    assert SavedRows(path, keep=True).finished(settings, source) == []
     assert path.read_text()
-    assert Rows(path).lines == []
+    assert SavedRows(path).lines == []
     assert path.read_text() == ""
 
 
@@ -96,7 +96,7 @@ def test_a_row_replaces_those_of_its_variant_settings_and_device(tmp_path: Path)
     common = {"settings": {"r": 4}, "hardware": "this"}
     one, other = ({"variant": BASE, **common, "model": {"device": name}} for name in ("one card", "another card"))
     lost = {"variant": BASE, **common, "error": "start: killed"}
-    rows = Rows(tmp_path / "cost.jsonl")
+    rows = SavedRows(tmp_path / "cost.jsonl")
     for row in (one, other, lost, {**lost, "variant": FULL}):
         rows.put(row)
     rows.put({**lost, "error": "start: killed again"})  # which device it would have been is not known
@@ -111,14 +111,16 @@ def test_a_row_replaces_those_of_its_variant_settings_and_device(tmp_path: Path)
     assert rows.path.read_text().splitlines() == rows.lines
 
 
+@pytest.mark.bench
 def test_a_device_that_is_gone_is_told_when_a_run_is_taken_up_again() -> None:
     with pytest.raises(InputError, match=r"^there is no device 'nowhere' here: Expected one of"):
         cost._device_here("nowhere")
 
 
+@pytest.mark.bench
 def test_a_killed_process_is_a_row() -> None:
     stages: list[str] = []
-    row = cost.measured(Settings(f"{HERE}:deadly", r=4, repeats=1, device="cpu"), "antipasto", stages.append)
+    row = cost.measured(CostSettings(f"{HERE}:deadly", r=4, repeats=1, device="cpu"), "antipasto", stages.append)
     assert row["error"] == "forward: the process was ended by SIGKILL, most likely out of memory"
     assert stages == ["loading", "initialisation", "adapter file", "forward"]
     assert row["file_bytes"] > 0

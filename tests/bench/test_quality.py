@@ -16,9 +16,13 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench import quality, quality_figure, quality_report, quality_steps
-from bench.methods import BASE, FULL, GRID, Method, build, methods, rate, trains, untrainable
-from bench.training import Settings, Task, schedule
+from bench.__main__ import main
+from bench.quality import figure as quality_figure
+from bench.quality import report as quality_report
+from bench.quality import run as quality
+from bench.quality import step_time as quality_steps
+from bench.quality.methods import BASE, FULL, GRID, Method, build, methods, rate, trains, untrainable
+from bench.quality.training import QualitySettings, Task, schedule
 from passes.errors import InputError
 from surgery import AntiPaSTO, sites
 from surgery.variants import REGISTRY, Variant
@@ -26,7 +30,7 @@ from tests.support.tolerance import assert_close
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 COMPARED = ["antipasto", "LoRA, r = 8", "full fine-tuning"]
-TINY = Settings(r=16, steps=2, batch=2, length=16, seeds=2, base_steps=2, calibration=1, evaluated=256)
+TINY = QualitySettings(r=16, steps=2, batch=2, length=16, seeds=2, base_steps=2, calibration=1, evaluated=256)
 MEASURED = ("setup_seconds", "command", "commit", "workers")
 
 
@@ -41,7 +45,7 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quality")
     sizes = [(f"--{name.replace('_', '-')}", str(value)) for name, value in dataclasses.asdict(TINY).items()]
     places = ["--out", str(out), "--cache", str(cache), "--workers", "1"]
-    quality.main([*places, *itertools.chain(*sizes), "--methods", *COMPARED])
+    assert main(["quality", *places, *itertools.chain(*sizes), "--methods", ";".join(COMPARED)]) == 0
     return out
 
 
@@ -161,6 +165,7 @@ def stable(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in quality.read(path)]
 
 
+@pytest.mark.bench
 def test_every_run_is_recorded_with_where_it_comes_from(finished: Path) -> None:
     rows = quality.read(finished / "quality.jsonl")
     for row in rows:
@@ -176,6 +181,7 @@ def test_every_run_is_recorded_with_where_it_comes_from(finished: Path) -> None:
     assert len(set(losses)) == len(losses)  # seeds and methods are all different runs
 
 
+@pytest.mark.bench
 def test_a_run_that_was_broken_off_is_taken_up_again(finished: Path, cache: Path, tmp_path: Path) -> None:
     path, whole = tmp_path / "quality.jsonl", (finished / "quality.jsonl").read_text()
     path.write_text(whole)
@@ -188,6 +194,7 @@ def test_a_run_that_was_broken_off_is_taken_up_again(finished: Path, cache: Path
     assert stable(path) == stable(finished / "quality.jsonl")
 
 
+@pytest.mark.bench
 def test_steps_are_timed_in_turn_and_once(finished: Path, cache: Path) -> None:
     path = finished / "quality_steps.json"
     data = json.loads(path.read_text())
@@ -201,6 +208,7 @@ def test_steps_are_timed_in_turn_and_once(finished: Path, cache: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.bench
 def test_runs_of_another_python_are_not_mixed(finished: Path, cache: Path, tmp_path: Path) -> None:
     rows = [{**row, "python": "3.9.0"} for row in quality.read(finished / "quality.jsonl")]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -208,6 +216,7 @@ def test_runs_of_another_python_are_not_mixed(finished: Path, cache: Path, tmp_p
         quality.complete(TINY, compared(), tmp_path / "quality.jsonl", cache=cache)
 
 
+@pytest.mark.bench
 def test_runs_with_other_settings_are_not_mixed(finished: Path, cache: Path) -> None:
     before = (finished / "quality.jsonl").read_text()
     with pytest.raises(InputError, match="other settings"):
@@ -221,6 +230,7 @@ def test_results_do_not_depend_on_the_number_of_processes(finished: Path, cache:
     assert stable(tmp_path / "quality.jsonl") == stable(finished / "quality.jsonl")
 
 
+@pytest.mark.bench
 def test_the_table_and_the_figure_come_from_the_data(finished: Path, tmp_path: Path) -> None:
     table, figure = (finished / "quality.md").read_text(), (finished / "quality.png").read_bytes()
     assert quality.report(finished) == table
@@ -230,7 +240,7 @@ def test_the_table_and_the_figure_come_from_the_data(finished: Path, tmp_path: P
         if row in used["runs"]:
             row["held_out_loss"] = 1.25 if row["seed"] else 1.75
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    quality.main(["--report", "--out", str(tmp_path)])
+    assert main(["quality", "--report", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "quality.md").read_text()
     assert "1.5000 (1.2500 to 1.7500)" in text
     assert "The lowest mean is that of antipasto" in text
@@ -250,6 +260,7 @@ def axes() -> Iterator[tuple[Any, Any]]:
     plt.close(figure)
 
 
+@pytest.mark.bench
 def test_labels_never_overlap(axes: tuple[Any, Any]) -> None:
     figure, on = axes
     heights = [1.5 + 0.002 * (i % 4) for i in range(12)]

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
 
-from bench import scaling, scaling_report
-from bench.speed_model import CONFIGS, Sizes
-from bench.timing import power
+from bench.common.timing import power
+from bench.models.decoder import CONFIGS, Sizes
+from bench.scaling import report as scaling_report
+from bench.scaling import run as scaling
 from passes.errors import InputError
 
 WHERE = {"device": "a processor", "threads": 2, "seed": 0, "repeats": 15}
@@ -112,5 +113,5 @@ def test_the_figure_is_an_image(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scaling.jsonl").write_text('{"axis": "rank"}\n')
-    with pytest.raises(InputError, match=r"no row of `python -m bench.scaling`, it lacks line, x"):
+    with pytest.raises(InputError, match=r"no row of `python -m bench scaling`, it lacks line, x"):
         scaling_report.write(tmp_path)

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
-from bench import rows, speed, speed_contenders
-from bench.speed import Settings, cells, run
-from bench.speed_check import Answer, errors
-from bench.speed_contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
-from bench.timing import settled
+from bench.common import results_store as rows
+from bench.common.timing import settled
+from bench.speed import contenders as speed_contenders
+from bench.speed import matrix as speed
+from bench.speed.check import Answer, errors
+from bench.speed.contenders import BASE, BESIDE, CONTENDERS, HOOKS, PEERS
+from bench.speed.matrix import SpeedSettings, cells, run
 
 QUICK = {"config": "tiny", "layers": 1, "r": 8, "tokens": 6, "repeats": 3, "cell_seconds": 0.0}
 
@@ -28,15 +30,16 @@ def _machine(monkeypatch: Any) -> None:
     monkeypatch.setattr(speed, "ceilings", lambda *args: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
 
 
-def settings(out: Path, **changed: Any) -> Settings:
-    return Settings(out=out, **{**QUICK, **changed})
+def settings(out: Path, **changed: Any) -> SpeedSettings:
+    return SpeedSettings(out=out, **{**QUICK, **changed})
 
 
-def measured(given: Settings, right: bool = True) -> dict[tuple[str, str, str], dict[str, Any]]:
+def measured(given: SpeedSettings, right: bool = True) -> dict[tuple[str, str, str], dict[str, Any]]:
     assert run(given, say=lambda text: None) is right
     return {(row["runtime"], row["shape"], row["contender"]): row for row in rows.read(given.out)}
 
 
+@pytest.mark.bench
 def test_every_contender_agrees_with_its_reference_and_is_timed(tmp_path: Path) -> None:
     found = measured(settings(tmp_path / "speed.jsonl", runtimes=("eager",), shapes=("prefill", "training")))
     assert {name for _, shape, name in found if shape == "prefill"} == set(CONTENDERS) - {BESIDE}
@@ -78,6 +81,7 @@ def test_a_dropped_adapter_is_reported_and_not_timed(name: str, tmp_path: Path, 
     assert found["eager", "prefill", BASE]["status"] == "ok"
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("shape", ["prefill", "training"])
 def test_hooks_dropped_by_the_compiler_are_caught_and_ones_own_code_keeps_them(shape: str, tmp_path: Path) -> None:
     """Dynamo's own trap, so that its cheapest backend shows it."""
@@ -91,6 +95,7 @@ def test_hooks_dropped_by_the_compiler_are_caught_and_ones_own_code_keeps_them(s
         assert found["compile", shape, name]["status"] == "ok", found["compile", shape, name]
 
 
+@pytest.mark.bench
 def test_what_is_made_again_for_another_runtime_is_the_same(tmp_path: Path) -> None:
     """One reference of a family serves all runtimes, so that an adapter must not start from other random numbers."""
     chosen = {"runtimes": ("eager", "compile"), "shapes": ("decode 1",), "contenders": PEERS, "backend": "eager"}
@@ -111,6 +116,7 @@ def test_errors_are_over_the_adapters_effect() -> None:
     )
 
 
+@pytest.mark.bench
 def test_inductors_code_is_checked_and_timed(tmp_path: Path) -> None:
     chosen = {"runtimes": ("compile",), "shapes": ("prefill",), "contenders": ("live lowrank",)}
     with fresh_cache():  # what an earlier run has compiled would be loaded
@@ -130,6 +136,7 @@ def test_every_runtime_is_right(runtime: str, tmp_path: Path) -> None:
     assert all(row["status"] == "ok" for cell, row in found.items() if cell[2] != BESIDE)
 
 
+@pytest.mark.bench
 def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     out = tmp_path / "speed.jsonl"
     chosen = {"runtimes": ("eager",), "shapes": ("decode 1",), "contenders": (BASE, "LoRA")}
@@ -178,6 +185,7 @@ def test_nothing_is_built_where_nothing_is_left_or_the_time_is_up(tmp_path: Path
     assert "the time is up: 1 cells are left" in said[-1]
 
 
+@pytest.mark.bench
 def test_what_was_measured_otherwise_is_measured_anew(tmp_path: Path, monkeypatch: Any) -> None:
     chosen = {"runtimes": ("compile",), "shapes": ("decode 1",), "contenders": (BASE,), "backend": "eager"}
     monkeypatch.setattr(speed, "timed", lambda *args: {"milliseconds": spread(1.0), "ratio": spread(1.0)})
@@ -219,6 +227,7 @@ def test_there_are_no_cells_of_onnx_in_bfloat16(tmp_path: Path) -> None:
         assert bool(list(cells(settings(tmp_path / "a", runtimes=("onnx",), dtype=dtype)))) is some
 
 
+@pytest.mark.bench
 def test_a_cell_that_fails_says_why_and_the_others_go_on(tmp_path: Path, monkeypatch: Any) -> None:
     original = speed.prepare
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import speed
 from bench.__main__ import main
-from bench.speed import Settings
-from bench.speed_limits import LARGE, ceilings, minimum_ms, work
-from bench.speed_model import CONFIGS
-from bench.speed_timing import repeated
+from bench.common.paired_timing import repeated
+from bench.models.decoder import CONFIGS
+from bench.speed import matrix as speed
+from bench.speed.matrix import SpeedSettings
+from bench.speed.roofline import LARGE, ceilings, minimum_ms, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ def stages(folder: Path, *arguments: str, status: int = 0) -> list[list[str]]:
 
 
 def test_the_dry_run_of_the_gpu_script_reads_every_argument_of_every_stage(tmp_path: Path, monkeypatch: Any) -> None:
-    given: list[Settings] = []
+    given: list[SpeedSettings] = []
     monkeypatch.setattr(speed, "run", lambda settings: not given.append(settings))  # type: ignore[func-returns-value]
     real, dry = stages(tmp_path), stages(tmp_path, "--dry-run")
     stages(tmp_path, "--dry-run", status=1)

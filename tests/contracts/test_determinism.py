@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -16,18 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import surgery
-from passes.errors import InputError, WeightError
-from surgery import Contrast, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
+from passes.errors import InputError
+from surgery import Contrast, apply_surgery, set_coeff, sites
+from surgery.errors import WeightError
 from surgery.factors.svd import factorise
 from surgery.support.determinism import one_thread, side_by_side
-from surgery.variants import Variant
-from tests.contracts.test_variants import VARIANTS
+from tests.support.deterministic_runs import D_IN, data_of, digests, patient, saved, some
+from tests.support.variant_cases import VARIANTS
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
-RANK, D_IN = 9, 29
 
 
 @contextmanager
@@ -40,62 +37,11 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def patient(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Widths at which products, eigenvectors and QRs do depend on the number of threads."""
-    model = nn.Sequential(nn.Linear(D_IN, 136), nn.Tanh(), nn.Linear(136, 137), nn.Tanh(), nn.Linear(137, 13))
-    for i, parameter in enumerate(model.parameters()):
-        parameter.data = some(*parameter.shape, seed=i).div(parameter.shape[-1] ** 0.5)
-    return model.to(dtype)
-
-
-def data_of(variant: Variant) -> Any:
-    data = [some(7, D_IN, seed=1), some(39, D_IN, seed=2)]
-    if variant.statistic == "contrast":
-        return Contrast(data, [batch + 0.3 for batch in data], pool="all")
-    return data
-
-
-def cases() -> Iterator[tuple[str, Variant, Any]]:
-    """Every variant, with and without data, by every method of factorisation."""
-    for i, variant in enumerate(VARIANTS):
-        for method in ("exact", "randomised"):
-            config = dataclasses.replace(variant, svd_method=method)
-            if not variant.needs_calibration:
-                yield f"{i} {variant.name} {method}", config, None
-            elif method == "randomised":
-                continue
-            yield f"{i} {variant.name} {method} data", config, data_of(variant)
-    for pool in surgery.factors.statistic.POOLS:
-        yield f"pool {pool}", surgery.AntiPaSTO(pool=pool), data_of(surgery.AntiPaSTO())
-
-
-def saved(folder: Path, variant: Variant, data: Any, dtype: torch.dtype = torch.float32, **options: Any) -> str:
-    """Digest of the two files of an adapter."""
-    example = some(2, D_IN).to(dtype)
-    options = {"r": RANK, "target_modules": "all-linear", "seed": 3, "progress": False} | options
-    model = apply_surgery(patient(dtype), variant, example_inputs=example, calibration=data, **options)
-    save_adapter(model, folder)
-    files = sorted(folder.iterdir())
-    assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    found = {name: saved(folder / str(i), *case) for i, (name, *case) in enumerate(cases())}
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        found[str(dtype)] = saved(folder / str(dtype), surgery.AntiPaSTOAblate(k=3), None, dtype)
-    return found
-
-
 CHILD = """
 import json, sys
 from pathlib import Path
 import torch
-from tests.contracts.test_determinism import digests, run_everything
+from tests.support.deterministic_runs import digests, run_everything
 threads, strict = int(sys.argv[2]), sys.argv[3] == "strict"
 torch.set_num_threads(threads)
 torch.use_deterministic_algorithms(strict)
@@ -146,35 +92,6 @@ def test_the_same_files_with_many_threads(n, tmp_path):
     with threads(1):
         expected = digests(tmp_path / "here")
     assert result(child(tmp_path / "there", n)) == expected
-
-
-def run_everything(folder: Path) -> None:
-    """Every lowering, training, merging, a file and undoing, of every variant: nothing lacks a deterministic way."""
-    assert torch.are_deterministic_algorithms_enabled()
-    x = some(6, D_IN)
-    for i, variant in enumerate(VARIANTS):
-        for lowering in ("lowrank", "dense", "output", "residual"):
-            if (lowering == "dense" and not variant.linear) or (lowering == "output" and not variant.of_scaled):
-                continue
-            model, base = patient(), patient()(x)
-            options: Any = {"r": 8, "target_modules": "all-linear", "lowering": lowering, "progress": False}
-            apply_surgery(model, variant, example_inputs=x, calibration=data_of(variant), **options)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            if trained:
-                optimiser = torch.optim.Adam(trained, lr=1e-2)
-                for _ in range(2):
-                    optimiser.zero_grad()
-                    model(x).square().sum().backward()
-                    optimiser.step()
-            with torch.no_grad():
-                live = model(x)
-            save_adapter(model, folder / f"{i}{lowering}")
-            loaded = load_adapter(patient(), folder / f"{i}{lowering}")
-            with torch.no_grad():
-                torch.testing.assert_close(loaded(x), live, rtol=1e-4, atol=1e-4)
-            assert torch.equal(undo_surgery(model)(x), base)
-            if variant.linear:
-                torch.testing.assert_close(merge(loaded)(x), live, rtol=1e-4, atol=1e-4)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -49,12 +49,13 @@ from surgery import (
     to_graph,
     undo_surgery,
 )
-from surgery.modules.residual_host import SSpaceResidual
-from tests.conftest import POINTS
+from surgery.modules.adapter import Adapter
+from tests.support import expert_models, packed_attention
+from tests.support.fault_points import POINTS
+from tests.support.model_state import state_of
+from tests.support.operated_models import randomise
 from tests.support.processes import at_call, calls_of, in_child
 from tests.support.zoo import Patient, patient
-from tests.surgery import test_packed, test_stacked
-from tests.surgery.test_apply import randomise, state_of
 
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
@@ -101,9 +102,8 @@ def everything(p: Patient) -> list[str]:
                 items = list(value.items()) if isinstance(value, dict) else sorted(map(id, value))
                 lines.append(f"{path} {name} {id(value)} {[(k, id(v)) for k, v in items if not callable(k)]}" if items
                              and isinstance(items[0], tuple) else f"{path} {name} {id(value)} {items}")  # fmt: skip
-        if isinstance(module, SSpaceResidual):
-            base = vars(module)["_base"]
-            lines.append(f"{path} base {id(base.parameter)} {base.settled} {base.fingerprint} {base.cast}")
+        if isinstance(module, Adapter):
+            lines.append(f"{path} host {[(n, id(v)) for n, v in vars(module.host).items()]} {module.form}")
     if isinstance(model, fx.GraphModule):
         lines += [model.code, str(id(model.graph)), str(sorted(vars(type(model))))]
     record = vars(model).get("_surgery")
@@ -114,7 +114,7 @@ def everything(p: Patient) -> list[str]:
             lines.append(f"original {list(record.original.parameters)} {list(record.original.modules)}")
     if hasattr(model, "config"):
         lines.append(str(model.config.to_dict()))
-    lines.append(f"coeff {[(key, site.core.coeff.tolist()) for key, site in sites(model).items()]}")
+    lines.append(f"coeff {[(key, site.steering.coeff.tolist()) for key, site in sites(model).items()]}")
     lines.append(f"fastpath {torch.backends.mha.get_fastpath_enabled()} {torch.is_grad_enabled()}")
     numbers = torch.get_rng_state()
     lines.append(f"random {hashlib.sha256(numbers.numpy().tobytes()).hexdigest()} {hash(random.getstate())}")
@@ -132,7 +132,7 @@ def result(p: Patient) -> list[str]:
     tensors = [*p.model.named_parameters(remove_duplicate=False), *p.model.named_buffers()]
     lines = [f"{n} {t.requires_grad} {t.dtype} {digest(t.detach())}" for n, t in tensors]
     lines += [f"{path} {type(m).__name__} {m.training}" for path, m in p.model.named_modules()]
-    lines += [f"{key} {site.form} {site.core.coeff.tolist()}" for key, site in sites(p.model).items()]
+    lines += [f"{key} {site.form} {site.steering.coeff.tolist()}" for key, site in sites(p.model).items()]
     return [*lines, digest(p.run())]
 
 
@@ -144,11 +144,11 @@ def files(folder: Path) -> dict[str, bytes | None]:
 
 
 def packed() -> Patient:
-    return Patient("packed", test_packed.attention(), test_packed.CALLS["self"])
+    return Patient("packed", packed_attention.attention(), packed_attention.CALLS["self"])
 
 
 def experts() -> Patient:
-    return Patient("experts", test_stacked.build("mixtral"), {"input_ids": test_stacked.IDS})
+    return Patient("experts", expert_models.build("mixtral"), {"input_ids": expert_models.IDS})
 
 
 def graph() -> Patient:
@@ -162,7 +162,7 @@ HOSTS: dict[str, tuple[Callable[[], Patient], dict[str, Any]]] = {
     "attention": (lambda: patient("attention"), {}),
     "residual": (lambda: patient("mlp"), {"form": "residual"}),
     "dropped": (lambda: patient("mlp"), {"form": "residual", "keep_base": False}),
-    "packed": (packed, {"target_modules": test_packed.QV}),
+    "packed": (packed, {"target_modules": packed_attention.QV}),
     "graph": (graph, {}),
     "experts": (experts, {}),
     "qwen3": (lambda: patient("qwen3"), {}),

@@ -14,25 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporters import swap
-from exporters.program.swap import FORMAT, contents
-from surgery import AdapterError, VariantError, load_adapter, save_adapter, sites, undo_surgery
-from surgery.storage.adapter_reader import CONFIG, TENSORS
+from exporters.program.metadata import FORMAT, contents
+from surgery import AdapterError, VariantError, load_adapter, sites, undo_surgery
+from surgery.storage.adapter_file import TENSORS
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx_swappable import with_variant
-from tests.support.fuzz import MANY, SOME, WRONG, damaged_bytes, damaged_json, outcome, places, written
+from tests.support.adapter_files import header_size, signed, with_configuration
+from tests.support.fuzz import (
+    MANY,
+    SOME,
+    WRONG,
+    damaged_bytes,
+    damaged_json,
+    outcome,
+    places,
+    safetensors_file,
+    written,
+)
+from tests.support.fuzz_adapter import saved
+from tests.support.model_state import state_of
+from tests.support.operated_models import operated
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import operated, state_of
 
 NAMES = ("mlp", "raw", "attention")
-
-
-@functools.cache
-def saved(name: str, variant: str | None = None) -> tuple[dict[str, Any], bytes]:
-    """The two files of a good adapter."""
-    found = operated(name) if variant is None else with_variant(variant, name)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(found.model, folder)
-        return json.loads((Path(folder) / CONFIG).read_bytes()), (Path(folder) / TENSORS).read_bytes()
 
 
 @functools.cache
@@ -40,13 +43,21 @@ def fresh(name: str) -> Patient:
     return patient(name)
 
 
-def check_load(name: str, config: Any, tensors: bytes, *, signed: bool = True) -> bool:
-    """Load the adapter; whether it was taken. Either way the model is what it was, in the end."""
+def check_load(name: str, config: Any, tensors: bytes, *, sign: bool = True) -> bool:
+    """Load the adapter, in the present format and in the older one; whether both were taken.
+
+    Either way the model is what it was, in the end.
+    """
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        taken = check_folder(name, written(Path(one), config, tensors, sign=sign))
+        older = check_folder(name, written(Path(other), config, tensors, sign=sign, older=True))
+    return taken and older
+
+
+def check_folder(name: str, folder: Path) -> bool:
     model = fresh(name).model
     before = state_of(model)
-    with tempfile.TemporaryDirectory() as folder:
-        written(Path(folder), config, tensors, signed=signed)
-        error = outcome(lambda: load_adapter(model, folder))
+    error = outcome(lambda: load_adapter(model, folder))
     if error is None:
         assert sites(model)
         fresh(name).run()
@@ -66,20 +77,43 @@ def test_damaged_tensors_whose_digest_was_made_to_fit(data, name):
 
 
 @MANY
+@given(data=st.data(), name=st.sampled_from(NAMES), sign=st.booleans())
+def test_a_damaged_file(data, name, sign):
+    """Bytes of the file as it is, of the header with its configuration or of the tensors."""
+    content = signed(with_configuration(saved(name)[1], saved(name)[0]))
+    content = data.draw(damaged_bytes(content))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TENSORS).write_bytes(signed(content) if sign else content)
+        check_folder(name, Path(folder))
+
+
+@MANY
+@given(data=st.data(), name=st.sampled_from(NAMES))
+def test_damaged_metadata(data, name):
+    """What the header holds beside the tensors, the text of the configuration among it."""
+    content = with_configuration(saved(name)[1], saved(name)[0])
+    size = header_size(content)
+    header = json.loads(content[8:size])
+    header["__metadata__"] = data.draw(damaged_json(header["__metadata__"]))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TENSORS).write_bytes(signed(safetensors_file(header, content[size:])))
+        check_folder(name, Path(folder))
+
+
+@MANY
 @given(data=st.data(), name=st.sampled_from(NAMES))
 def test_a_damaged_header_of_the_tensors(data, name):
     config, tensors = saved(name)
-    size = 8 + int.from_bytes(tensors[:8], "little")
-    header = json.loads(tensors[8:size])
-    text = json.dumps(data.draw(damaged_json(header))).encode()
-    check_load(name, config, len(text).to_bytes(8, "little") + text + tensors[size:])
+    size = header_size(tensors)
+    header = data.draw(damaged_json(json.loads(tensors[8:size])))
+    check_load(name, config, safetensors_file(header, tensors[size:]))
 
 
 @MANY
 @given(data=st.data(), name=st.sampled_from(NAMES))
 def test_a_damaged_configuration(data, name):
     config, tensors = saved(name)
-    check_load(name, data.draw(damaged_json(config)), tensors, signed=False)
+    check_load(name, data.draw(damaged_json(config)), tensors)
 
 
 @MANY
@@ -94,7 +128,7 @@ def test_a_configuration_of_damaged_bytes(data):
 def test_damaged_settings_of_each_variant(data, variant):
     config, tensors = saved("mlp", variant)
     settings = data.draw(damaged_json(config["hyperparameters"]))
-    check_load("mlp", config | {"hyperparameters": settings}, tensors, signed=False)
+    check_load("mlp", config | {"hyperparameters": settings}, tensors)
 
 
 @pytest.mark.parametrize("variant", sorted(REGISTRY))
@@ -117,7 +151,7 @@ def test_every_value_of_a_configuration_taken_out_and_replaced(name):
                 del owner[path[-1]]
             else:
                 owner[path[-1]] = wrong
-            check_load(name, found, tensors, signed=False)
+            check_load(name, found, tensors)
 
 
 def test_what_is_good_is_taken():

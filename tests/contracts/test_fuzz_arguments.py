@@ -34,8 +34,8 @@ from surgery import (
 )
 from surgery.variants import REGISTRY
 from tests.support.fuzz import ESCAPE, SOME, junk, outcome
+from tests.support.model_state import state_of
 from tests.support.zoo import patient
-from tests.surgery.test_apply import state_of
 
 INPUTS = patient("mlp").inputs
 

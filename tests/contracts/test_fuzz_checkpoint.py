@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from exporters import ExportError, check_core, export_core, merge_checkpoint
 from exporters.checkpoint.journal import JOURNAL
-from exporters.checkpoint.plan import make_plan
+from exporters.checkpoint.plan import plan_merge
 from exporters.onnx.cores import core_slots, read_core
 from surgery import AdapterError, InputError, Statistics, apply_surgery, calibrate, save_adapter, sites
-from surgery.storage.adapter_reader import read_config
-from tests.support.fuzz import MANY, SOME, damaged_bytes, damaged_json, outcome, safetensors_file
+from surgery.storage.adapter_file import open_adapter
+from tests.support.adapter_files import bare_tensors, configuration
+from tests.support.fuzz import MANY, SOME, damaged_bytes, damaged_json, outcome, safetensors_file, written
+from tests.support.model_state import state_of
+from tests.support.operated_models import operated
 from tests.support.zoo import patient
-from tests.surgery.test_apply import operated, state_of
 
 MEMORY = 2**29
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -92,8 +94,8 @@ def test_a_damaged_checkpoint_or_adapter(data, kind, folders, tmp_path_factory):
     elif kind == "configuration":
         (base / "config.json").write_bytes(json.dumps(data.draw(damaged_json({"a": [1, {}], "b": "x"}))).encode())
     else:
-        config = json.loads((adapter / "adapter_config.json").read_bytes())
-        (adapter / "adapter_config.json").write_text(json.dumps(data.draw(damaged_json(config))))
+        config, tensors = configuration(adapter), bare_tensors(adapter)
+        written(adapter, data.draw(damaged_json(config)), tensors, older=data.draw(st.booleans()))
     check_merge(base, adapter, tmp_path / "out")
     shutil.rmtree(tmp_path)
 
@@ -161,7 +163,8 @@ def test_a_checkpoint_with_sizes_that_no_tensor_has(folders, tmp_path):
 
 def left_behind(folders: dict[str, Path], out: Path, lines: bytes) -> Path:
     """The folder of a run that was killed, with this journal behind its first line."""
-    digest = make_plan(folders["base"], folders["adapter"], read_config(folders["adapter"]), 1.0, False).digest
+    with open_adapter(folders["adapter"]) as file:
+        digest = plan_merge(folders["base"], folders["adapter"], file.config, 1.0, False).digest
     staging = out.parent / f".{out.name}.merging"
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "files").mkdir(parents=True)

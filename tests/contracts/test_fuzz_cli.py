@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from surgery import save_adapter
 from surgery.cli.main import main
 from tests.support.fuzz import ESCAPE, SOME, bounded
-from tests.surgery.test_apply import operated
+from tests.support.operated_models import operated
 
 MODULE = """
 import sys

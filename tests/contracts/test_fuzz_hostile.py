@@ -19,12 +19,12 @@ from safetensors.torch import load, save
 from exporters import ExportError, check_core, merge_checkpoint
 from passes.errors import LONGEST, SurgeryError
 from surgery import AdapterError, Statistics, load_adapter
-from surgery.storage.adapter_reader import CONFIG, TENSORS
-from surgery.support.untrusted_files import DEPTH, VALUES, parse_json, path_of, read_json
-from tests.contracts.test_fuzz_adapter import saved
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from surgery.support.untrusted_files import DEPTH, LIMIT, VALUES, parse_json, path_of, read_json
 from tests.support.fuzz import ESCAPE, MANY, bounded, outcome, printable, safetensors_file, written
+from tests.support.fuzz_adapter import saved
+from tests.support.model_state import state_of
 from tests.support.zoo import patient
-from tests.surgery.test_apply import state_of
 
 MEMORY = 2**29
 WORDS = st.text(st.characters(codec="utf-8"))
@@ -83,9 +83,18 @@ def refused(folder: Path) -> str:
     return str(error)
 
 
+def refused_in_each_format(folder: Path, config: Any, tensors: bytes, **options: Any) -> list[str]:
+    """An adapter whose configuration is in the header is refused, and so is one with the configuration beside it."""
+    messages = []
+    for older in (False, True):
+        (folder / str(older)).mkdir()
+        messages.append(refused(written(folder / str(older), config, tensors, older=older, **options)))
+    return messages
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_tensors_with_a_hostile_header(name, tmp_path):
-    refused(written(tmp_path, config_of(), HEADERS[name]))
+    refused_in_each_format(tmp_path, config_of(), HEADERS[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +106,7 @@ def test_tensors_of_another_dtype(dtype, tmp_path):
     header, data = json.loads(plain[8:size]), plain[size:]
     n = int(12 * next((w for end, w in WIDTHS.items() if dtype.endswith(end)), 1))
     header["0.core.g"] = entry(dtype, offsets=[len(data), len(data) + n])
-    refused(written(tmp_path, config_of(), safetensors_file(header, data + bytes(n))))
+    refused_in_each_format(tmp_path, config_of(), safetensors_file(header, data + bytes(n)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -132,7 +141,7 @@ SITES: dict[str, dict[str, Any]] = {
 def test_a_site_that_asks_for_too_much(name, tmp_path):
     config = config_of()
     config["sites"]["0"] |= SITES[name]
-    refused(written(tmp_path, config, saved("mlp")[1]))
+    refused_in_each_format(tmp_path, config, saved("mlp")[1])
 
 
 @pytest.mark.parametrize(
@@ -145,15 +154,16 @@ def test_a_site_of_an_odd_name(key, tmp_path):
     if "\ud800" not in key:
         tensors = {f"{key}{name[1:]}": tensor for name, tensor in tensors.items()}
     before = sorted(tmp_path.parent.rglob("*"))
-    refused(written(tmp_path, config, save(tensors)))
-    assert {path.name for path in set(tmp_path.parent.rglob("*")) - set(before)} == {CONFIG, TENSORS}
+    refused_in_each_format(tmp_path, config, save(tensors))
+    made = {path.name for path in set(tmp_path.parent.rglob("*")) - set(before)}
+    assert made == {"False", "True", CONFIG, TENSORS}
 
 
 TEXTS: dict[str, bytes] = {
     "a key twice": b'{"format": "sspace-adapter", "format": "sspace-adapter"}',
     "a key of a site twice": json.dumps(saved("mlp")[0]).replace('"layout":', '"layout": "", "layout":').encode(),
     "a key twice by an escape": b'{"format": 1, "f\\u006frmat": 2}',
-    "NaN": json.dumps(saved("mlp")[0]).replace('"format_version": 2', '"format_version": NaN').encode(),
+    "NaN": json.dumps(saved("mlp")[0]).replace('"format_version": 3', '"format_version": NaN').encode(),
     "infinity by a large number": b'{"format": 1e999}',
     "deep": b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1),
     "deeper than Python": b"[" * 10**6,
@@ -171,18 +181,39 @@ TEXTS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_hostile_configuration(name, tmp_path):
-    assert CONFIG in refused(written(tmp_path, TEXTS[name], saved("mlp")[1]))
+    in_header, beside = refused_in_each_format(tmp_path, TEXTS[name], saved("mlp")[1])
+    assert TENSORS in in_header
+    assert CONFIG in beside
 
 
 def test_a_configuration_of_a_gigabyte_is_not_read(tmp_path):
-    written(tmp_path, config_of(), saved("mlp")[1])
+    written(tmp_path, config_of(), saved("mlp")[1], older=True)
     os.truncate(tmp_path / CONFIG, 2**30)
     assert "larger than 64 MiB" in refused(tmp_path)
 
 
+def test_a_header_of_a_gigabyte_is_not_read(tmp_path):
+    """As long as the file, so that its length alone is no reason to refuse it."""
+    for size, words in ((2**30, "its header is larger than 64 MiB"), (LIMIT, "cannot read")):
+        (tmp_path / TENSORS).write_bytes(size.to_bytes(8, "little") + b"{")
+        os.truncate(tmp_path / TENSORS, 8 + size)
+        assert words in refused(tmp_path)
+
+
+def test_the_mirror_is_not_read(tmp_path):
+    """Whatever stands beside a file with a header: what is not read can do no harm."""
+    for make in (lambda p: p.write_bytes(TEXTS["deep"]), lambda p: os.mkfifo(p), lambda p: p.mkdir(), lambda p: None):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        make(folder / CONFIG)
+        written(folder, *saved("mlp"))
+        model = patient("mlp").model
+        assert outcome(lambda model=model, folder=folder: load_adapter(model, folder)) is None
+
+
 # what reads a file, and would open whatever stands in its place
 READERS: dict[str, Callable[[Path], Any]] = {
-    "configuration": lambda p: load_adapter(patient("mlp").model, folder_with(p, CONFIG)),
+    "configuration": lambda p: load_adapter(patient("mlp").model, folder_with(p, CONFIG, older=True)),
     "tensors": lambda p: load_adapter(patient("mlp").model, folder_with(p, TENSORS)),
     "statistics": Statistics.load,
     "core": lambda p: check_core(swappable(p.parent), p),
@@ -193,16 +224,16 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def good_adapter(parent: Path) -> Path:
+def good_adapter(parent: Path, *, older: bool = False) -> Path:
     folder = parent / "good"
     folder.mkdir(exist_ok=True)
-    return written(folder, *saved("mlp"))
+    return written(folder, *saved("mlp"), older=older)
 
 
-def folder_with(path: Path, name: str) -> Path:
-    folder = good_adapter(path.parent)
-    if path.is_file():  # signed, so that it is opened
-        written(folder, saved("mlp")[0], path.read_bytes())
+def folder_with(path: Path, name: str, *, older: bool = False) -> Path:
+    folder = good_adapter(path.parent, older=older)
+    if path.is_file() and older:  # signed, so that it is opened
+        written(folder, saved("mlp")[0], path.read_bytes(), older=True)
     (folder / name).unlink()
     os.symlink(path, folder / name)
     return folder
@@ -323,9 +354,21 @@ def test_a_message_says_what_was_odd():
     assert str(AdapterError("é 日本 → ok")) == "é 日本 → ok"
 
 
-def test_the_digest_is_of_the_tensors(tmp_path):
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    written(tmp_path, *saved("mlp"))
+    good = (tmp_path / TENSORS).read_bytes()
+    for place in (9, 40, 100, 200, good.index(b'"r') + 3, len(good) // 2, len(good) - 1):
+        (tmp_path / TENSORS).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        refused(tmp_path)
+    (tmp_path / TENSORS).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "is damaged" in refused(tmp_path)
+    (tmp_path / TENSORS).write_bytes(good.replace(b"out_in", b"out_ir", 1))
+    assert "is damaged" in refused(tmp_path)
+
+
+def test_the_digest_of_the_older_format_is_of_the_tensors(tmp_path):
     config, tensors = saved("mlp")
-    written(tmp_path, config, tensors)
-    assert config["tensors_sha256"] == hashlib.sha256(tensors).hexdigest()
-    written(tmp_path, config, tensors[:-1] + bytes([tensors[-1] ^ 1]), signed=False)
+    written(tmp_path, config, tensors, older=True)
+    assert json.loads((tmp_path / CONFIG).read_text())["tensors_sha256"] == hashlib.sha256(tensors).hexdigest()
+    (tmp_path / TENSORS).write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
     assert "is damaged or not the one" in refused(tmp_path)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "PROMISES.md"
+PAGE = TESTS.parent / "docs" / "promises.md"
 
 
 def names_in(file: str) -> set[str]:
@@ -26,4 +26,4 @@ def test_every_promise_is_held_by_a_test_that_exists():
 
 
 def test_the_page_of_security_links_to_it():
-    assert "(PROMISES.md)" in (TESTS.parent / "SECURITY.md").read_text()
+    assert "(docs/promises.md)" in (TESTS.parent / "SECURITY.md").read_text()

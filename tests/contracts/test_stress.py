@@ -2,127 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from passes.errors import SurgeryError, WeightError
-from surgery import Contrast, SSpaceLinear, apply_surgery, set_coeff, sites, undo_surgery
-from surgery.modules.adapter import rebuilt, remainder
+from passes.errors import SurgeryError
+from surgery import Adapter, apply_surgery, set_coeff, sites, undo_surgery
+from surgery.errors import WeightError
+from surgery.modules.remainder import rebuilt, remainder
 from surgery.variants import Variant
-from tests.contracts.test_variants import VARIANTS
+from tests.support.hard_weights import (
+    DATA,
+    DTYPES,
+    F64,
+    calibration,
+    each_dtype,
+    each_variant,
+    each_weight,
+    model_of,
+    of_every,
+    some,
+    weight_of,
+)
 from tests.support.reference import array
 from tests.support.tolerance import ROUNDED
 
-F64 = torch.float64
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FAST = [type(v)() for v in VARIANTS if v == type(v)()] + [v for v in VARIANTS if getattr(v, "cov_orient", False)]
 
-
-def of_every(name: str, values: Any, fast: Any, **options: Any) -> Any:
-    """All values, of which some run in the full lane only."""
-    return pytest.mark.parametrize(
-        name, [v if v in fast else pytest.param(v, marks=pytest.mark.full) for v in values], **options
-    )
-
-
-each_dtype = of_every("dtype", DTYPES, (torch.float32, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
-each_variant = of_every("variant", VARIANTS, FAST, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
-
-
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def conditioned(exponent: float, rows: int = 12, columns: int = 10) -> torch.Tensor:
-    U, V = (torch.linalg.qr(some(n, min(rows, columns), seed=n))[0] for n in (rows, columns))
-    return U * torch.logspace(0, -exponent, min(rows, columns), dtype=F64) @ V.T
-
-
-def one_entry(value: float) -> torch.Tensor:
-    W = torch.zeros(6, 9, dtype=F64)
-    W[4, 2] = value
-    return W
-
-
-WEIGHTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
-    "condition 1e3": lambda d: conditioned(3),
-    "condition 1e7": lambda d: conditioned(7),
-    "condition 1e10": lambda d: conditioned(10, 10, 12),
-    "condition 1e14": lambda d: conditioned(14),
-    "rank 1": lambda d: torch.outer(some(8), some(11, seed=1)),
-    "rank 3": lambda d: some(12, 3) @ some(3, 8, seed=1),
-    "integers of rank 2": lambda d: torch.arange(63.0, dtype=F64).reshape(7, 9),
-    "zero": lambda d: torch.zeros(6, 9, dtype=F64),
-    "one entry": lambda d: one_entry(-2.0),
-    "one tiny entry": lambda d: one_entry(torch.finfo(d).smallest_normal),
-    "one subnormal entry": lambda d: one_entry(torch.finfo(d).smallest_normal * torch.finfo(d).eps),
-    "one huge entry": lambda d: one_entry(torch.finfo(d).max),
-    "identity": lambda d: torch.eye(9, dtype=F64),
-    "orthogonal": lambda d: torch.linalg.qr(some(8, 8))[0],
-    "half an identity": lambda d: torch.eye(5, 12, dtype=F64),
-    "ones": lambda d: torch.ones(6, 7, dtype=F64),
-    "tiny": lambda d: some(8, 6) * (1e-30 if d != torch.float16 else 1e-4),
-    "subnormal": lambda d: some(8, 6) * torch.finfo(d).smallest_normal / 4,
-    "huge": lambda d: some(8, 6).clamp(-3, 3) * (1e30 if d != torch.float16 else 5e3),
-    "top of the range": lambda d: some(8, 6).sign() * torch.finfo(d).max * 0.99,
-    "one huge row": lambda d: torch.cat([some(1, 9) * (1e20 if d != torch.float16 else 1e4), some(6, 9) * 1e-3]),
-    "1 x n": lambda d: some(1, 300),
-    "n x 1": lambda d: some(300, 1),
-    "1 x 1": lambda d: some(1, 1),
-    "wide": lambda d: some(3, 400),
-    "tall": lambda d: some(400, 3),
-}
-each_weight = pytest.mark.parametrize("name", WEIGHTS)
-
-DATA: dict[str, Callable[[int], torch.Tensor]] = {
-    "normal": lambda n: some(40, n, seed=3),
-    "of rank 1": lambda n: torch.outer(some(40, seed=4), some(n, seed=5)),
-    "zero": lambda n: torch.zeros(40, n, dtype=F64),
-    "one token": lambda n: some(1, n, seed=6),
-    "huge": lambda n: some(40, n, seed=7) * 1e4,
-    "enormous": lambda n: some(40, n, seed=7) * 1e30,
-    "tiny": lambda n: some(40, n, seed=8) * 1e-7,
-    "vanishing": lambda n: some(40, n, seed=8) * 1e-35,
-}
-
-
-def weight_of(name: str, dtype: torch.dtype) -> torch.Tensor:
-    W = WEIGHTS[name](dtype).to(dtype)
-    assert torch.isfinite(W).all()
-    return W
-
-
-def model_of(W: torch.Tensor) -> nn.Module:
-    model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype))
-    model[0].weight = nn.Parameter(W.clone())
-    return model
-
-
-def calibration(variant: Variant, X: torch.Tensor, dtype: torch.dtype) -> Any:
-    X = X.to(dtype)
-    if variant.statistic == "contrast":
-        return Contrast([X], [X * -0.5], pool="all")
-    return [X]
-
-
-def operated(W: torch.Tensor, variant: Variant, data: Any = None, **options: Any) -> tuple[nn.Module, SSpaceLinear]:
+def operated(W: torch.Tensor, variant: Variant, data: Any = None, **options: Any) -> tuple[nn.Module, Adapter]:
     options = {"r": 5, "target_modules": "all-linear", "progress": False} | options
     model = apply_surgery(model_of(W), variant, calibration=data, **options)
     return model, sites(model)["0"]
 
 
-def check_factors(site: SSpaceLinear, variant: Variant) -> None:
-    """Finite, S descending, U orthonormal, and Vh too unless it is oblique; the split puts the weight back."""
+def check_factors(site: Adapter, variant: Variant) -> None:
+    """Finite, S descending, U and Vh orthonormal as far as the basis says so; the split puts the weight back."""
     U, S, Vh = (torch.from_numpy(array(t)) for t in (site.factors.U, site.factors.S, site.factors.Vh))
     assert all(torch.isfinite(t).all() for t in (U, S, Vh, *site.core.tensors().values()))
     assert (S >= 0).all()
     assert (S.diff() <= 0).all()
     eye, limit = torch.eye(len(S), dtype=F64), 4 * ROUNDED[site.factors.U.dtype]
-    assert (U.T @ U - eye).abs().max() <= limit
+    if "orthonormal U" in variant.basis_config.gives:
+        assert (U.T @ U - eye).abs().max() <= limit
     if orthonormal(variant):
         assert (Vh @ Vh.T - eye).abs().max() <= limit
         W = torch.from_numpy(array(site.weight))
@@ -132,7 +54,7 @@ def check_factors(site: SSpaceLinear, variant: Variant) -> None:
 
 
 def orthonormal(variant: Variant) -> bool:
-    return not variant.name.endswith(("corda", "asvd")) and not getattr(variant, "cov_orient", False)
+    return {"orthonormal U", "orthonormal Vh"} <= variant.basis_config.gives
 
 
 def check_identity(model: nn.Module, W: torch.Tensor, variant: Variant) -> None:
@@ -181,7 +103,7 @@ def refusal(error: SurgeryError, variant: Variant, name: str, dtype: torch.dtype
         assert not orthonormal(variant) or torch.linalg.svdvals(W / largest)[0] > torch.finfo(dtype).max / largest
         assert largest > torch.finfo(dtype).max / 100
     elif largest == 0:
-        assert variant.name == "sspace"
+        assert "contrast data" in variant.basis_config.gives
         assert "weight is zero" in str(error)
     else:  # the products themselves overflow
         assert "second moment of its data overflows" in str(error)
@@ -192,7 +114,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_split(site: SSpaceLinear) -> None:
+def check_split(site: Adapter) -> None:
     """``W_res + U S Vh`` is the weight, once it is rounded."""
     wide, dtype = site.weight.detach().double(), site.weight.dtype
     W_res = remainder(site)
@@ -231,5 +153,5 @@ def hard_data_refusal(error: SurgeryError, variant: Variant, name: str, X: torch
         assert "factors_dtype='float32'" in str(error)
         assert not orthonormal(variant) or name == "huge"
     else:
-        assert variant.name == "sspace"
+        assert "contrast data" in variant.basis_config.gives
         assert not X.any() or not W.any(), error

@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from passes.errors import InputError
-from surgery import SSpaceLinear, apply_surgery, merge, set_coeff, sites
+from surgery import Adapter, apply_surgery, merge, set_coeff, sites
 from surgery.lowerings import REGISTRY as LOWERINGS
 from surgery.variants import Variant
-from tests.contracts.test_stress import DTYPES, FAST, WEIGHTS, calibration, each_variant, of_every, some, weight_of
-from tests.contracts.test_variants import VARIANTS
+from tests.support.hard_weights import DTYPES, FAST, WEIGHTS, calibration, each_variant, of_every, some, weight_of
 from tests.support.reference import array, arrays, reference_delta, reference_delta_weight, reference_output
 from tests.support.tolerance import RELATIVE, assert_close
+from tests.support.variant_cases import VARIANTS
 
 F64 = torch.float64
 FILLS = (0.0, 50.0, -50.0, 1e4, -1e4, 1e30)
@@ -29,7 +29,7 @@ LINEAR = [v for v in FAST if v.linear]
 halves = of_every("dtype", (torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.float16), ids=str)
 
 
-def operated(variant: Variant, W: torch.Tensor, lowering: str = "auto", r: int = 4) -> tuple[nn.Module, SSpaceLinear]:
+def operated(variant: Variant, W: torch.Tensor, lowering: str = "auto", r: int = 4) -> tuple[nn.Module, Adapter]:
     model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype))
     model[0].weight = nn.Parameter(W.clone())
     model[0].bias = nn.Parameter(some(W.shape[0], seed=8).to(W.dtype))
@@ -40,10 +40,10 @@ def operated(variant: Variant, W: torch.Tensor, lowering: str = "auto", r: int =
 
 
 def possible(variant: Variant) -> list[str]:
-    return ["lowrank", *["dense"] * variant.linear, *["output"] * variant.of_scaled]
+    return ["lowrank", *["dense"] * variant.linear, *["output"] * variant.depends_only_on_Sh]
 
 
-def fill(site: SSpaceLinear, value: float) -> None:
+def fill(site: Adapter, value: float) -> None:
     """Entries of one size, with signs that alternate where there is more than one tensor to fill."""
     with torch.no_grad():
         for i, p in enumerate(site.core.parameters()):
@@ -51,7 +51,7 @@ def fill(site: SSpaceLinear, value: float) -> None:
             p.copy_(value * signs)
 
 
-def holdable(site: SSpaceLinear, x: torch.Tensor, coeff: float) -> bool:
+def holdable(site: Adapter, x: torch.Tensor, coeff: float) -> bool:
     """Whether the true output, and what the equation names on the way to it, fit the dtype with some room."""
     _, S, Vh, core = arrays(site)
     h = array(x) @ Vh.T
@@ -120,7 +120,7 @@ def test_a_row_that_is_not_steered_is_the_base_however_large_the_core():
             assert torch.equal(model(x), base)
 
 
-def model_of_site(site: SSpaceLinear, x: torch.Tensor) -> torch.Tensor:
+def model_of_site(site: Adapter, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, site.weight, site.bias)
 
 
@@ -151,7 +151,7 @@ TRAINED = [v for v in VARIANTS if v.linear]
 each_trained = of_every("variant", TRAINED, FAST, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
 
 
-def shaken(model: nn.Module, site: SSpaceLinear, step: int, generator: torch.Generator) -> None:
+def shaken(model: nn.Module, site: Adapter, step: int, generator: torch.Generator) -> None:
     """Change core or knob in one of the ways that users have."""
     p = list(site.core.parameters())[step % len(list(site.core.parameters()))]
     noise = torch.randn(p.shape, generator=generator, dtype=F64)
@@ -162,16 +162,18 @@ def shaken(model: nn.Module, site: SSpaceLinear, step: int, generator: torch.Gen
         with torch.no_grad():
             p.mul_(0.9).add_(0.1 * noise)
     elif kind == 3:
-        model.load_state_dict(model.state_dict() | {"0.core." + named(site, p): p.detach() + 0.1 * noise})
+        model.load_state_dict(model.state_dict() | {"0.sspace.core." + named(site, p): p.detach() + 0.1 * noise})
     elif kind == 4:
         set_coeff(model, float(torch.rand((), generator=generator)) * 2 - 0.5)
     elif kind == 5:
         set_coeff(model, 1.0)
     elif kind == 6:
         p.data[(0,) * p.dim()] += 1.0
+    if kind in (1, 6):  # writes to data bump no version
+        surgery.refresh(model)
 
 
-def named(site: SSpaceLinear, parameter: torch.Tensor) -> str:
+def named(site: Adapter, parameter: torch.Tensor) -> str:
     return next(name for name, p in site.core.named_parameters() if p is parameter)
 
 
@@ -209,21 +211,23 @@ def test_promises_hold_over_many_steps(variant, optimiser, steps):
             assert all(torch.isfinite(p.grad).all() for p in site.core.parameters())
 
 
-def follows(model: nn.Module, site: SSpaceLinear, x: torch.Tensor) -> None:
+def follows(model: nn.Module, site: Adapter, x: torch.Tensor) -> None:
     """The materialised weight is that of the present core and coeff."""
     with torch.no_grad():
-        assert site.chosen(x) == "dense"
-        dense, thin = model(x), LOWERINGS["lowrank"].run(site, x, (x,), {})
+        owner = site.host.owner
+        dense = model(x)
+        assert site.cache.peek("dense") is not None
+        thin = LOWERINGS["lowrank"].run(site, x, lambda: nn.functional.linear(x, owner.weight, owner.bias))
         assert torch.isfinite(thin).all()
         size = 1 + x.norm() * (site.weight.norm() + site.delta_weight().norm())
         assert (dense - thin).abs().max() <= 1e-13 * size
 
 
-def keeps_promises(site: SSpaceLinear) -> None:
+def keeps_promises(site: Adapter) -> None:
     variant, core, S = site.variant, site.core, site.factors.S
     h, one = some(20, len(S), seed=6), torch.ones_like(S)
     with torch.no_grad():
-        coeff = core.coeff.clone()
+        coeff = site.steering.coeff.clone()
         bounded = isinstance(variant, surgery.AntiPaSTOAblate) and not variant.allow_amplify
         if bounded:
             M = torch.eye(len(S), dtype=F64) + variant.delta(torch.eye(len(S), dtype=F64), one, core, coeff)
@@ -289,14 +293,14 @@ def test_a_merge_is_rounded_once(variant, dtype, name, layout):
         twin = copy.deepcopy(model)
         set_coeff(twin, coeff)
         site = sites(twin)["0"]
-        weight, change = site.weight.detach().clone(), reference_delta_weight(site, float(site.core.coeff))
+        weight, change = site.weight.detach().clone(), reference_delta_weight(site, float(site.steering.coeff))
         merge(twin)
         check_merged(twin[0].weight.detach(), weight, change)
         if coeff == 0:
             assert torch.equal(twin[0].weight, weight)
 
 
-def as_conv1d(variant: Variant, W: torch.Tensor) -> tuple[nn.Module, SSpaceLinear]:
+def as_conv1d(variant: Variant, W: torch.Tensor) -> tuple[nn.Module, Adapter]:
     model = nn.Sequential(Conv1D(*W.shape)).to(W.dtype)
     model[0].weight = nn.Parameter(W.T.clone(memory_format=torch.contiguous_format))
     data = calibration(variant, some(30, W.shape[1], seed=3), W.dtype) if variant.needs_calibration else None

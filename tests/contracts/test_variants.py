@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,65 +11,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import surgery
-from passes.analysis.linear_sites import Site
-from surgery.factors.svd import factorise
-from surgery.hosting.hosts import Graft, attach
-from surgery.modules.adapter import SSpaceLinear, rows_like
-from surgery.modules.core import Core, Factors
-from surgery.variants import REGISTRY, Variant, resolve_variant, variant_from_dict
+from surgery.modules.coefficients import shaped_like
+from surgery.variants import resolve_variant, variant_from_dict
 from tests.support.tolerance import assert_close
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-R, D_IN, D_OUT = 8, 12, 10
-
-
-def configurations() -> list[Variant]:
-    """Every registered variant as it is by default, and once more for each of its switches turned."""
-    default = [cls() for cls in REGISTRY.values()]
-    switches = [(v, f.name) for v in default for f in dataclasses.fields(v) if isinstance(getattr(v, f.name), bool)]
-    return default + [dataclasses.replace(v, **{name: not getattr(v, name)}) for v, name in switches]
-
-
-VARIANTS = configurations()
-each_variant = pytest.mark.parametrize(
-    "variant",
-    VARIANTS,
-    ids=lambda v: v.name + "".join(f",{k}={x}" for k, x in vars(v).items() if x != getattr(type(v)(), k)),
+from tests.support.variant_cases import (
+    D_IN,
+    DTYPES,
+    R,
+    adapted,
+    core_of,
+    each_variant,
+    s_space,
 )
-
-
-def core_of(variant: Variant, *, r: int = R, scale: float = 0.0, dtype: torch.dtype = torch.float32) -> Core:
-    """A core at its initial value, or moved away from it by normal noise of a given scale."""
-    tensors, generator = variant.init_core(r, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
-    frozen = {name: nn.functional.normalize(torch.randn(r, generator=generator), dim=0) for name in variant.frozen}
-    core = Core(tensors | frozen, dtype, torch.device("cpu"), variant.frozen)
-    with torch.no_grad():
-        for parameter in core.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator).to(dtype)
-        if scale and hasattr(core, "alpha"):  # strengths are clamped to [0, 1]
-            core.alpha.copy_(torch.linspace(0.3, 0.7, len(core.alpha)))
-    return core
-
-
-def s_space(dtype: torch.dtype = torch.float32, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An input in S-space and descending singular values in the core's dtype."""
-    S = torch.linspace(3.0, 0.1, R, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return torch.randn(*(shape or (3, 4)), R).to(dtype), S
-
-
-def adapted(variant: Variant, scale: float) -> tuple[nn.Linear, SSpaceLinear]:
-    """A float64 linear module, and the same one with an adapter on it."""
-    base = nn.Linear(D_IN, D_OUT).double()
-    model = nn.Sequential(nn.Linear(D_IN, D_OUT).double())
-    model.load_state_dict({f"0.{name}": tensor for name, tensor in base.state_dict().items()})
-    found = factorise(base.weight, R)
-    core = core_of(variant, scale=scale, dtype=torch.float64)
-    site = Site("0", "0.weight", "0.bias", "out_in", D_OUT, D_IN)
-    attach(model, Graft(site, "module", variant, Factors(found.U, found.S, found.Vh), core))
-    return base, surgery.sites(model)["0"]
 
 
 @each_variant
@@ -91,7 +39,6 @@ def test_configuration_is_a_frozen_dataclass(variant):
 def test_public_under_its_own_name(variant):
     cls = type(variant)
     assert getattr(surgery, cls.__name__) is cls
-    assert cls.__name__ in surgery.__all__
     assert type(resolve_variant(variant.name)) is cls
 
 
@@ -169,7 +116,7 @@ def test_delta_weight_has_the_effect_of_the_adapter(variant):
     x = torch.randn(5, D_IN, dtype=torch.float64)
     delta_weight = site.delta_weight().detach()
     assert (delta_weight.shape, delta_weight.dtype) == (base.weight.shape, torch.float64)
-    assert_close(site(x).detach(), base(x).detach() + x @ delta_weight.T)
+    assert_close(site.host.owner(x).detach(), base(x).detach() + x @ delta_weight.T)
     assert_close(site.adapter_term(x).detach(), x @ delta_weight.T)
 
 
@@ -190,7 +137,7 @@ def test_coeff_per_row_is_the_scalar_one_row_by_row(variant, shape):
         core_of(variant, scale=1.0, dtype=torch.float64),
         torch.tensor([0.0, 1.0, -0.5, 2.0], dtype=torch.float64),
     )
-    together = variant.delta(h, S, core, rows_like(coeff, h))
+    together = variant.delta(h, S, core, shaped_like(coeff, h, rows="exact", known=False, key="0"))
     for i, value in enumerate(coeff):
         assert_close(together[i].detach(), variant.delta(h[i], S, core, value).detach())
 
@@ -301,97 +248,3 @@ def test_an_unknown_variant_lists_the_known_ones():
 def test_a_variant_that_is_no_configuration_is_refused():
     with pytest.raises(surgery.VariantError, match="not int"):
         resolve_variant(3)
-
-
-ROOT = Path(__file__).parents[2]
-TOY = '''
-"""A toy: one factor per direction."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from surgery.variants import Variant
-
-
-@dataclass(frozen=True)
-class ToyGain(Variant):
-    """Configuration of ``toy``."""
-
-    halved: bool = False
-
-    name: ClassVar[str] = "toy"
-
-    def init_core(self, r, generator):
-        return {"factor": torch.zeros(r)}
-
-    def delta(self, h, S, core, coeff):
-        return h * (S * coeff * core.factor / (2 if self.halved else 1)).to(h.dtype)
-'''
-
-
-def test_a_new_file_is_all_that_a_new_variant_needs(tmp_path):
-    for package in ("surgery", "passes", "exporters", "tests"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "surgery" / "variants" / "toy.py").write_text(TOY)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/contracts/test_variants.py",
-        "-k",
-        "toy",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)  # only the copy has a toy, so that the copy was imported
-    assert passed, done.stdout
-    assert int(passed[1]) >= 50  # the contract, of the toy and of its switch turned
-    assert "failed" not in done.stdout
-    assert "skipped" not in done.stdout
-
-
-# what may say a variant's name outside of its file: a default that a user sees, and the project's own name
-NAMED_ELSEWHERE = {
-    ("surgery/hosting/graph_surgery.py", "sspace"),  # of the submodule that holds the sites of a graph
-}
-
-
-def words_of(source: str) -> set[str]:
-    """Identifiers and words of strings in Python source, but for docstrings and comments."""
-    tree = ast.parse(source)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [n.body[0] for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n, clean=False)]
-    docstrings = {id(statement.value) for statement in texts}
-    docstrings |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in docstrings:
-            continue
-        for _, value in ast.iter_fields(node):
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str):
-                    found |= set(re.findall(r"[\w-]+", text))
-    return found
-
-
-def test_nothing_outside_of_its_file_knows_a_variant():
-    names = {name for cls in REGISTRY.values() for name in (cls.name, cls.__name__)}
-    found = set()
-    for package in ("surgery", "passes", "exporters"):
-        for path in (ROOT / package).rglob("*.py"):
-            place = path.relative_to(ROOT).as_posix()
-            if not place.startswith("surgery/variants/"):
-                found |= {(place, name) for name in names & words_of(path.read_text(encoding="utf-8"))}
-    assert found == NAMED_ELSEWHERE
-
-
-def test_no_variant_knows_another():
-    for cls in REGISTRY.values():
-        others = {name for other in REGISTRY.values() if other is not cls for name in (other.name, other.__name__)}
-        assert not others & words_of(Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-NAME = os.environ.get("DEVICE", "standin")
+from tests.support.device_models import NAME
 
 
 def _stand_in(name: str) -> None:

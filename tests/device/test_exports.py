@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from exporters import compiled, export, export_core, formats
 from surgery import set_coeff
-from tests.device.conftest import NAME
-from tests.device.test_models import all_on, operated, there
+from tests.support.device_models import NAME, all_on, operated, there
 from tests.support.tolerance import assert_close
 from tests.support.zoo import full, patient
 

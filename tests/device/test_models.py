@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from surgery import (
-    Contrast,
     apply_surgery,
     load_adapter,
     merge,
@@ -29,46 +28,15 @@ from surgery import (
     undo_surgery,
 )  # fmt: skip
 from surgery.variants import REGISTRY
+from tests.support.device_models import all_on, on, operated, there
+from tests.support.lowering_models import KEPT, possible
 from tests.support.tolerance import assert_close
-from tests.support.zoo import ALL_NAMES, Patient, patient
-from tests.surgery.test_lowerings import KEPT, possible
+from tests.support.zoo import ALL_NAMES, patient
 
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear]
 LOWERINGS = ("auto", "lowrank", "output", "dense", "pair")
-BOTH = [(variant, lowering) for variant in sorted(REGISTRY) for lowering in LOWERINGS if possible(lowering, variant)]
-
-
-def on(device: torch.device, given: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
-
-
-def there(device: torch.device, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
-    """A patient on the accelerator."""
-    found = patient(name, dtype)
-    model = found.model.to(device)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # a move to a device that is not one of torch's own unties them
-    return Patient(name, model, on(device, found.inputs))
-
-
-def calibration(variant: str, found: Patient) -> Any:
-    """Data for variants that need it."""
-    inputs = found.inputs
-    if variant == "sspace":
-        return Contrast([inputs], [tree_map_only(Tensor, lambda t: t.flip(0) * 2, inputs)])
-    return [inputs] if REGISTRY[variant]().needs_calibration else None
-
-
-def operated(found: Patient, variant: str = "antipasto", r: int = 4, **kwargs: Any) -> Patient:
-    """The patient with a core away from its start."""
-    kwargs = {"target_modules": "all-linear", "calibration": calibration(variant, found), **kwargs}
-    apply_surgery(found.model, variant, r=r, example_inputs=found.inputs, progress=False, **kwargs)
-    with torch.no_grad():
-        for i, site in enumerate(sites(found.model).values()):
-            for j, p in enumerate(site.core.parameters()):
-                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + j), dtype=p.dtype)
-                p.add_(0.3 * noise.to(p.device))
-    return found
+BOTH = [(variant, lowering) for variant in sorted(REGISTRY) for lowering in LOWERINGS
+        if lowering == "auto" or possible(lowering, variant)]  # fmt: skip
 
 
 def gains(*models: nn.Module) -> None:
@@ -77,13 +45,6 @@ def gains(*models: nn.Module) -> None:
         for site in (site for model in models for site in sites(model).values()):
             for p in site.core.parameters():
                 p.copy_(torch.linspace(-0.5, 0.5, p.numel()).reshape(p.shape))
-
-
-def all_on(model: nn.Module, device: torch.device) -> None:
-    """No tensor of the model is anywhere else."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != device.type]
-    assert not elsewhere, elsewhere
 
 
 class Waits(TorchDispatchMode):
@@ -159,7 +120,10 @@ def test_forwards_do_not_wait(variant: str, lowering: str, device: torch.device)
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "coeff": lambda m: set_coeff(m, -0.7),
     "in place": lambda m: [s.core.g.detach().mul_(-1) for s in sites(m).values()],
-    "new data": lambda m: [setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()],
+    "new data, and refresh": lambda m: (
+        [setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()],
+        refresh(m),
+    ),
     "data, and refresh": lambda m: ([s.core.g.data.mul_(-1) for s in sites(m).values()], refresh(m)),
     "data, and eval": lambda m: ([s.core.g.data.mul_(-1) for s in sites(m).values()], m.train(), m.eval()),
     "state dict": lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}),
@@ -202,7 +166,7 @@ def test_knobs_from_anywhere(coeff: Any, device: torch.device) -> None:
         coeff = torch.tensor([1.0, -0.5]) if coeff == "here" else torch.tensor([1.0, -0.5], device=device)
     with steer(found.model, coeff), steer(here.model, coeff if isinstance(coeff, float) else coeff.cpu()):
         assert_close(found.run().cpu(), here.run())
-    assert all(site.core.coeff.device.type == device.type for site in sites(found.model).values())
+    assert all(site.steering.coeff.device.type == device.type for site in sites(found.model).values())
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "gpt2", "qwen3"])

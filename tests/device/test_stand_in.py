@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.device.conftest import NAME
+from tests.support.device_models import NAME
 
 pytestmark = pytest.mark.skipif(NAME != "standin", reason="a real accelerator")
 

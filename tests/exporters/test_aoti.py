@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporters.formats.aoti as module
 from exporters import ExportError, ExportReport, export, swap
+from exporters.formats import aoti as module
 from surgery import AdapterError, apply_surgery, save_adapter, sites, steer, to_graph
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx import operated
-from tests.exporters.test_pt2 import first, shaken, with_variant
 from tests.support.fresh import run_fresh
+from tests.support.onnx_models import operated
+from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
 

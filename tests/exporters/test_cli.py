@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from exporters import ExportError, export, formats
-from exporters.cli import described, options
+from exporters.cli import options
 from surgery import AdapterError, InputError, WeightError, apply_surgery, save_adapter, set_coeff
-from tests.exporters.test_checkpoint import assert_same_tensors, disturb
+from tests.support.checkpoints import assert_same_tensors, disturb
+from tests.support.command_line import application
 from tests.support.zoo import patient
-
-POINTS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
-
-
-def application() -> typer.Typer:
-    app = typer.Typer()
-    for name, target in POINTS["surgery.commands"].items():
-        module, _, function = target.partition(":")
-        app.command(name=name)(getattr(import_module(module), function))
-    return app
 
 
 def run(*arguments: object) -> str:
@@ -60,23 +48,12 @@ def test_help_lists_every_format_and_option() -> None:
     assert options()["opset"][0] is int
     assert options()["untie"] == (bool, "dense: give a site whose weight is shared with another module a weight of "
                                         "its own.")  # fmt: skip
+    assert options()["max_shard_size"][0] is str
+    kind, text = options()["mode"]
+    assert kind is str
+    assert "onnx: merge the adapter" in text
+    assert "merged, live, swappable (default: merged)." in text
     assert "tokenizer" not in options()  # no flag for what is no number and no text
-
-
-def test_arguments_are_found_in_docstrings() -> None:
-    def write() -> None:
-        """Write.
-
-        Args:
-            one: first,
-                and more.
-            two: second.
-
-        Raises:
-            ExportError: never.
-        """
-
-    assert described(write) == {"one": "first, and more.", "two": "second."}
 
 
 def test_export_of_a_model_with_an_adapter(folders, tmp_path: Path) -> None:

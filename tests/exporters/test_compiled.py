@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from exporters import ExportError, compiled
-from surgery import InputError, SurgeryError, set_coeff, sites, steer, to_graph
-from tests.exporters.test_onnx import operated
-from tests.exporters.test_pt2 import shaken, with_variant
+from surgery import InputError, SurgeryError, refresh, set_coeff, sites, steer, to_graph
+from tests.support.onnx_models import operated
+from tests.support.program_models import shaken, with_variant
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import patient
 
@@ -24,7 +24,7 @@ MODES += [("merged", "residual", False), ("merged", "delta", True)]
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention"])
 def test_every_stage_agrees(name: str, mode: str, form: str, fuse: bool) -> None:
     p = operated(name)
-    program = compiled(p.model, p.inputs, form=form, mode=mode, fuse=fuse, backend="eager", fullgraph=True)
+    program = compiled(p.model, p.inputs, form=form, mode=mode, fuse=fuse, verify=True, backend="eager", fullgraph=True)
     assert_close(p.run(program), p.run(), torch.float32)
     assert bool(sites(program)) == (mode != "merged")
     if mode != "merged":
@@ -37,7 +37,7 @@ def test_every_stage_agrees(name: str, mode: str, form: str, fuse: bool) -> None
 @pytest.mark.parametrize("name", ["mlp", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_neither_coeff_nor_core_recompiles(name: str, mode: str) -> None:
     p, counter = operated(name), CompileCounter()
-    program = compiled(p.model, p.inputs, mode=mode, backend=counter)
+    program = compiled(p.model, p.inputs, mode=mode, verify=True, backend=counter)
     assert counter.frame_count == 1
     with torch._dynamo.config.patch(error_on_recompile=True):
         for coeff in (0.5, -1.0, 0.0):
@@ -51,6 +51,7 @@ def test_neither_coeff_nor_core_recompiles(name: str, mode: str) -> None:
             site.core.g.data = torch.full_like(site.core.g, -0.3)
         for site in sites(program).values():
             site.core.g.data = torch.full_like(site.core.g, -0.3)
+        refresh(p.model)
         assert_close(p.run(program), p.run())
     assert counter.frame_count == 1
 
@@ -64,7 +65,7 @@ def test_base_and_operated_model_in_one_process(base_first: bool) -> None:
     for each in (base, found) if base_first else (found, base):
         operation = each is found
         programs[id(each)] = (
-            compiled(each.model, each.inputs, backend="eager")
+            compiled(each.model, each.inputs, mode="live", backend="eager")
             if operation
             else torch.compile(each.model, backend="eager")
         )
@@ -75,7 +76,7 @@ def test_base_and_operated_model_in_one_process(base_first: bool) -> None:
 @pytest.mark.parametrize("name", ["mlp", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_by_inductor(name: str) -> None:
     p = operated(name)
-    program = compiled(p.model, p.inputs, mode="folded", fuse=True, form="residual")
+    program = compiled(p.model, p.inputs, mode="folded", fuse=True, form="residual", verify=True)
     assert_close(p.run(program), p.run())
     set_coeff(program, 0.25)
     with steer(p.model, 0.25):
@@ -84,7 +85,7 @@ def test_by_inductor(name: str) -> None:
 
 def test_a_hub_model_with_its_default_inputs() -> None:
     p = operated("gpt2")
-    program = compiled(p.model, backend="eager")
+    program = compiled(p.model, mode="live", backend="eager")
     inputs = {"input_ids": p.inputs["input_ids"]}
     assert_close(p.run(program, inputs), p.run(inputs=inputs))
 
@@ -92,10 +93,17 @@ def test_a_hub_model_with_its_default_inputs() -> None:
 @pytest.mark.parametrize("variant", ["sspace", "antipasto_rot"])
 def test_variants(variant: str) -> None:
     p = with_variant(variant)
-    program = compiled(p.model, p.inputs, backend="eager")
+    program = compiled(p.model, p.inputs, mode="live", backend="eager")
     set_coeff(program, 0.3)
     with steer(p.model, 0.3):
         assert_close(p.run(program), p.run())
+
+
+def test_the_default_is_the_merged_model_as_in_every_export() -> None:
+    p = operated("mlp")
+    program = compiled(p.model, p.inputs, backend="eager")
+    assert not sites(program)
+    assert_close(p.run(program), p.run())
 
 
 def test_the_model_stays_what_it_was_and_a_graph_will_do() -> None:
@@ -121,5 +129,9 @@ def test_refusals() -> None:
     def wrong(graph: Any, inputs: Any) -> Any:
         return lambda *args: tuple(out * 1.01 for out in graph(*args))
 
-    with pytest.raises(ExportError, match="differs from the model"):
-        compiled(p.model, p.inputs, backend=wrong)
+    for mode in ("live", "merged"):
+        for verify in (True, p.inputs):
+            with pytest.raises(ExportError, match="differs from the model"):
+                compiled(p.model, p.inputs, mode=mode, verify=verify, backend=wrong)
+    with pytest.raises(InputError, match="verify must be True, False, or example inputs"):
+        compiled(p.model, p.inputs, verify="yes", backend="eager")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import exporters.dense as module
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 from exporters import ExportError, export
+from exporters.formats import dense as module
 from surgery import (
     Contrast,
     InputError,
@@ -31,22 +31,15 @@ from surgery import (
     sites,
     to_graph,
 )
-from surgery.storage.adapter_reader import module_paths, parameter_names
+from surgery.hosting.state import module_paths, parameter_names
 from surgery.variants import REGISTRY
-from tests.exporters.test_checkpoint import build, disturb
+from tests.support.checkpoints import build, disturb
+from tests.support.dense_models import operated
 from tests.support.reference import reference_delta_weight
-from tests.support.tolerance import assert_close
-from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, Patient, patient
+from tests.support.tolerance import ELSEWHERE, assert_close
+from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, patient
 
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls().linear)
-
-
-def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
-    p = patient(name, dtype)
-    options.setdefault("calibration", [p.inputs] if REGISTRY[variant]().needs_calibration else None)
-    apply_surgery(p.model, variant, example_inputs=p.inputs, progress=False, **{"r": 6, **options})
-    disturb(p.model)
-    return p
 
 
 def rounded(exact: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +62,7 @@ def test_weights_are_the_rounded_sum(variant: str, dtype: torch.dtype, tmp_path:
     set_coeff(model, 0.7)
     export(model, "dense", tmp_path / "out", example_inputs=x)
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    coeff = float(next(iter(sites(model).values())).core.coeff)
+    coeff = float(next(iter(sites(model).values())).steering.coeff)
     right = total = 0
     for key, site in sites(model).items():
         exact = (site.weight.double() + reference_delta_weight(site, coeff)).detach().numpy()
@@ -120,7 +113,7 @@ def test_hub_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert report.path == tmp_path / "out"
     assert len(sites(p.model)) == report.details["sites"]
     assert report.details["compared"] == "weights and outputs"
-    assert report.max_error < module.LIMITS[dtype]
+    assert report.max_error < ELSEWHERE[dtype]
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     loaded = type(p.model).from_pretrained(tmp_path / "out").to(dtype)
     merge(p.model)
@@ -301,7 +294,7 @@ def test_wrong_weights_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_a_file_that_lost_a_bit_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, loader = operated(name), "_load_pretrained" if name == "llama" else "_load_state"
+    p, loader = operated(name), "load_pretrained" if name == "llama" else "load_state"
     real = getattr(module, loader)
 
     def corrupt(model: nn.Module, path: Path) -> nn.Module:
@@ -320,7 +313,7 @@ FULL = """
 import resource, sys
 import torch
 from exporters import export
-from tests.exporters.test_dense import operated
+from tests.support.dense_models import operated
 p = operated(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 export(p.model, "dense", sys.argv[2], example_inputs=p.inputs)

@@ -16,15 +16,14 @@ import surgery
 from exporters import export
 from passes.errors import PassError
 from passes.infra.dialect import check_graph
-from passes.infra.pass_base import run_pass
 from passes.infra.pass_manager import run_pipeline
-from passes.ir.provenance import META, mark_of
-from passes.transforms.fuse_projections import Fuse, Rows
+from passes.ir.provenance import provenance_of
+from passes.transforms.fuse_projections import Fuse, StackedRows
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, fuse, load_adapter, save_adapter, set_coeff, sites, steer, to_graph
-from surgery.verbs.apply import record_of
-from tests.exporters.test_onnx import session
-from tests.passes.test_fuse import aten, block, graphs, holders, operated, products, run, trained
+from surgery.hosting.state import record_of
+from tests.support.fused_graphs import aten, block, graphs, holders, operated, products, run, trained
+from tests.support.onnx_models import session
 from tests.support.tolerance import assert_close
 
 
@@ -40,7 +39,7 @@ def test_undo_is_bit_for_bit():
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(run(fused, x), run(base, x))
-    assert not any(META in node.meta for node in fused.graph.nodes)
+    assert not any(provenance_of(node) for node in fused.graph.nodes)
 
 
 def test_save_and_load(tmp_path):
@@ -94,7 +93,7 @@ def test_a_failed_fuse_leaves_the_graph_as_it_was(monkeypatch):
     graph, _, x = graphs()
     nodes, tensors = graph.graph, {key: site.factors.Vh for key, site in sites(graph).items()}
     monkeypatch.setattr(
-        Rows, "bounds", lambda self, right=Rows.bounds: [(0, stop - start) for start, stop in right(self)]
+        StackedRows, "bounds", lambda self, right=StackedRows.bounds: [(0, stop - start) for start, stop in right(self)]
     )
     with pytest.raises(PassError, match="'fuse' changed what the model computes, first at site"):
         fuse(graph, verify=x)
@@ -142,7 +141,7 @@ def test_a_graph_of_a_fused_graph():
 
 def test_the_pipeline_with_and_without():
     model, x = operated()
-    compiled = surgery.pipeline(model, x, fuse=True, verify=True, debug=True)
+    compiled = surgery.pipeline(model, x, form="residual", fuse=True, verify=True, debug=True)
     assert [(s.name, s.modified) for s in compiled.stages[:4]] == [
         (n, True) for n in ("insert", "fold", "fuse", "merge")
     ]
@@ -156,28 +155,32 @@ def test_the_pipeline_with_and_without():
     with pytest.raises(surgery.InputError, match="use to_graph first"):
         fuse(model)
     residual = to_graph(model, x, form="residual")
-    assert not run_pass(Fuse(), residual).modified
+    assert not Fuse().run(residual).modified
 
 
 def test_chosen_sites():
     plain, _, x = graphs()
     live = run(plain, x)
-    assert run_pass(Fuse(["q", "k", "up"]), plain, debug=True).modified
+    assert Fuse(["q", "k", "up"]).run(plain, debug=True).modified
     assert [sorted(rows.bounds()) for rows in holders(plain)] == [[(0, 7), (7, 12)]] or products(plain) == 20
     assert products(plain) == 20
     assert_close(run(plain, x), live)
-    assert run_pass(Fuse(), plain).modified  # gate and up; v is alone
+    assert Fuse().run(plain).modified  # gate and up; v is alone
     assert products(plain) == 19
     assert_close(run(plain, x), live)
     with pytest.raises(PassError, match="site 'nothing' is not in the graph"):
-        run_pass(Fuse(["nothing"]), plain)
+        Fuse(["nothing"]).run(plain)
 
 
 def test_values_of_nodes_are_annotated():
     _, fused, _ = graphs()
-    wide = [n for n in fused.graph.nodes if mark_of(n) and mark_of(n).role == "shared" and n.op == "call_function"]
+    wide = [
+        n
+        for n in fused.graph.nodes
+        if provenance_of(n) and provenance_of(n).role == "shared" and n.op == "call_function"
+    ]
     assert sorted(n.meta["val"].shape[-1] for n in wide) == [14, 18]
-    assert all("val" in n.meta for n in fused.graph.nodes if mark_of(n) is not None)
+    assert all("val" in n.meta for n in fused.graph.nodes if provenance_of(n) is not None)
 
 
 class Odd(nn.Module):

@@ -22,23 +22,23 @@ from surgery import (
     sites,
     to_graph,
 )
-from tests.exporters.test_lora import assert_same_in_peft, loaded, operate, operated, trained
+from tests.support import expert_models
+from tests.support.peft_models import assert_same_in_peft, loaded, operate, operated, trained
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Forward, Patient, patient
-from tests.surgery import test_stacked
 
 
-@pytest.mark.parametrize("name", test_stacked.BUILD)
+@pytest.mark.parametrize("name", expert_models.BUILD)
 def test_stacked_experts_are_target_parameters(name: str, tmp_path: Path) -> None:
     for variant in ("antipasto", surgery.AntiPaSTOAblate(r=4, k=1)):
         p = Patient(
-            name, test_stacked.operated(name, variant, target_modules="all-linear"), {"input_ids": test_stacked.IDS}
+            name, expert_models.operated(name, variant, target_modules="all-linear"), {"input_ids": expert_models.IDS}
         )
         trained(p.model)
         report = export(p.model, "lora", tmp_path / str(variant)[:9], example_inputs=p.inputs)
         config = json.loads((report.path / "adapter_config.json").read_text())
-        assert f"{test_stacked.EXPERTS}.gate_up_proj" in config["target_parameters"]
-        assert_same_in_peft(p, lambda: test_stacked.build(name), report.path)
+        assert f"{expert_models.EXPERTS}.gate_up_proj" in config["target_parameters"]
+        assert_same_in_peft(p, lambda: expert_models.build(name), report.path)
 
 
 def within(**members: Any) -> Any:
@@ -150,7 +150,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_factors_that_are_off_by_a_hundredth_are_refused(
     factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import exporters.lora as module
+    from exporters.formats import lora as module
 
     def corrupt(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
         name = next(name for name in tensors if f"lora_{factor}" in name)

@@ -15,7 +15,7 @@ from exporters.peft.low_rank import low_rank
 from surgery import (
     sites,
 )
-from tests.exporters.test_lora import assert_same_in_peft, exact_change, loaded, operated, ranks
+from tests.support.peft_models import assert_same_in_peft, exact_change, loaded, operated, ranks
 from tests.support.zoo import patient
 
 

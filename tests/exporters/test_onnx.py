@@ -9,30 +9,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from exporters import ExportError, export, formats
 from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
+from tests.support.onnx_models import operated, session
+from tests.support.shared_exports import SharedExports
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
-
-
-def operated(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    p = patient(name, dtype)
-    apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
-    generator = torch.Generator().manual_seed(1)
-    for site in sites(p.model).values():
-        site.core.g.data.normal_(std=0.3, generator=generator)
-    return p
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray) -> torch.Tensor:
@@ -62,10 +48,9 @@ def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name", ["mlp", "raw", "attention", "qwen3", *full("encoder_layer", "gpt2", "bert", "vit", "t5")]
 )
-def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
-    assert report.files == (tmp_path / "m.onnx",)
+def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name)
+    assert report.files == (report.path,)
     assert 0 <= report.max_error < 1e-5
     assert_close(first_output(report.path, p), p.run())
     graph = onnx.load(report.path).graph
@@ -76,10 +61,9 @@ def test_merged_agrees_and_has_no_trace_of_the_adapter(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["mlp", "raw", "encoder_layer", "gpt2", "bert", "t5", "vit", *full("attention", "qwen3")]
 )
-def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    path = export(p.model, "onnx", tmp_path / "live", mode="live", example_inputs=p.inputs).path
-    assert path == tmp_path / "live" / "model.onnx"
+def test_live_takes_coeff_and_defaults_to_one(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "live")
+    path = report.path
     assert_close(first_output(path, p), p.run())
     for coeff in (0.0, 0.5, -1.0):
         with steer(p.model, coeff):
@@ -88,19 +72,26 @@ def test_live_takes_coeff_and_defaults_to_one(name: str, tmp_path: Path) -> None
         assert_close(first_output(path, p, coeff=np.array([coeff], np.float32)), expected)
 
 
+def test_a_new_directory_gets_the_graph(tmp_path: Path) -> None:
+    p = operated("mlp")
+    path = export(p.model, "onnx", tmp_path / "live", mode="live", example_inputs=p.inputs).path
+    assert path == tmp_path / "live" / "model.onnx"
+    assert_close(first_output(path, p), p.run())
+
+
 @pytest.mark.parametrize("name", ["mlp", "qwen3", *full("t5")])
-def test_live_steers_rows_apart(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_live_steers_rows_apart(name: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "live")
+    path = report.path
     rows = torch.linspace(-1, 1, p.run().shape[0])
     with steer(p.model, rows):
         expected = p.run()
     assert_close(first_output(path, p, coeff=rows.numpy()), expected)
 
 
-def test_sizes_are_dynamic_and_names_are_the_models_own(tmp_path: Path) -> None:
-    p = operated("qwen3")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_sizes_are_dynamic_and_names_are_the_models_own(exported: SharedExports) -> None:
+    p, report = exported(operated, "qwen3", "live")
+    path = report.path
     running = session(path)
     assert [(v.name, v.shape) for v in running.get_inputs()] == [
         ("input_ids", ["batch", "sequence"]),
@@ -135,20 +126,21 @@ def test_float16_keeps_the_knob_in_float32(tmp_path: Path) -> None:
         assert_close(first_output(path, p, coeff=np.array(0.5, np.float32)), p.run(), torch.float16)
 
 
-@pytest.mark.parametrize("mode", ["merged", *full("live")])
-def test_export_leaves_the_model_as_it_was(mode: str, tmp_path: Path) -> None:
-    p = operated("qwen3")
+@pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
+def test_a_live_export_leaves_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    """As ``tests/contracts/test_exporters.py`` holds of every format in its first mode."""
+    p = operated(name)
     set_coeff(p.model, 0.7)
     p.model.train()
     tensors = {name: (id(t), t.clone()) for name, t in p.model.state_dict(keep_vars=True).items()}
     modules = [(name, id(m), type(m), m.training) for name, m in p.model.named_modules()]
-    export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs)
+    export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs)
     assert modules == [(name, id(m), type(m), m.training) for name, m in p.model.named_modules()]
     for name, tensor in p.model.state_dict(keep_vars=True).items():
         assert id(tensor) == tensors[name][0]
         assert torch.equal(tensor, tensors[name][1])
     assert "forward" not in vars(p.model)
-    assert {site.core.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
+    assert {site.steering.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
 
 
 def test_merged_takes_the_present_coeff(tmp_path: Path) -> None:
@@ -214,7 +206,7 @@ def test_an_operation_without_translation_is_named_and_nothing_is_left(tmp_path:
 
 
 def test_a_wrong_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.onnx as module
+    from exporters.formats import onnx as module
 
     p = operated("mlp")
     real = module.finish
@@ -271,9 +263,8 @@ def tensors_of(path: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mode", [*full("merged", "live"), "swappable"])
 @pytest.mark.parametrize("name", ["raw", "attention", "qwen3", *full("gpt2", "t5")])
-def test_no_tensor_is_stored_twice(name: str, mode: str, tmp_path: Path) -> None:
-    p = operated(name)
-    found = tensors_of(export(p.model, "onnx", tmp_path / "m.onnx", mode=mode, example_inputs=p.inputs).path)
+def test_no_tensor_is_stored_twice(name: str, mode: str, exported: SharedExports) -> None:
+    found = tensors_of(exported(operated, name, mode)[1].path)
     large = [tensor for tensor in found if tensor.size > 36]
     assert large
     for i, one in enumerate(large):
@@ -336,5 +327,5 @@ def test_float64(tmp_path: Path) -> None:
 
 
 def test_formats_are_found_by_their_files() -> None:
-    folder = Path(sys.modules["exporters"].__file__ or "").parent
+    folder = Path(sys.modules["exporters"].__file__ or "").parent / "formats"
     assert formats() == sorted(f.stem for f in folder.glob("*.py") if not f.stem.startswith("_"))

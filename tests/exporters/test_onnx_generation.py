@@ -13,8 +13,9 @@ from torch import nn
 
 from exporters import ExportError, export, export_core
 from surgery import apply_surgery, sites, steer
-from tests.exporters.test_onnx import operated, session
-from tests.exporters.test_onnx_swappable import train
+from tests.support.onnx_models import operated, session
+from tests.support.shared_exports import SharedExports
+from tests.support.swappable_models import train
 from tests.support.zoo import HUB, Patient, full, patient
 
 TOKENS = 8
@@ -121,9 +122,8 @@ def in_onnxruntime(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3", "bloom", *full("llama", "opt", "gpt_neox")])
-def test_generation_is_pytorchs_token_for_token(name: str, tmp_path: Path) -> None:
-    p = language_model(name)
-    report = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", use_cache=True, example_inputs=p.inputs)
+def test_generation_is_pytorchs_token_for_token(name: str, exported: SharedExports) -> None:
+    p, report = exported(language_model, name, "live", use_cache=True)
     assert report.max_error < 1e-5
     assert report.details["tokens"] > 0
     seen = set()
@@ -137,9 +137,9 @@ def test_generation_is_pytorchs_token_for_token(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["qwen3", *full("gpt2")])
-def test_rows_are_steered_apart_while_generating(name: str, tmp_path: Path) -> None:
-    p = language_model(name)
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", use_cache=True, example_inputs=p.inputs).path
+def test_rows_are_steered_apart_while_generating(name: str, exported: SharedExports) -> None:
+    p, report = exported(language_model, name, "live", use_cache=True)
+    path = report.path
     inputs, rows = prompt(3, 5), torch.tensor([1.0, 0.0, -1.0])
     with steer(p.model, rows):
         expected = in_pytorch(p.model, inputs)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -15,38 +18,16 @@ from torch import nn
 
 import surgery
 from exporters import ExportError, check_core, export, export_core
-from surgery import Contrast, apply_surgery, sites, steer, to_graph
+from surgery import apply_surgery, sites, steer, to_graph
+from surgery.bases.top_svd import SVD
+from surgery.cores import CoreConfig
 from surgery.variants import REGISTRY, Variant
-from surgery.verbs import calibrate as recalibrate
-from tests.exporters.test_onnx import operated, session
+from surgery.verbs.calibrate import recalibrate
+from tests.support.onnx_models import operated, session
+from tests.support.shared_exports import SharedExports
+from tests.support.swappable_models import train, with_variant
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, full, patient
-
-
-def train(model: nn.Module, seed: int) -> None:
-    """Move every core tensor, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for site in sites(model).values():
-        for tensor in site.core.tensors().values():
-            tensor.data += torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3
-
-
-def calibration(p: Patient, variant: Variant) -> Any:
-    if variant.statistic == "contrast":
-        return Contrast([p.inputs], [torch.randn_like(p.inputs) * 2 + 1])
-    return [p.inputs, torch.randn_like(p.inputs)]
-
-
-def with_variant(variant: str | Variant, name: str = "mlp", *, r: int = 4, seed: int = 1) -> Patient:
-    p = patient(name)
-    config = REGISTRY[variant]() if isinstance(variant, str) else variant
-    data = calibration(p, config) if config.needs_calibration else None
-    targets = "all-linear"
-    apply_surgery(
-        p.model, config, r=r, target_modules=targets, example_inputs=p.inputs, calibration=data, progress=False
-    )
-    train(p.model, seed)
-    return p
 
 
 def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) -> torch.Tensor:
@@ -65,9 +46,8 @@ def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) ->
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention", "qwen3", "gpt2", *full("bert", "t5")])
-def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    report = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)
+def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "swappable")
     assert 0 <= report.max_error < 1e-5
     assert_close(run(report.path, p), p.run())
     first = p.run()
@@ -165,12 +145,11 @@ def test_experts(tmp_path: Path) -> None:
     assert_close(run(path, p, core), p.run())
 
 
-def test_two_exports_are_byte_identical(tmp_path: Path) -> None:
-    p = operated("qwen3")
-    graphs, cores = [], []
+def test_two_exports_are_byte_identical(tmp_path: Path, exported: SharedExports) -> None:
+    p, first = exported(operated, "qwen3", "swappable")
+    again = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)
+    graphs, cores = [report.path.read_bytes() for report in (first, again)], []
     for i in range(2):
-        report = export(p.model, "onnx", tmp_path / f"{i}.onnx", mode="swappable", example_inputs=p.inputs)
-        graphs.append(report.path.read_bytes())
         cores.append(export_core(copy.deepcopy(p.model), tmp_path / f"{i}.onnx_adapter").path.read_bytes())
     assert graphs[0] == graphs[1]
     assert cores[0] == cores[1]
@@ -197,9 +176,9 @@ def another(p: Patient, **changes: Any) -> nn.Module:
     ],
     ids=["base", "settings", "rank", "variant", "sites"],
 )
-def test_a_wrong_core_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    p = operated("mlp")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path
+def test_a_wrong_core_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, "mlp", "swappable")
+    path = Path(shutil.copy(report.path, tmp_path))
     model = another(p, **changes)
     core = export_core(model, tmp_path / "c.onnx_adapter").path
     with pytest.raises(Exception, match=r"Invalid input name: .*\.core\."):  # a type of ONNX Runtime's
@@ -219,13 +198,13 @@ def test_factors_chosen_anew_make_another_digest(tmp_path: Path) -> None:
         export_core(p.model, tmp_path / "c.onnx_adapter", onnx_path=path)
 
 
-def test_files_that_are_no_cores(tmp_path: Path) -> None:
-    p = operated("mlp")
-    live = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
+def test_files_that_are_no_cores(tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, "mlp", "live")
+    live = report.path
     core = export_core(p.model, tmp_path / "c.onnx_adapter").path
     with pytest.raises(ExportError, match="takes no core"):
         check_core(live, core)
-    swappable = export(p.model, "onnx", tmp_path / "s.onnx", mode="swappable", example_inputs=p.inputs).path
+    swappable = exported(operated, "mlp", "swappable")[1].path
     for data in (b"", b"nonsense" * 9, core.read_bytes()[:200]):
         (tmp_path / "bad").write_bytes(data)
         with pytest.raises(ExportError, match=r"no \.onnx_adapter"):
@@ -237,9 +216,11 @@ def test_files_that_are_no_cores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../other.data", "a/../../b", "..\\b", "C:\\b"])
-def test_graphs_that_point_outside_of_their_folder_are_refused(location: str, tmp_path: Path) -> None:
-    p = operated("mlp")
-    path = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path
+def test_graphs_that_point_outside_of_their_folder_are_refused(
+    location: str, tmp_path: Path, exported: SharedExports
+) -> None:
+    p, report = exported(operated, "mlp", "swappable")
+    path = Path(shutil.copy(report.path, tmp_path))
     core = export_core(p.model, tmp_path / "c.onnx_adapter").path
     model = onnx.load(path)
     tensor = model.graph.initializer[0]
@@ -273,13 +254,12 @@ def test_export_core_into_a_directory_and_over_a_file(tmp_path: Path) -> None:
 
 
 def test_a_core_tensor_without_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    monkeypatch.setattr("surgery.variants.REGISTRY", dict(REGISTRY))
+    for registry in ("surgery.variants._variant.REGISTRY", "surgery.cores.REGISTRY"):
+        module, _, name = registry.rpartition(".")
+        monkeypatch.setattr(registry, dict(getattr(sys.modules[module], name)))
 
     @dataclass(frozen=True)
-    class Scale(surgery.variants.Reranked):
+    class ScaleCore(CoreConfig):
         name: ClassVar[str] = "scale"
 
         def init_core(self, r: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -287,6 +267,12 @@ def test_a_core_tensor_without_dimensions(tmp_path: Path, monkeypatch: pytest.Mo
 
         def delta(self, h: torch.Tensor, S: torch.Tensor, core: Any, coeff: torch.Tensor) -> torch.Tensor:
             return h * (S * (coeff * core.s)).to(h.dtype)
+
+    @dataclass(frozen=True)
+    class Scale(Variant):
+        name: ClassVar[str] = "scale"
+        own_basis: ClassVar[type[SVD]] = SVD
+        own_core: ClassVar[type[ScaleCore]] = ScaleCore
 
     p = with_variant(Scale())
     path = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from torch import nn
 
 import surgery
 from exporters import ExportError, export, swap
+from exporters.shared.archive import _Sink
 from surgery import (
     AdapterError,
     InputError,
@@ -29,12 +31,13 @@ from surgery import (
     to_graph,
 )
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx import operated
+from tests.support.expert_models import IDS
+from tests.support.expert_models import operated as stacked
 from tests.support.fresh import run_fresh
+from tests.support.onnx_models import operated
+from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import assert_close, relative_error
 from tests.support.zoo import Forward, Patient, full, patient
-from tests.surgery.test_stacked import IDS
-from tests.surgery.test_stacked import operated as stacked
 
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", *full("gpt2", "bert", "vit", "t5", "llama")]
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls.linear)
@@ -42,39 +45,6 @@ LINEAR = sorted(name for name, cls in REGISTRY.items() if cls.linear)
 
 def load(path: Path) -> Any:
     return torch.export.load(path).module()
-
-
-def first(program: Any, inputs: Any) -> torch.Tensor:
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
-    with torch.no_grad():
-        out = program(*args, **kwargs)
-    out = next(iter(out.values())) if isinstance(out, dict) else out
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def shaken(p: Patient, seed: int = 2, scale: float = 0.2) -> Patient:
-    """The patient with other cores."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for site in sites(p.model).values():
-            for parameter in site.core.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
-    return p
-
-
-def with_variant(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    """An ``mlp`` with a variant whose core is not at identity."""
-    p, config = patient("mlp", dtype), REGISTRY[name](r=4)
-    generator = torch.Generator().manual_seed(0)
-    data: Any = [torch.randn(4, 16, 12, generator=generator).to(dtype) + shift for shift in (0, 1)]
-    data = surgery.Contrast(data[:1], data[1:]) if config.statistic == "contrast" else data
-    apply_surgery(
-        p.model, config, target_modules="all-linear", example_inputs=p.inputs, progress=False,
-        calibration=data if config.needs_calibration else None,
-    )  # fmt: skip
-    return shaken(p)
 
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
@@ -242,7 +212,7 @@ def test_export_leaves_the_model_as_it_was(mode: str, tmp_path: Path) -> None:
     for name, tensor in p.model.state_dict(keep_vars=True).items():
         assert id(tensor) == tensors[name][0]
         assert torch.equal(tensor, tensors[name][1])
-    assert {site.core.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
+    assert {site.steering.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
     if mode == "merged":
         p.model.eval()
         assert_close(first(load(tmp_path / "m.pt2"), p.inputs), p.run())
@@ -348,7 +318,7 @@ def test_swap_takes_other_factors_along(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     p = operated("mlp")
-    with pytest.raises(ExportError, match="'merged' or 'live'"):
+    with pytest.raises(ExportError, match="mode must be one of 'merged', 'live'; found 'fast'"):
         export(p.model, "pt2", tmp_path / "m.pt2", mode="fast", example_inputs=p.inputs)
     with pytest.raises(ExportError, match="carries none"):
         export(patient("mlp").model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
@@ -369,7 +339,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_a_wrong_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.formats.pt2 as module
+    from exporters.formats import pt2 as module
 
     real = module.program_of
 
@@ -414,3 +384,17 @@ else:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_waits_for_torchs_writer(tmp_path, monkeypatch):
+    found, write, handler = operated("mlp"), _Sink.write, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, data):
+        signal.raise_signal(signal.SIGINT)
+        return write(self, data)
+
+    monkeypatch.setattr(_Sink, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(found.model, "pt2", tmp_path / "model.pt2", example_inputs=found.inputs)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_surgery, set_coeff, sites, steer, to_graph, undo_surgery
+from tests.support.graph_inputs import inputs_of
+from tests.support.operated_graphs import in_place, operated
+from tests.support.operated_models import operated as operated_in_place
+from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import operated as operated_in_place
-from tests.surgery.test_apply import randomise
-from tests.surgery.test_graphs import in_place, operated
-from tests.surgery.test_to_graph import inputs_of
 
 PATIENTS = ("symbolic", "exported", "dynamo", "mlp", "raw", pytest.param("gpt2", marks=pytest.mark.full))
 each_patient = pytest.mark.parametrize("name", PATIENTS)

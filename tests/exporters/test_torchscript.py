@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from exporters import ExportError, export
-from exporters.shared.archive import _Sink
 from surgery import set_coeff, sites, steer, to_graph
 from surgery.variants import REGISTRY
-from tests.exporters.test_onnx import operated
-from tests.exporters.test_pt2 import first, shaken, with_variant
+from tests.support.expert_models import IDS
+from tests.support.expert_models import operated as stacked
 from tests.support.fresh import run_fresh
+from tests.support.onnx_models import operated
+from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Forward, Patient, patient
-from tests.surgery.test_stacked import IDS
-from tests.surgery.test_stacked import operated as stacked
 
 LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("bert", "vit", "t5", "llama")]
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", "gpt2", *LONG]
@@ -122,7 +120,7 @@ def test_leaves_the_model_alone_and_holds_no_path(mode: str, tmp_path: Path) -> 
     path = export(p.model, "torchscript", tmp_path / "m.pt", mode=mode, example_inputs=p.inputs).path
     assert before == [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in p.model.named_modules()]
     assert tensors == {name: id(t) for name, t in p.model.state_dict(keep_vars=True).items()}
-    assert {site.core.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
+    assert {site.steering.coeff.item() for site in sites(p.model).values()} == {torch.tensor(0.7).item()}
     with zipfile.ZipFile(path) as archive:
         everything = b"".join(archive.read(name) for name in archive.namelist())
     assert b"site-packages" not in everything
@@ -132,7 +130,7 @@ def test_leaves_the_model_alone_and_holds_no_path(mode: str, tmp_path: Path) -> 
 
 
 def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exporters.formats.torchscript as module
+    from exporters.formats import torchscript as module
 
     broken = Forward(lambda self, x: {"y": x, "z": {"deeper": 3}})
     with pytest.raises(ExportError, match="returns a int"):
@@ -150,17 +148,3 @@ def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ExportError, match="differs from PyTorch"):
         export(p.model, "torchscript", tmp_path / "m.pt", example_inputs=p.inputs)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_waits_for_torchs_writer(tmp_path, monkeypatch):
-    found, write, handler = operated("mlp"), _Sink.write, signal.getsignal(signal.SIGINT)
-
-    def interrupted(self, data):
-        signal.raise_signal(signal.SIGINT)
-        return write(self, data)
-
-    monkeypatch.setattr(_Sink, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(found.model, "torchscript", tmp_path / "model.pt", example_inputs=found.inputs)
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGINT) is handler

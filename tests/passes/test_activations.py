@@ -14,6 +14,7 @@ from passes.analysis.linear_sites import Site
 from passes.capture.activations import observed
 from passes.capture.capture import forward_call
 from surgery import inspect_sites
+from tests.support.hooked_inputs import hooked
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Forward, Patient, patient
 
@@ -26,21 +27,6 @@ def seen(model: nn.Module, sites: Any, inputs: Any, called: Any = ()) -> dict[st
     args, kwargs = forward_call(inputs)
     with torch.no_grad(), observed(model, sites, called, lambda key, x: found[key].append(x.clone())):
         model(*args, **kwargs)
-    return found
-
-
-def hooked(model: nn.Module, keys: list[str], inputs: Any) -> dict[str, list[torch.Tensor]]:
-    """Every input of the modules at these paths."""
-    found: dict[str, list[torch.Tensor]] = {key: [] for key in keys}
-    handles = [
-        model.get_submodule(key).register_forward_pre_hook(lambda _, args, key=key: found[key].append(args[0].clone()))
-        for key in keys
-    ]
-    args, kwargs = forward_call(inputs)
-    with torch.no_grad():
-        model(*args, **kwargs)
-    for handle in handles:
-        handle.remove()
     return found
 
 

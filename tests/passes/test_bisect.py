@@ -10,22 +10,12 @@ from torch import fx, nn
 
 import surgery
 from passes.errors import PassError
+from passes.infra.pass_base import Pass
 from passes.infra.pass_manager import Culprit, bisect, run_pipeline
 from passes.transforms.fold import Fold
 from passes.transforms.merge import Merge
 from surgery import sites
-from tests.passes.test_translation_validation import (
-    KEYS,
-    STAGES,
-    X,
-    after,
-    between,
-    chain,
-    graph_of,
-    named,
-    nodes_at,
-    operated,
-)
+from tests.support.pass_stages import KEYS, STAGES, X, after, between, chain, graph_of, named, nodes_at, operated
 from tests.support.tolerance import assert_close
 
 
@@ -43,7 +33,7 @@ def test_stop_after_disable_and_unknown_names():
         ({"disable": ["fold"]}, ["insert", "merge"]),
         ({"disable": ["merge"], "stop_after": "merge"}, ["insert", "fold"]),
     ]:
-        compiled = surgery.verbs.graph.pipeline(operated(), X, verify=True, **options)
+        compiled = surgery.verbs.graph.pipeline(operated(), X, form="residual", verify=True, **options)
         stages = [stage for stage in compiled.stages if stage.name in STAGES]
         assert [stage.name for stage in stages] == names
         assert all(stage.modified for stage in stages)
@@ -54,7 +44,7 @@ def test_stop_after_disable_and_unknown_names():
         with pytest.raises(PassError, match="no stage is named 'fuse'; stages are fold, merge"):
             run_pipeline(graph := graph_of(), stages_of(graph), **options)
         with pytest.raises(PassError, match="no stage is named 'fuse'; stages are insert, fold, merge"):
-            surgery.verbs.graph.pipeline(operated(), X, **options)
+            surgery.verbs.graph.pipeline(operated(), X, form="residual", **options)
 
 
 @pytest.mark.parametrize("site", KEYS)
@@ -102,20 +92,12 @@ def test_bisect_of_insert_finds_a_wrong_adapter():
     assert bisect(build, good, KEYS) == Culprit("toggle", "2")
 
 
-class Toggle:
+class Toggle(Pass):
     """A stage of a test's own, which notes whether it saw a site."""
-
-    name = "toggle"
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module, keys: Any) -> None:
         self.keys = list(keys)
 
-    def requires(self, graph_module: fx.GraphModule) -> str | None:
-        return None
-
     def call(self, graph_module: fx.GraphModule) -> bool:
         graph_module.__dict__["wrong"] = "2" in self.keys
         return False
-
-    def ensures(self, graph_module: fx.GraphModule) -> str | None:
-        return None

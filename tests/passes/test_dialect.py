@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import fx, nn
 
 from passes.errors import PassError
 from passes.infra import dialect as spec
-from passes.infra.pass_base import PassResult, run_pass
-from passes.ir.provenance import META, mark_of, occurrences
+from passes.infra.pass_base import Pass, PassResult
+from passes.ir.provenance import KEY, adapter_instances, clear_provenance, provenance_of, set_provenance
 from surgery import apply_surgery, fold, sites
 
 
@@ -21,7 +19,7 @@ def operated() -> fx.GraphModule:
 
 
 def body(graph: fx.GraphModule, key: str = "0") -> list[fx.Node]:
-    return [n for n in occurrences(graph.graph, [key])[0].nodes if mark_of(n).role == "body"]
+    return [n for n in adapter_instances(graph.graph, [key])[0].nodes if provenance_of(n).role == "body"]
 
 
 def call(graph: fx.GraphModule, target: object) -> fx.Node:
@@ -52,7 +50,7 @@ def same_name(graph):
 
 def reads_later(graph):
     node = body(graph)[0]
-    next(iter(graph.graph.nodes)).append(occurrences(graph.graph, ["2"])[0].out)
+    next(iter(graph.graph.nodes)).append(adapter_instances(graph.graph, ["2"])[0].out)
     assert node.graph is graph.graph
 
 
@@ -75,27 +73,31 @@ def mutation(graph):
 def dead_node(graph):
     with graph.graph.inserting_before(body(graph)[-1]):
         new = graph.graph.get_attr("sspace.0.factors.U")
-    new.meta[META] = mark_of(body(graph)[0])
+    set_provenance(new, provenance_of(body(graph)[0]))
 
 
 def no_output(graph):
-    occurrences(graph.graph, ["0"])[0].out.meta.pop(META)
+    clear_provenance(adapter_instances(graph.graph, ["0"])[0].out)
 
 
 def no_adapter(graph):
-    for node in occurrences(graph.graph, ["0"])[0].nodes:
-        node.meta[META] = dataclasses.replace(mark_of(node), path="1")
+    for node in adapter_instances(graph.graph, ["0"])[0].nodes:
+        set_provenance(node, provenance_of(node)._replace(path="1"))
 
 
 def reads_nothing(graph):
-    place = occurrences(graph.graph, ["0"])[0]
-    for node in place.nodes:
+    for node in adapter_instances(graph.graph, ["0"])[0].nodes:
         if node.op == "get_attr":
-            node.meta.pop(META)
+            clear_provenance(node)
 
 
 def wrong_role(graph):
-    body(graph)[0].meta[META] = dataclasses.replace(mark_of(body(graph)[0]), role="guest")
+    node = body(graph)[0]
+    set_provenance(node, provenance_of(node)._replace(role="guest"))
+
+
+def no_provenance(graph):
+    body(graph)[0].meta["custom"] = {KEY: "sspace.0"}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def wrong_role(graph):
         (no_adapter, "'1' is no adapter"),
         (reads_nothing, "reads nothing of its adapter"),
         (wrong_role, "has the role 'guest'"),
+        (no_provenance, "has 'sspace.0' for its provenance"),
     ],
 )
 def test_a_broken_rule_is_named(harm, expected):
@@ -122,24 +125,16 @@ def test_a_broken_rule_is_named(harm, expected):
 
 
 def test_debug_mode_checks_after_every_pass(monkeypatch):
-    class Harm:
-        name = "harm"
-
-        def requires(self, graph_module):
-            return None
-
+    class Harm(Pass):
         def call(self, graph_module):
             dead_node(graph_module)
             return True
 
-        def ensures(self, graph_module):
-            return None
-
-    assert isinstance(run_pass(Harm(), operated()), PassResult)
+    assert isinstance(Harm().run(operated()), PassResult)
     with pytest.raises(PassError, match=r"'harm' left a graph outside of the dialect: site '0'.*is dead"):
-        run_pass(Harm(), operated(), debug=True)
+        Harm().run(operated(), debug=True)
     monkeypatch.setenv("SURGERY_DEBUG", "1")
     with pytest.raises(PassError, match="is dead"):
-        run_pass(Harm(), operated())
+        Harm().run(operated())
     monkeypatch.setenv("SURGERY_DEBUG", "0")
-    assert sites(run_pass(Harm(), operated()).graph_module)
+    assert sites(Harm().run(operated()).graph_module)

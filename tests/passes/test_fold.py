@@ -8,8 +8,7 @@ from torch import fx, nn
 
 import surgery
 from passes.errors import PassError
-from passes.infra.pass_base import run_pass
-from passes.ir.provenance import occurrences
+from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
 from passes.transforms.fold_constants import fold_constants, is_pure
 from surgery import apply_surgery, fold, merge, set_coeff, sites, steer, to_graph, undo_surgery
@@ -77,7 +76,7 @@ def test_a_weight_that_was_not_kept_is_rounded_once():
 def test_folding_twice_changes_nothing_more():
     _, graph = operated("residual")
     fold(graph)
-    result = run_pass(Fold(_tensors(graph, "factors.")), graph)
+    result = Fold(_tensors(graph, "factors.")).run(graph)
     assert not result.modified
 
 
@@ -157,9 +156,9 @@ def test_rows_are_no_constant():
 def test_what_requires_a_gradient_is_refused():
     _, graph = operated()
     with pytest.raises(PassError, match="requires a gradient"):
-        run_pass(Fold(_tensors(graph, "factors.", "core.")), graph)
+        Fold(_tensors(graph, "factors.", "core.")).run(graph)
     with pytest.raises(PassError, match="is no tensor"):
-        run_pass(Fold(["sspace.nothing"]), graph)
+        Fold(["sspace.nothing"]).run(graph)
 
 
 def test_fold_wants_an_operated_graph():
@@ -220,8 +219,8 @@ def test_only_chosen_sites_fold():
     _, graph = operated("residual")
     key = next(iter(sites(graph)))
     path = f"sspace.{key}."
-    run_pass(Fold([name for name in _tensors(graph, "factors.") if name.startswith(path)], [key]), graph)
-    forms = {place.mark.key: place.mark.form for place in occurrences(graph.graph)}
+    Fold([name for name in _tensors(graph, "factors.") if name.startswith(path)], [key]).run(graph)
+    forms = {place.provenance.key: place.provenance.form for place in adapter_instances(graph.graph)}
     assert forms.pop(key) == "delta"
     assert set(forms.values()) == {"residual"}
 

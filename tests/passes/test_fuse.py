@@ -7,91 +7,28 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import fx, nn
+from torch import nn
 
 import surgery
 from passes.infra.dialect import check_graph
-from passes.infra.pass_base import run_pass
-from passes.ir.provenance import mark_of, occurrences
-from passes.transforms.fuse_projections import Fuse, Rows
+from passes.ir.provenance import adapter_instances, provenance_of
+from passes.transforms.fuse_projections import Fuse
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, fuse, merge, set_coeff, sites, to_graph
 from surgery.variants import REGISTRY
+from tests.support.fused_graphs import (
+    DIALECT,
+    block,
+    graphs,
+    holders,
+    operated,
+    products,
+    run,
+    trained,
+)
 from tests.support.tolerance import assert_close
 
-aten = torch.ops.aten
-RANKS = {"q": 7, "k": 5, "v": 6, "o": 4, "gate": 6, "up": 8, "down": 4}
-DIALECT = lambda variant: variant != "antipasto_rot"  # noqa: E731 - whose forward reads items of a tuple
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-class Block(nn.Module):
-    """q, k and v read one input; gate and up another; o and down one each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (
-            nn.Linear(12, 8),
-            nn.Linear(12, 8, bias=False),
-            nn.Linear(12, 8),
-            nn.Linear(8, 12),
-        )
-        self.gate, self.up, self.down = nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(16, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.o(torch.sigmoid(self.q(x)) * self.k(x) + self.v(x))
-        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
-
-
-def block(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    return Block().to(dtype).eval(), torch.randn(4, 6, 12, dtype=torch.float64).to(dtype)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for site in sites(model).values():
-        for parameter in site.core.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.add_(0.4 * noise.to(parameter))
-    return model
-
-
-def operated(variant: str = "antipasto", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
-    model, x = block(dtype)
-    config, generator = REGISTRY[variant](), torch.Generator().manual_seed(2)
-    calibration = None
-    if config.statistic == "contrast":
-        positive, negative = ([torch.randn(4, 6, 12, generator=generator).to(dtype)] for _ in range(2))
-        calibration = surgery.Contrast(positive, negative)
-    elif config.needs_calibration:
-        calibration = [torch.randn(4, 6, 12, generator=generator).to(dtype) for _ in range(3)]
-    apply_surgery(
-        model, variant, r=8, rank_pattern=RANKS, target_modules=list(RANKS), example_inputs=x, calibration=calibration,
-        progress=False,
-    )  # fmt: skip
-    return trained(model), x
-
-
-def graphs(
-    variant: str = "antipasto", dtype: torch.dtype = torch.float32
-) -> tuple[fx.GraphModule, fx.GraphModule, torch.Tensor]:
-    """The graph of an operated model, the same fused, and an input; both share the cores."""
-    model, x = operated(variant, dtype)
-    return to_graph(model, x), to_graph(model, x, fuse=True, debug=DIALECT(variant)), x
-
-
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def products(graph: fx.GraphModule) -> int:
-    return sum(node.target is aten.linear.default for node in graph.graph.nodes)
-
-
-def holders(graph: fx.GraphModule) -> list[Rows]:
-    return [module for module in graph.modules() if isinstance(module, Rows)]
 
 
 def adapted(model: nn.Module, name: str, x: torch.Tensor, coeff: torch.Tensor) -> torch.Tensor:
@@ -117,12 +54,12 @@ def test_what_is_fused_and_what_is_modified():
     assert (products(plain), products(fused)) == (21, 21 - 2 - 1)
     # for n sites: n products and n tensors go, n slices, one product and one tensor come
     assert len(plain.graph.nodes) - len(fused.graph.nodes) == (3 - 2) + (2 - 2)
-    assert run_pass(Fuse(), plain).modified
+    assert Fuse().run(plain).modified
     assert len(plain.graph.nodes) == len(fused.graph.nodes)
-    again = run_pass(Fuse(), plain, debug=True)
+    again = Fuse().run(plain, debug=True)
     assert (again.modified, again.nodes, len(holders(plain))) == (False, again.nodes_before, 2)
     assert sorted(len(rows.rows) for rows in holders(plain)) == [6 + 8, 7 + 5 + 6]
-    keys = {mark_of(n).key for n in plain.graph.nodes if mark_of(n) and mark_of(n).role == "shared"}
+    keys = {provenance_of(n).key for n in plain.graph.nodes if provenance_of(n) and provenance_of(n).role == "shared"}
     assert {frozenset(key.split(" + ")) for key in keys} == {frozenset("qkv"), frozenset(("gate", "up"))}
 
 
@@ -130,7 +67,7 @@ def test_nothing_to_fuse():
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 6)
     apply_surgery(model, "antipasto", r=3, example_inputs=x, progress=False)
     graph = to_graph(model, x)
-    result = run_pass(Fuse(), graph)
+    result = Fuse().run(graph)
     assert (result.modified, result.nodes, holders(graph)) == (False, result.nodes_before, [])
 
 
@@ -202,7 +139,7 @@ def test_S_meets_the_rows_of_its_own_site(first):
         read = rows.folded_0 if first == "fuse" else rows.rows
         for start, stop in rows.bounds():
             assert any(s.shape == read[start:stop].shape and torch.allclose(s, read[start:stop]) for s in scaled)
-    assert not run_pass(Fuse(), graph).modified
+    assert not Fuse().run(graph).modified
     count = len(graph.graph.nodes)
     fold(graph)
     assert len(graph.graph.nodes) == count
@@ -221,12 +158,12 @@ def test_merging_some_sites_leaves_the_others():
     plain, fused, x = graphs()
     live, weights = run(plain, x), {key: site.merged_weight() for key, site in sites(fused).items()}
     for keys, left in ((["q"], 18 - 1), (["gate", "up"], 17 - 2 - 1), (["k"], 14 - 1), (["v"], 13 - 2)):
-        assert run_pass(Merge({key: weights[key] for key in keys}), fused, debug=True).modified
+        assert Merge({key: weights[key] for key in keys}).run(fused, debug=True).modified
         assert products(fused) == left
         assert not check_graph(fused)
         assert_close(run(fused, x), live)
-    assert not any(mark_of(node) and mark_of(node).role == "shared" for node in fused.graph.nodes)
-    assert {place.mark.key for place in occurrences(fused.graph)} == {"o", "down"}
+    assert not any(provenance_of(node) and provenance_of(node).role == "shared" for node in fused.graph.nodes)
+    assert {place.provenance.key for place in adapter_instances(fused.graph)} == {"o", "down"}
 
 
 def test_a_merged_site_is_dropped_and_the_others_keep_their_rows():
@@ -239,7 +176,7 @@ def test_a_merged_site_is_dropped_and_the_others_keep_their_rows():
             model, variant, r=5, target_modules=targets, example_inputs=x, calibration=calibration, progress=False
         )
     graph = to_graph(trained(model), x, fuse=True)
-    run_pass(Merge({key: sites(graph)[key].merged_weight() for key in ("q", "v")}), graph)
+    Merge({key: sites(graph)[key].merged_weight() for key in ("q", "v")}).run(graph)
     surgery.hosting.graph_surgery.drop_sites(graph, ["q", "v"])
     assert len(holders(graph)) == 1
     assert_close(run(graph, x), run(model, x))

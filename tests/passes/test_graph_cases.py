@@ -10,9 +10,9 @@ from torch import fx, nn
 import surgery
 from passes.ir.forward_context import set_mode
 from surgery import apply_surgery, fold, load_adapter, merge, save_adapter, sites, to_graph
+from tests.support.operated_models import randomise
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Forward, patient
-from tests.surgery.test_apply import randomise
 
 
 def operate(model: nn.Module, inputs, **options) -> nn.Module:

@@ -15,7 +15,9 @@ from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from passes.errors import PassError
-from passes.infra.pass_base import run_pass
+from passes.infra.pass_base import Pass
+from passes.infra.pass_manager import Sequential
+from passes.infra.translation_validation import Validation
 from passes.ir.linear_modules import linear_layout
 from passes.transforms.normalize import Normalize
 from tests.support.tolerance import assert_close
@@ -107,7 +109,7 @@ def test_a_dialect_becomes_aten_and_computes_the_same(name):
     if name == "x.addmm with beta":
         x = torch.randn(4, 4)
     graph_module = trace(model)
-    assert run_pass(Normalize(), graph_module).modified
+    assert Normalize().run(graph_module).modified
     assert target in {node.target for node in graph_module.graph.nodes}
     assert foreign(graph_module) == []
     assert torch.equal(run(graph_module, x), run(model, x))
@@ -116,9 +118,9 @@ def test_a_dialect_becomes_aten_and_computes_the_same(name):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_second_run_changes_nothing(name):
     graph_module = trace(Program(PROGRAMS[name][0]))
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     code = graph_module.code
-    assert not run_pass(Normalize(), graph_module).modified
+    assert not Normalize().run(graph_module).modified
     assert graph_module.code == code
     graph_module.graph.lint()
 
@@ -129,7 +131,7 @@ def test_names_order_and_metadata_of_nodes_are_kept(name):
     for i, node in enumerate(graph_module.graph.nodes):
         node.meta["mark"] = i
     before = [node.name for node in graph_module.graph.nodes]
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     after = {node.name: node for node in graph_module.graph.nodes}
     assert [name for name in after if name in before] == before
     assert [after[name].meta["mark"] for name in before] == list(range(len(before)))
@@ -138,7 +140,7 @@ def test_names_order_and_metadata_of_nodes_are_kept(name):
 def test_a_conv1d_becomes_a_linear_on_its_transposed_weight():
     model, x = Program(lambda m, x: m.conv1d(x)), torch.randn(2, 3, 4)
     graph_module = trace(model)
-    assert run_pass(Normalize(), graph_module).modified
+    assert Normalize().run(graph_module).modified
     called = {node.target: node for node in graph_module.graph.nodes if node.op == "call_function"}
     assert list(called) == [aten.t.default, aten.linear.default]
     assert called[aten.linear.default].meta["called_module"] == "conv1d"
@@ -147,7 +149,7 @@ def test_a_conv1d_becomes_a_linear_on_its_transposed_weight():
 
 def test_an_inlined_module_leaves_its_path():
     graph_module = trace(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU()))
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     assert [n.meta.get("called_module") for n in graph_module.graph.nodes if n.op == "call_function"] == ["0.0"]
 
 
@@ -156,7 +158,7 @@ def test_an_inlined_module_leaves_its_path():
 def test_a_number_promotes_as_before(function, x):
     model = Program(function)
     graph_module = trace(model)
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     found, reference = run(graph_module, x), run(model, x)
     assert found.dtype == reference.dtype
     assert torch.equal(found, reference)
@@ -185,7 +187,7 @@ TRAPS: dict[str, Callable[[Any, Any], Any]] = {
 def test_what_only_looks_the_same_still_computes_the_same(name):
     model, x = Program(TRAPS[name]), torch.randn(3, 4)
     graph_module = trace(model)
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     assert torch.equal(run(graph_module, x), run(model, x))
 
 
@@ -197,13 +199,13 @@ def test_an_in_place_sum_stays_in_place():
     graph.output(h)
     graph_module = fx.GraphModule(nn.Module(), graph)
     assert torch.equal(run(graph_module, torch.ones(3)), torch.full((3,), 3.0))
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     assert torch.equal(run(graph_module, torch.ones(3)), torch.full((3,), 3.0))
 
 
 def test_a_sum_of_sizes_stays_an_integer():
     graph_module = trace(Program(lambda m, x: x.size(0) + 1))
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     found = run(graph_module, torch.randn(3, 4))
     assert type(found) is int
     assert found == 4
@@ -213,14 +215,14 @@ def test_a_sum_of_sizes_stays_an_integer():
 def test_modified_is_false_where_nothing_is_rewritten(function):
     graph_module = trace(Program(function))
     code = graph_module.code
-    assert not run_pass(Normalize(), graph_module).modified
+    assert not Normalize().run(graph_module).modified
     assert graph_module.code == code
 
 
 def test_an_exported_graph_is_normal_already():
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))
     graph_module = torch.export.export(model, (torch.randn(3, 4),)).module()
-    assert not run_pass(Normalize(), graph_module).modified
+    assert not Normalize().run(graph_module).modified
 
 
 class Doubled(nn.Linear):
@@ -239,7 +241,7 @@ def test_a_linear_module_with_another_forward_is_not_inlined(build):
     model = nn.Sequential(build())
     x = torch.randn(3, 4)
     graph_module = trace(model)
-    assert not run_pass(Normalize(), graph_module).modified
+    assert not Normalize().run(graph_module).modified
     assert torch.equal(run(graph_module, x), run(model, x))
 
 
@@ -294,19 +296,17 @@ def test_any_program_computes_the_same(steps, seed):
     torch.manual_seed(seed)
     model, x = Program(function).double(), torch.randn(4, 4, dtype=torch.float64)
     graph_module = trace(model)
-    run_pass(Normalize(), graph_module)
+    Normalize().run(graph_module)
     assert_close(run(graph_module, x), run(model, x))
-    assert not run_pass(Normalize(), graph_module).modified
+    assert not Normalize().run(graph_module).modified
     graph_module.graph.lint()
 
 
 # --- the contract of a pass ---
 
 
-class Scripted:
+class Scripted(Pass):
     """A pass that does as it is told, and notes what was run."""
-
-    name = "scripted"
 
     def __init__(self, requires=None, ensures=None, call=lambda graph_module: False) -> None:
         self.requires_says, self.ensures_says, self.body = requires, ensures, call
@@ -344,29 +344,68 @@ def misorder(graph_module: fx.GraphModule) -> bool:
 def test_a_failing_precondition_stops_the_pass_before_it_runs():
     scripted = Scripted(requires="no weights")
     with pytest.raises(PassError, match=r"'scripted'.*no weights"):
-        run_pass(scripted, small_graph())
+        scripted.run(small_graph())
     assert scripted.ran == ["requires"]
 
 
 def test_a_failing_result_is_an_error_that_names_the_pass():
     scripted = Scripted(ensures="a call is left")
     with pytest.raises(PassError, match=r"'scripted'.*a call is left"):
-        run_pass(scripted, small_graph())
+        scripted.run(small_graph())
     assert scripted.ran == ["requires", "call", "ensures"]
 
 
 def test_a_graph_that_does_not_lint_is_an_error_that_names_the_pass():
     with pytest.raises(PassError, match="'scripted'"):
-        run_pass(Scripted(call=misorder), small_graph())
+        Scripted(call=misorder).run(small_graph())
 
 
 def test_a_changed_graph_is_recompiled_and_is_the_same_object():
     graph_module, x = small_graph(), torch.randn(3)
-    result = run_pass(Scripted(call=replace_relu), graph_module)
+    result = Scripted(call=replace_relu).run(graph_module)
     assert result.modified
     assert result.graph_module is graph_module
     assert torch.equal(graph_module(x), torch.tanh(torch.sigmoid(x)))
 
 
 def test_an_unchanged_graph_is_reported_as_such():
-    assert not run_pass(Scripted(), small_graph()).modified
+    assert not Scripted().run(small_graph()).modified
+
+
+class Nothing(Pass):
+    """The least that a pass may say."""
+
+    def call(self, graph_module):
+        return False
+
+
+def test_a_pass_needs_no_more_than_its_call():
+    graph_module, x = small_graph(), torch.randn(3)
+    result = Nothing().run(graph_module, validation=Validation(((x,), {})), debug=True)
+    assert (result.name, result.modified, result.error) == ("nothing", False, 0.0)
+    assert Nothing().comparison_points(graph_module) is None  # so that nothing is run to compare it
+    with pytest.raises(TypeError, match="abstract"):
+        Pass()
+
+
+def test_a_sequence_of_passes_is_a_pass():
+    inner = Sequential(Scripted(call=replace_relu), Nothing(), name="inner")
+    last = Scripted()
+    graph_module, x = small_graph(), torch.randn(3)
+    result = Sequential(inner, last, Nothing(), stop_after=last.name).run(graph_module)
+    assert result.modified
+    assert [stage.name for stage in result.stages] == ["inner", "scripted"]
+    assert [stage.name for stage in result.stages[0].stages] == ["scripted", "nothing"]
+    assert [stage.modified for stage in result.stages] == [True, False]
+    assert torch.equal(graph_module(x), torch.tanh(torch.sigmoid(x)))  # its code was generated
+    assert not Sequential().run(graph_module).modified
+    assert Sequential(Scripted(call=replace_relu)).call(small_graph())
+
+
+def test_a_failing_stage_of_a_sequence_is_named_and_the_others_do_not_run():
+    last = Scripted()
+    with pytest.raises(PassError, match=r"'scripted'.*no weights"):
+        Sequential(Sequential(Scripted(requires="no weights")), last).run(small_graph())
+    assert last.ran == []
+    with pytest.raises(PassError, match="no stage is named 'other'; stages are scripted"):
+        Sequential(last, disable=["other"])

@@ -308,7 +308,7 @@ SKIPPED: dict[str, tuple[Callable[..., Any], dict[str, Any], Any, str]] = {
     "buffer": (lambda m, x: F.linear(x, m.w), {"w": torch.randn(5, 4)}, X, "a constant, not a parameter"),
     "transposed buffer": (lambda m, x: x @ m.w.t(), {"w": torch.randn(5, 4)}, X, "a constant, not a parameter"),
     "vector": (lambda m, x: x @ m.w, {"w": parameter(4)}, X, "'w' is a vector, not a matrix"),
-    "strided": (lambda m, x: F.linear(x, m.w[::2]), {"w": parameter(6, 4)}, X, "that cannot be followed"),
+    "strided": (lambda m, x: F.linear(x, m.w[::2]), {"w": parameter(6, 4)}, X, "are interleaved"),
     "both": (lambda m, x: x + torch.bmm(m.w, m.v)[0], {"w": parameter(1, 3, 5), "v": parameter(1, 5, 4)}, X, "both"),
     "scaled": (lambda m, x: F.linear(x, m.w * 2), {"w": parameter(5, 4)}, X, "computed from the parameter 'w'"),
     "scaled stack": (lambda m, x: torch.bmm(x, m.w * 2), {"w": parameter(2, 4, 5)}, X3, "computed from the parameter"),

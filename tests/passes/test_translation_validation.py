@@ -12,9 +12,8 @@ from torch import fx, nn
 
 import surgery
 from passes.errors import PassError
-from passes.infra.pass_base import run_pass
 from passes.infra.translation_validation import Validation
-from passes.ir.provenance import mark_of
+from passes.ir.provenance import provenance_of
 from passes.transforms import fold as fold_pass
 from passes.transforms import fold_constants as constants
 from passes.transforms import merge as merge_pass
@@ -22,68 +21,14 @@ from passes.transforms.fold import Fold
 from passes.transforms.insert import Insert
 from passes.transforms.merge import Merge
 from surgery import apply_surgery, fold, merge, set_coeff, sites, to_graph
-from surgery.modules.graph_host_module import SSpaceNode
+from surgery.modules.adapter import Adapter
+from tests.support.graph_listing import listing, tensors
+from tests.support.pass_stages import KEYS, STAGES, X, after, between, chain, graph_of, named, nodes_at, operated
 from tests.support.tolerance import assert_close
-from tests.surgery.test_graph_programs import listing, tensors
-
-KEYS = ["0", "2", "4"]
-STAGES = ("insert", "fold", "merge")
-X = torch.linspace(-2, 2, 24).sin().reshape(3, 8)
-
-
-def chain() -> nn.Module:
-    """Square layers, so that no fault shows in a shape."""
-    torch.manual_seed(1)
-    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)]
-    return nn.Sequential(*layers).eval()
-
-
-def operated(r: int = 8) -> nn.Module:
-    model = apply_surgery(chain(), "antipasto", r=r, example_inputs=X, progress=False)
-    torch.manual_seed(2)
-    for site in sites(model).values():
-        site.core.g.data.normal_()
-    return set_coeff(model, 0.9)
-
-
-def graph_of(form: str = "delta", **options: Any) -> fx.GraphModule:
-    return to_graph(operated(), X, form=form, **options)
 
 
 def refused(name: str, site: str = "2") -> Any:
     return pytest.raises(PassError, match=rf"'{name}' changed what the model computes, first at site '{site}'")
-
-
-def nodes_at(graph: fx.GraphModule, key: str) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if (mark := mark_of(node)) and mark.key == key]
-
-
-def named(graph: fx.GraphModule, key: str, ending: str) -> fx.Node:
-    found = [node for node in nodes_at(graph, key) if node.op == "get_attr" and str(node.target).endswith(ending)]
-    assert found, ending
-    return found[0]
-
-
-def after(monkeypatch: pytest.MonkeyPatch, cls: type, fault: Any) -> None:
-    """Let a pass do what it does, and then a fault to the graph."""
-    call = cls.call
-
-    def broken(self: Any, graph_module: fx.GraphModule) -> bool:
-        modified = call(self, graph_module)
-        fault(graph_module)
-        return modified
-
-    monkeypatch.setattr(cls, "call", broken)
-
-
-def between(node: fx.Node, target: Any, *args: Any) -> None:
-    """Put an operation between a node and its readers."""
-    readers = list(node.users)
-    with node.graph.inserting_before(node.next):
-        new = node.graph.call_function(target, (node, *args))
-    new.meta = dict(node.meta)
-    for reader in readers:
-        reader.replace_input_with(node, new)
 
 
 def transposed(ending: str) -> Any:
@@ -122,13 +67,13 @@ def baked(ending: str, value: float) -> Any:
 
 
 def without_bias(graph: fx.GraphModule) -> None:
-    node = next(n for n in nodes_at(graph, "2") if mark_of(n).role == "base")
+    node = next(n for n in nodes_at(graph, "2") if provenance_of(n).role == "base")
     node.args = node.args[:2]
 
 
 def scaled(graph: fx.GraphModule) -> None:
     """One per cent too much, which bfloat16's own tolerance would let pass."""
-    out = next(n for n in nodes_at(graph, "2") if mark_of(n).role == "out")
+    out = next(n for n in nodes_at(graph, "2") if provenance_of(n).role == "out")
     between(out, torch.ops.aten.mul.Tensor, 1.01)
 
 
@@ -137,8 +82,8 @@ INSERTED = {
     "transposed Vh": (transposed("factors.Vh"), ("delta", "residual")),
     "swapped cores": (swapped("core.g"), ("delta", "residual")),
     "swapped factors": (swapped("factors.Vh"), ("delta", "residual")),
-    "coeff of 1": (baked("core.coeff", 1.0), ("delta", "residual")),
-    "coeff as it is": (baked("core.coeff", 0.0), ("delta", "residual")),
+    "coeff of 1": (baked("steering.coeff", 1.0), ("delta", "residual")),
+    "coeff as it is": (baked("steering.coeff", 0.0), ("delta", "residual")),
     "core as it is": (baked("core.g", 0.0), ("delta", "residual")),
     "bfloat16": (through_bfloat16("factors.U"), ("delta", "residual")),
     "scale": (scaled, ("delta", "residual")),
@@ -171,8 +116,8 @@ FOLDED = {
     "transposed Vh": transposed("folded_0"),
     "swapped": swapped("folded_0"),
     "swapped cores": swapped("core.g"),
-    "coeff of 1": baked("core.coeff", 1.0),
-    "coeff as it is": baked("core.coeff", 0.0),
+    "coeff of 1": baked("steering.coeff", 1.0),
+    "coeff as it is": baked("steering.coeff", 0.0),
     "core as it is": baked("core.g", 0.0),
     "bfloat16": through_bfloat16("folded_0"),
     "scale": scaled,
@@ -214,7 +159,7 @@ def test_a_stale_constant_is_refused(monkeypatch):
     store = constants.store
 
     def stale(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
-        old = 1.1 * value if mark_of(node).key == "2" else value
+        old = 1.1 * value if provenance_of(node).key == "2" else value
         return store(graph_module, node, old)
 
     monkeypatch.setattr(fold_pass, "store", stale)
@@ -229,7 +174,7 @@ def test_a_wrong_base_after_residual_form_is_refused(keep_base, monkeypatch):
 
     def broken(place: Any, names: Any) -> fx.Node:
         node = take_out(place, names)
-        if place.mark.key == "2":
+        if place.provenance.key == "2":
             node.args = node.args[:2]
         return node
 
@@ -272,7 +217,7 @@ def test_a_dropped_bias_in_merge_is_refused(form, monkeypatch):
 
     def broken(place: Any, names: Any) -> fx.Node:
         node = take_out(place, names)
-        if place.mark.key == "2":
+        if place.provenance.key == "2":
             node.args = node.args[:2]
         return node
 
@@ -287,8 +232,8 @@ def test_a_weight_of_a_stale_coeff_is_refused(monkeypatch):
     set_coeff(graph, 0.9)
     validation = Validation(((X,), {}))
     with refused("merge", "0"):
-        run_pass(Merge(weights), copy.deepcopy(graph), validation=validation)
-    monkeypatch.setattr(SSpaceNode, "merged_weight", lambda site: weights[site.key])
+        Merge(weights).run(copy.deepcopy(graph), validation=validation)
+    monkeypatch.setattr(Adapter, "merged_weight", lambda site: weights[site.key])
     for form in ("delta", "residual"):
         dense = graph_of(form)
         refuses(lambda graph: fold(graph, freeze_core=True, verify=X), dense, "fold", "0")
@@ -330,7 +275,7 @@ def test_a_fault_after_the_last_site_is_named_so(monkeypatch):
 def test_a_lost_site_is_named(monkeypatch):
     def fault(graph: fx.GraphModule) -> None:
         for node in nodes_at(graph, "2"):
-            if mark_of(node).role == "out":
+            if provenance_of(node).role == "out":
                 node.replace_all_uses_with(node.args[0])
         graph.graph.eliminate_dead_code()
 
@@ -403,7 +348,7 @@ def test_validation_leaves_everything_as_it_was():
     graph = torch.export.export(Stateful().eval(), (X,), strict=False).module()
     apply_surgery(graph, "antipasto", r=4, progress=False)
     set_coeff(graph, 0.5)
-    places = {n.name: mark_of(n).key for n in graph.graph.nodes if (m := mark_of(n)) and m.role == "base"}
+    places = {n.name: provenance_of(n).key for n in graph.graph.nodes if (m := provenance_of(n)) and m.role == "base"}
     objects = [*graph.parameters(), *graph.buffers()]
     x, before = X.clone(), tensors(graph)
     torch.manual_seed(3)
@@ -412,7 +357,7 @@ def test_validation_leaves_everything_as_it_was():
     validation = Validation(((x,), {}), random=2)
     found = validation.observe(graph, places)
     assert len(found) == 3
-    assert set(found[0]) == {mark_of(n).at for n in graph.graph.nodes if mark_of(n)} | {""}
+    assert set(found[0]) == {provenance_of(n).at for n in graph.graph.nodes if provenance_of(n)} | {""}
     again = validation.observe(graph, places)[0]
     assert all(torch.equal(value, again[at]) for at, value in found[0].items())
     assert torch.equal(torch.get_rng_state(), numbers)
@@ -422,7 +367,7 @@ def test_validation_leaves_everything_as_it_was():
     assert torch.equal(x, X)
     fold(graph, verify=x)
     assert torch.equal(graph.seen, torch.zeros(()))
-    assert {float(site.core.coeff) for site in sites(graph).values()} == {0.5}
+    assert {float(site.steering.coeff) for site in sites(graph).values()} == {0.5}
     assert not any(site.core.g.any() for site in sites(graph).values())
 
 
@@ -430,7 +375,7 @@ def test_noise_stands_for_the_cores_and_another_knob():
     """At identity a broken adapter gives what a whole one does: only noise shows the fault."""
     graph = set_coeff(graph_of(), 0.0)
     zero = graph(X)
-    places = {n.name: mark_of(n).key for n in graph.graph.nodes if (m := mark_of(n)) and m.role == "base"}
+    places = {n.name: provenance_of(n).key for n in graph.graph.nodes if (m := provenance_of(n)) and m.role == "base"}
     set_coeff(graph, 1.0)
     for site in sites(graph).values():
         site.core.g.data.zero_()
@@ -473,8 +418,8 @@ def test_random_inputs_are_like_the_example():
 
 
 def test_the_error_is_told():
-    compiled = surgery.verbs.graph.pipeline(operated(), X, verify=True)
+    compiled = surgery.verbs.graph.pipeline(operated(), X, form="residual", verify=True)
     errors = {stage.name: stage.error for stage in compiled.stages if stage.name in STAGES}
     assert list(errors) == list(STAGES)
     assert all(0 < error < 1e-5 for error in errors.values())
-    assert all(stage.error is None for stage in surgery.verbs.graph.pipeline(operated(), X).stages)
+    assert all(stage.error is None for stage in surgery.verbs.graph.pipeline(operated(), X, form="residual").stages)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import resource
 import signal
@@ -21,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from passes.errors import SurgeryError
-from surgery.storage.adapter_reader import CONFIG, TENSORS
+from surgery.storage.adapter_file import TENSORS
+from tests.support.adapter_files import signed, with_configuration, write_older
 
 FULL = settings().max_examples > 100
 MANY = settings(max_examples=2500 if FULL else 40)
@@ -138,12 +138,12 @@ def damaged_json(draw: st.DrawFn, value: Any) -> Any:
     return found
 
 
-def written(folder: Path, config: Any, tensors: bytes, *, signed: bool = True) -> Path:
-    """An adapter folder of these two files, whose configuration agrees with the tensors if signed."""
-    if isinstance(config, dict) and signed and "tensors_sha256" in config:
-        config = config | {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
-    (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
-    (folder / TENSORS).write_bytes(tensors)
+def written(folder: Path, config: Any, tensors: bytes, *, sign: bool = True, older: bool = False) -> Path:
+    """An adapter folder of this configuration and these tensors, whose digest fits if signed; in format 2 if older."""
+    if older:
+        return write_older(folder, config, tensors, sign=sign)
+    data = with_configuration(tensors, config)
+    (folder / TENSORS).write_bytes(signed(data) if sign else data)
     return folder
 
 

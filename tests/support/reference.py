@@ -1,11 +1,14 @@
-"""Every variant's ``delta(h)`` in float64 numpy, written from the design's table: textbook formulas, solves and a QR.
+"""Every core's ``delta(h)`` in float64 numpy, written from the design's table: textbook formulas, solves and a QR.
 
-Nothing here is shared with the library: where that avoids a cancellation, a solve or a QR, this one has it.
+Nothing here is shared with the library: where that avoids a cancellation, a solve or a QR, this one has it. A core that
+has no formula here is compared with its own delta in float64, one input at a time and with a scalar coefficient; what
+else there is to say of it, ``tests/contracts/test_bases_and_cores.py`` says by finite differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,26 +85,74 @@ def steering(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array
 
 
 DELTAS: dict[str, Callable[[Any, Array, Array, Core, float], Array]] = {
-    "antipasto": diagonal,
-    "antipasto_rot": rotation,
-    "antipasto_ablate": ablation,
-    "antipasto_corda": diagonal,
-    "antipasto_asvd": diagonal,
-    "antipasto_arrow": arrow,
-    "antipasto_dplr": low_rank,
-    "lora_xs": full,
-    "sspace": steering,
+    "gain": diagonal,
+    "rotation": rotation,
+    "ablate": ablation,
+    "arrow": arrow,
+    "dplr": low_rank,
+    "full": full,
+    "cosine": steering,
 }
 
 
+def own_delta(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    """The delta of a core that has no formula here: its own, in float64, of one input at a time."""
+    tensors = SimpleNamespace(**{name: torch.from_numpy(np.array(value)) for name, value in core.items()})
+    scalar, values = torch.tensor(coeff, dtype=torch.float64), torch.from_numpy(S)
+    with torch.no_grad():
+        rows = [config.delta(torch.from_numpy(row.copy()), values, tensors, scalar) for row in h.reshape(-1, len(S))]
+    return torch.stack(rows).numpy().reshape(h.shape)
+
+
+def mirrored(config: Any, tensors: Mapping[str, torch.Tensor], signs: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The tensors that are to a basis with other signs of its pairs (u_i, v_i) what these are to the basis.
+
+    Args:
+        config: of a core.
+        signs: (r,), of 1 and -1.
+
+    Returns:
+        The tensors by name; None for a core that is not known here, unless what it has is given by the basis.
+    """
+    first = signs[: len(tensors["m"])] if "m" in tensors else signs
+    carried: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "g": lambda t: t,
+        "delta_s": lambda t: t,
+        "alpha": lambda t: t,
+        "m": lambda t: first[:, None] * t * first,
+        "a": lambda t: t * signs,
+        "b": lambda t: signs[:, None] * t,
+        "c": lambda t: signs[:, None] * t,
+        "rot_v": lambda t: _mirrored_planes(t, signs),
+        "rot_u": lambda t: _mirrored_planes(t, signs),
+    }
+    carried |= dict.fromkeys(config.frozen, lambda t: signs * t)
+    if config.name not in DELTAS and set(tensors) != set(config.frozen):
+        return None
+    return {name: carried[name](tensor) for name, tensor in tensors.items()}
+
+
+def _mirrored_planes(p: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Upper triangles (n, bs(bs-1)/2) of matrices whose rows and columns change sign."""
+    blocks = signs.reshape(len(p), -1)
+    i, j = np.triu_indices(blocks.shape[1], 1)
+    return p * blocks[:, i] * blocks[:, j]
+
+
+def core_config_of(config: Any) -> Any:
+    """The core's configuration, of a variant or itself."""
+    return getattr(config, "core_config", config)
+
+
 def reference_delta(config: Any, h: Array, S: Array, core: Core, coeff: float | Array) -> Array:
-    """``delta(h)`` of a variant's configuration.
+    """``delta(h)`` of a variant or of a core, by its configuration.
 
     Args:
         h: (..., r); S: (r,); core: the core's tensors by name; all float64.
         coeff: a number, or (rows,) for as many equal parts of the first dimension of h.
     """
-    function, coeff = DELTAS[config.name], np.asarray(coeff, dtype=np.float64)
+    config = core_config_of(config)
+    function, coeff = DELTAS.get(config.name, own_delta), np.asarray(coeff, dtype=np.float64)
     if coeff.ndim == 0:
         return function(config, h, S, core, float(coeff))
     parts = np.split(h, len(coeff))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from passes.infra.tolerance import RELATIVE, ROUNDED, disagreement, relative_error
+from passes.infra.tolerance import ELSEWHERE, RELATIVE, ROUNDED, disagreement, relative_error
 
-__all__ = ["RELATIVE", "ROUNDED", "assert_close", "relative_error"]
+__all__ = ["ELSEWHERE", "RELATIVE", "ROUNDED", "assert_close", "relative_error"]
 
 
 def assert_close(

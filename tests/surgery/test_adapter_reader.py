@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
 
-from surgery.verbs.save_load import CONFIG, TENSORS
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from tests.support.adapter_files import (
+    Edit,
+    bare_tensors,
+    configuration,
+    edit_config,
+    edit_tensors,
+    signed,
+    with_configuration,
+    write_older,
+)
+from tests.support.saved_adapters import refused, saved, site
 from tests.support.zoo import patient
-from tests.surgery.test_save_load import refused, saved
-
-Edit = Callable[[dict[str, Any]], Any]
-
-
-def edit_config(path: Path, edit: Edit) -> None:
-    config = json.loads((path / CONFIG).read_text())
-    edit(config)
-    (path / CONFIG).write_text(json.dumps(config))
-
-
-def edit_tensors(path: Path, edit: Edit, *, signed: bool = True) -> None:
-    """Change the tensors, and have the configuration agree with the new file if signed."""
-    tensors = load_file(path / TENSORS)
-    edit(tensors)
-    data = save(tensors)
-    (path / TENSORS).write_bytes(data)
-    if signed:
-        edit_config(path, lambda config: config.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
 
 
 @pytest.mark.parametrize("file", [CONFIG, TENSORS])
 @pytest.mark.parametrize("damage", [lambda d: d[:-9], lambda d: d[: len(d) // 2], lambda d: b"", lambda d: d[:7], None])
 def test_truncated_empty_or_missing_files(file, damage, tmp_path):
     saved(tmp_path)
+    if file == CONFIG:  # of the older formats
+        write_older(tmp_path, configuration(tmp_path), bare_tensors(tmp_path))
     data = (tmp_path / file).read_bytes()
     (tmp_path / file).unlink()
     if damage:
@@ -73,17 +60,13 @@ TENSOR_DAMAGE: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("damage", TENSOR_DAMAGE)
-def test_damaged_tensors(damage, signed, tmp_path):
+def test_damaged_tensors(damage, sign, tmp_path):
     saved(tmp_path)
     edit, message = TENSOR_DAMAGE[damage]
-    edit_tensors(tmp_path, edit, signed=signed)
-    assert (message if signed else "is damaged or not the one") in refused(tmp_path)
-
-
-def site(key: str, **values: Any) -> Edit:
-    return lambda config: config["sites"][key].update(values)
+    edit_tensors(tmp_path, edit, sign=sign)
+    assert (message if sign else "is damaged: it is not the file") in refused(tmp_path)
 
 
 CONFIG_DAMAGE: dict[str, tuple[Edit, str]] = {
@@ -112,9 +95,12 @@ CONFIG_DAMAGE: dict[str, tuple[Edit, str]] = {
     "dropped site": (lambda c: c["sites"].pop("0"), "unexpected tensor"),
     "no sites": (lambda c: c.update(sites={}), "names no site"),
     "sites that are no table": (lambda c: c.update(sites=[]), "'sites' must be a dict"),
-    "version 3": (lambda c: c.update(format_version=3), "format version 3, expected 1 to 2: upgrade"),
-    "version 0": (lambda c: c.update(format_version=0), "format version 0, expected 1 to 2: save the adapter again"),
-    "version 1 with a later field": (lambda c: c.update(format_version=1, factors="recompute"), "'0.digest'"),
+    "version 4": (lambda c: c.update(format_version=4), "format version 4, expected 1 to 3: upgrade"),
+    "version 0": (lambda c: c.update(format_version=0), "format version 0, expected 1 to 3: save the adapter again"),
+    "version of a configuration that stands beside the file": (
+        lambda c: c.update(format_version=2),
+        "'sha256' must be a str",
+    ),
     "dtype that is none": (site("0", dtype="load"), "unknown dtype 'load'"),
     "casts": (site("0", casts=3), "'casts' must be a dict"),
     "seed": (site("0", seed="1"), "'seed' must be a int"),
@@ -123,7 +109,9 @@ CONFIG_DAMAGE: dict[str, tuple[Edit, str]] = {
     "other format": (lambda c: c.update(format="nonsense"), "no sspace-adapter configuration"),
     "factors": (lambda c: c.update(factors="nonsense"), "factors must be 'exact' or 'recompute', found 'nonsense'"),
     "factors that are stored": (lambda c: c.update(factors="recompute"), "'0.digest' is missing"),
-    "digest": (lambda c: c.update(tensors_sha256=None), "'tensors_sha256' must be a str"),
+    "digest": (lambda c: c.update(sha256=None), "'sha256' must be a str"),
+    "digest that is none": (lambda c: c.update(sha256="\ud800"), "is damaged"),
+    "base model": (lambda c: c.update(base_model_name_or_path=3), "'base_model_name_or_path' must be a str or null"),
 }
 
 
@@ -133,6 +121,32 @@ def test_damaged_configuration(damage, tmp_path):
     edit, message = CONFIG_DAMAGE[damage]
     edit_config(tmp_path, edit)
     assert message in refused(tmp_path)
+
+
+OF_FORMAT_3 = {
+    "digest", "digest that is none", "base model", "version of a configuration that stands beside the file"
+}  # fmt: skip
+OLDER_DAMAGE: dict[str, tuple[Edit, str]] = {
+    **{name: damage for name, damage in CONFIG_DAMAGE.items() if name not in OF_FORMAT_3},
+    "version 1 with a later field": (lambda c: c.update(format_version=1, factors="recompute"), "'0.digest'"),
+    "no digest": (lambda c: c.pop("sha256"), "'sha256' must be a str"),
+}
+
+
+@pytest.mark.parametrize("damage", OLDER_DAMAGE)
+def test_damaged_configuration_of_format_2(damage, tmp_path):
+    saved(tmp_path)
+    edit, message = OLDER_DAMAGE[damage]
+    config = configuration(tmp_path)
+    edit(config)
+    assert message in refused(write_older(tmp_path, config, bare_tensors(tmp_path)))
+
+
+def test_a_header_that_has_lost_its_configuration(tmp_path):
+    """The mirror beside it does not take its place."""
+    saved(tmp_path)
+    (tmp_path / TENSORS).write_bytes(bare_tensors(tmp_path))
+    assert "its header has lost the adapter's configuration" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "key", "values"), [
@@ -172,8 +186,10 @@ BYTES = {
 @pytest.mark.parametrize("data", BYTES.values(), ids=BYTES)
 def test_configuration_that_is_none(data, tmp_path):
     saved(tmp_path)
-    (tmp_path / CONFIG).write_bytes(data)
-    assert CONFIG in refused(tmp_path)
+    tensors = bare_tensors(tmp_path)
+    (tmp_path / TENSORS).write_bytes(with_configuration(tensors, data))
+    assert TENSORS in refused(tmp_path)
+    assert CONFIG in refused(write_older(tmp_path, data, tensors))
 
 
 @pytest.mark.parametrize(
@@ -181,17 +197,19 @@ def test_configuration_that_is_none(data, tmp_path):
 )
 def test_tensors_that_are_none(data, tmp_path):
     saved(tmp_path)
-    (tmp_path / TENSORS).write_bytes(data)
-    edit_config(tmp_path, lambda config: config.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
+    config = configuration(tmp_path)
+    (tmp_path / TENSORS).write_bytes(signed(with_configuration(data, config)))
     refused(tmp_path)
+    refused(write_older(tmp_path, config, data))
 
 
 def test_paths_that_are_no_adapter(tmp_path):
     saved(tmp_path / "adapter")
     assert "is not a directory" in refused(tmp_path / "adapter" / CONFIG)
     assert "is not a directory" in refused(tmp_path / "nothing")
-    assert CONFIG in refused(tmp_path)
-    for file in (TENSORS, CONFIG):
+    assert TENSORS in refused(tmp_path)
+    write_older(tmp_path / "adapter", configuration(tmp_path / "adapter"), bare_tensors(tmp_path / "adapter"))
+    for file in (CONFIG, TENSORS):
         (tmp_path / "adapter" / file).unlink()
         (tmp_path / "adapter" / file).mkdir()
         assert file in refused(tmp_path / "adapter")

@@ -3,97 +3,31 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from surgery import apply_surgery, set_coeff, sites, undo_surgery
-from surgery.hosting.hosts import host_of
+from surgery import set_coeff, sites, undo_surgery
+from tests.support.model_state import state_of
+from tests.support.operated_models import (
+    each_dtype,
+    each_patient,
+    frozen,
+    operate,
+    operated,
+    randomise,
+    reference,
+)
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import ALL_NAMES, HUB_NAMES, Patient, patient
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-each_patient = pytest.mark.parametrize("name", ALL_NAMES)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-class State(list[str]):
-    """Lines that describe a model, and the objects that they identify, kept alive so that no identity is used twice."""
-
-    held: list[Any]
-
-
-def state_of(model: nn.Module) -> State:
-    """Everything that surgery may not change for good: classes, modes, attributes, order, flags, identities, bytes."""
-    state = State()
-    state.held = [*model.modules(), *model.parameters(), *model.buffers()]
-    for path, module in model.named_modules(remove_duplicate=False):
-        registered = [list(names) for names in (module._parameters, module._buffers, module._modules)]
-        state.append(f"{path} {type(module)} {id(module)} {module.training} {sorted(vars(module))} {registered}")
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        data = b"" if tensor.is_meta else tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        flags = (tensor.requires_grad, tensor.grad is None, tensor.dtype, tensor.shape)
-        state.append(f"{name} {id(tensor)} {flags} {hashlib.sha256(data).hexdigest()}")
-    return state
-
-
-def randomise(model: nn.Module, scale: float = 1.0) -> nn.Module:
-    """Give every core normal values, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for site in sites(model).values():
-            for parameter in site.core.parameters():
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def operate(found: Patient, **options: Any) -> Patient:
-    """Operate on a patient, knowing its inputs."""
-    options = {"variant": "antipasto", "r": 16, "example_inputs": found.inputs, "progress": False, **options}
-    assert apply_surgery(found.model, **options) is found.model
-    return found
-
-
-@functools.cache
-def _operated(name: str, dtype: torch.dtype) -> Patient:
-    return operate(patient(name, dtype))
-
-
-def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
-    """A patient after surgery, its cores at random values."""
-    found = copy.deepcopy(_operated(name, dtype))
-    randomise(found.model, scale)
-    return found
+from tests.support.zoo import ALL_NAMES, HUB_NAMES, patient
 
 
 def doubled(inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-
-
-def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Module:
-    """The base in float64 with ``W + U diag(S elu(coeff g)) Vh`` in place of the weight of each operated site."""
-    base = patient(found.name, dtype).model.double()
-    parameters = dict(base.named_parameters())
-    with torch.no_grad():
-        for key, site in sites(found.model).items():
-            U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
-            delta = U * (S * F.elu(coeff * site.core.g.double())) @ Vh
-            parameters.get(key, parameters.get(f"{key}.weight")).add_(delta if site.layout == "out_in" else delta.T)
-    return base
-
-
-def frozen(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    """A patient as it is before surgery, without trainable parameters."""
-    found = patient(name, dtype)
-    found.model.requires_grad_(False)
-    return found
 
 
 @each_dtype
@@ -185,7 +119,7 @@ def test_no_site_is_dead(name, train):
 @each_patient
 def test_state_dict_names_of_everything_else_stay(name):
     base, model = patient(name).model.state_dict(), operated(name).model
-    moved = {site.weight_name for site in sites(model).values() if host_of(site) == "weight"}
+    moved = {site.weight_name for site in sites(model).values() if site.host.name == "weight"}
     kept = {key for key in base if key.rpartition(".")[2] not in moved or key in model.state_dict()}
     assert all(torch.equal(model.state_dict()[key], base[key]) for key in kept)
     assert all(key.rpartition(".")[2] in moved for key in base.keys() - kept)
@@ -221,7 +155,7 @@ def test_to_half_keeps_the_cores(name):
     found.model.to(torch.bfloat16)
     for key, site in sites(found.model).items():
         assert torch.equal(site.core.g, cores[key])
-        assert site.core.coeff.dtype == torch.float32
+        assert site.steering.coeff.dtype == torch.float32
         assert site.weight.dtype == site.factors.U.dtype == torch.bfloat16
     found.inputs = tree_map_only(torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, found.inputs)
     assert_close(found.run(), found.run(reference(found, torch.bfloat16), doubled(found.inputs)))

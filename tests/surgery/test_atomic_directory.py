@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -19,14 +20,18 @@ import torch
 from exporters.checkpoint.journal import resumable
 from exporters.shared.publish import part_name, publish, staged
 from exporters.shared.report import Exported
-from passes.errors import AdapterError, ExportError
 from surgery import save_adapter
+from surgery.errors import AdapterError, ExportError
+from surgery.storage.adapter_file import CONFIG, TENSORS, open_adapter
 from surgery.storage.adapter_reader import opened_adapter
-from surgery.storage.tensor_file import CONFIG, TENSORS, settled
+from surgery.storage.model_card import CARD
 from surgery.support.atomic_directory import locked, write_directory
+from surgery.support.untrusted_files import read_json
+from tests.support.adapter_files import bare_tensors, configuration, write_older
+from tests.support.operated_models import operated
 from tests.support.processes import at_call, calls_of, in_child, kills
-from tests.surgery.test_apply import operated
 
+FILES = (TENSORS, CONFIG, CARD)
 Files = dict[str, bytes]
 
 
@@ -39,7 +44,7 @@ def adapters() -> tuple[Files, ...]:
     for name, scale in (("mlp", 0.1), ("mlp", 0.2), ("mlp", 0.3), ("mlp", 0.4), ("raw", 1.0)):
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(operated(name, scale=scale).model, folder)
-            found.append({file: (Path(folder) / file).read_bytes() for file in (TENSORS, CONFIG)})
+            found.append({file: (Path(folder) / file).read_bytes() for file in FILES})
     return tuple(found)
 
 
@@ -48,7 +53,7 @@ def read(path: Path) -> int:
     with opened_adapter(path) as (config, tensors):
         values = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     for i, (expected, found) in enumerate(known()):
-        if config["tensors_sha256"] == expected:
+        if config["sha256"] == expected:
             assert found.keys() == values.keys()
             assert all(torch.equal(found[name], values[name]) for name in found)
             return i
@@ -61,7 +66,7 @@ def known() -> list[tuple[str, dict[str, torch.Tensor]]]:
 
     from safetensors.torch import load
 
-    return [(json.loads(files[CONFIG])["tensors_sha256"], load(files[TENSORS])) for files in adapters()]
+    return [(json.loads(files[CONFIG])["sha256"], load(files[TENSORS])) for files in adapters()]
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
@@ -72,7 +77,7 @@ def contents(path: Path) -> dict[str, bytes | None]:
 
 
 def put(path: Path, which: int) -> None:
-    write_directory(path, adapters()[which])
+    write_directory(path, {name: [data] for name, data in adapters()[which].items()})
 
 
 def whole(path: Path, which: int) -> bool:
@@ -105,6 +110,53 @@ def test_a_kill_at_any_system_call_leaves_the_old_or_the_new_adapter(other: int,
     assert count > 15
     assert seen == sorted(seen, key=lambda which: which == other)  # a single point where the one becomes the other
     assert set(seen) == {0, other}
+
+
+def older(path: Path, which: int) -> None:
+    """Put an adapter there as format 2 has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    put(path, which)
+    write_older(path, configuration(path), bare_tensors(path))
+    (path / CARD).unlink()
+
+
+def read_any(path: Path) -> int:
+    """Which adapter a folder holds, in either format, by every tensor."""
+    with opened_adapter(path) as (_, tensors):
+        values = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return next(
+        i for i, (_, found) in enumerate(known())
+        if found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in found)
+    )  # fmt: skip
+
+
+def test_a_kill_while_an_older_format_is_replaced(tmp_path: Path) -> None:
+    adapters(), known()
+    path, seen = tmp_path / "adapter", []
+    older(path, 0)
+    for _ in kills(lambda: put(path, 1)):
+        seen.append(read_any(path))
+        put(path, 2)
+        assert whole(path, 2)
+        shutil.rmtree(path)
+        older(path, 0)
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1}
+
+
+@pytest.mark.parametrize("files", [FILES, FILES[:1]])
+def test_a_reader_of_an_older_format_that_is_replaced_meanwhile(
+    files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two reads, of the tensors and of the configuration beside them."""
+    older(tmp_path / "adapter", 0)
+
+    def replaced_first(file: Path) -> Any:
+        write_directory(tmp_path / "adapter", {name: [adapters()[1][name]] for name in files})
+        return read_json(file)
+
+    monkeypatch.setattr("surgery.storage.adapter_file.read_json", replaced_first)
+    assert read_any(tmp_path / "adapter") in ((1,) if len(files) > 1 else (0, 1))
 
 
 @pytest.mark.full
@@ -207,41 +259,44 @@ def test_a_file_system_without_links_or_locks(adapter: Callable[[], Path], monke
     assert whole(path, 1)
 
 
-def test_a_foreign_configuration_is_replaced(adapter: Callable[[], Path]) -> None:
-    for config in (b"", b"[]", b'{"tensors_sha256": "../x"}', b'{"tensors_sha256": 5}', None):
-        path = adapter()
-        (path / CONFIG).unlink()
-        if config is not None:
-            (path / CONFIG).write_bytes(config)
-            with pytest.raises(AdapterError):
-                read(path)
-        put(path, 1)
-        assert whole(path, 1)
+def test_foreign_files_are_replaced(adapter: Callable[[], Path]) -> None:
+    for name in (TENSORS, CONFIG):
+        for content in (b"", b"[]", b"\x02" + bytes(7) + b"{}", None):
+            path = adapter()
+            (path / name).unlink()
+            if content is not None:
+                (path / name).write_bytes(content)
+            if name == CONFIG:  # the mirror is not read
+                assert read(path) == 0
+            else:
+                with pytest.raises(AdapterError):
+                    read(path)
+            put(path, 1)
+            assert whole(path, 1)
 
 
 def test_only_what_a_killed_writer_left_is_removed(adapter: Callable[[], Path]) -> None:
     path = adapter()
-    mine = [
-        ".adapter_model.safetensors",
-        ".adapter_model.0123.safetensors",
-        "adapter_model.0123456789abcdef.safetensors",
-    ]
-    mine += [".adapter.0123456789abcdef", ".adapter_model.0123456789abcdeg.safetensors"]
-    left = [".adapter_model.0123456789abcdef.safetensors", ".adapter.0123456789abcdef.tmp"]
-    for name in (*mine, *left[:1]):
-        (path / name).write_text("mine")
-    (path / left[1]).mkdir()
+    mine = [".adapter_model.safetensors", ".adapter.0123456789abcdef", ".adapter.0123456789abcdeg.tmp"]
+    mine += ["adapter.0123456789abcdef.tmp", ".adapter.0123.tmp", ".other.0123456789abcdef.tmp"]
+    for name in mine:
+        (path / name).mkdir()
+    left = path / ".adapter.0123456789abcdef.tmp"
+    left.mkdir()
+    (left / TENSORS).write_text("half of it")
     put(path, 1)
-    assert sorted(os.listdir(path)) == sorted([CONFIG, TENSORS, *mine])
+    assert sorted(os.listdir(path)) == sorted([*FILES, *mine])
 
 
 @pytest.mark.parametrize("new", [False, True])
 def test_four_writers_and_a_reader(new: bool, adapter: Callable[[], Path], tmp_path: Path) -> None:
-    path, end = (tmp_path / "new" if new else adapter()), time.monotonic() + 1.5
+    path, end = (tmp_path / "new" if new else adapter()), time.monotonic() + 3
 
     def writer(which: int) -> None:
+        pauses = random.Random(which)
         while time.monotonic() < end:
             put(path, which)
+            time.sleep(pauses.uniform(0, 0.02))  # who waits for a lock asks for it every 10 ms
 
     children = []
     for which in range(4):
@@ -265,9 +320,7 @@ def test_four_writers_and_a_reader(new: bool, adapter: Callable[[], Path], tmp_p
 
 def test_tensors_that_are_held_stay_what_they_are(adapter: Callable[[], Path]) -> None:
     path = adapter()
-    from surgery.storage.adapter_reader import read_config
-
-    with settled(path, read_config) as (_, file):
+    with open_adapter(path) as file:
         for number, which in enumerate((1, 2)):
             if not Path("/proc/self/fd").exists():
                 with pytest.raises(AdapterError, match="was replaced"), file.opened():

@@ -16,43 +16,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
-from surgery import Contrast, Statistics, apply_surgery, calibrate, inspect_sites, sites, to_graph, undo_surgery
-from surgery.factors.statistic import Statistic
-from tests.passes.test_activations import hooked
+from surgery import Contrast, apply_surgery, calibrate, inspect_sites, sites, to_graph, undo_surgery
+from tests.support.calibration_inputs import F64, check_moment, padded, quietly, text
+from tests.support.hooked_inputs import hooked
+from tests.support.injected_failures import refused
+from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
 from tests.support.zoo import patient
-from tests.surgery.test_apply import state_of
-from tests.surgery.test_transaction import refused
-
-F64 = torch.float64
-
-
-def quietly(model: nn.Module, data: Any, variant: Any = "antipasto", **options: Any) -> Statistics:
-    return calibrate(model, variant, data, **{"r": 4, "progress": False, **options})
-
-
-def check_moment(model: nn.Module, key: str, statistic: Statistic, X: torch.Tensor, dtype: torch.dtype = F64) -> None:
-    """Compare a second moment with that of tokens (n, d_in) in numpy's float64."""
-    x = X.double().numpy()
-    if statistic.side == "output":  # formed in the dtype of the model
-        dtype = X.dtype if dtype is F64 else dtype
-        weight = key if key.endswith("weight") else f"{key}.weight"
-        W = model.get_parameter(weight).detach().double().numpy()
-        x = x @ (W if type(model.get_submodule(weight.rpartition(".")[0])).__name__ == "Conv1D" else W.T)
-    assert statistic.counts == {"all": len(x)}
-    assert_close(statistic.mean("moment"), torch.from_numpy(x.T @ x / len(x)), dtype)
-
-
-def text(rows: int = 3, length: int = 8, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(side: str, rows: int = 3, length: int = 8) -> torch.Tensor:
-    """A mask with a token in each row, and a row without padding."""
-    mask = torch.ones(rows, length, dtype=torch.long)
-    for row, missing in enumerate((min(3, length - 1), 0, length - 1)[:rows]):
-        mask[row, slice(0, missing) if side == "left" else slice(length - missing, length)] = 0
-    return mask
 
 
 @pytest.mark.parametrize("form", ["dict", "tuple", "list", "tensors", "loader", "generator", "one"])

@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import surgery
 from surgery import load_adapter, merge, report, save_adapter, set_coeff, sites, steer, undo_surgery
+from tests.support.operated_models import operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import patient
-from tests.surgery.test_apply import operate, operated, randomise
 
 compiled_patients = pytest.mark.parametrize("name", ["mlp", "qwen3", "raw"])
 
@@ -146,10 +146,10 @@ def test_verbs_see_through_the_wrapper_of_torch_compile(tmp_path, capsys):
     live = found.run()
     assert sites(wrapper) == sites(found.model) != {}
     assert set_coeff(wrapper, 0.0) is wrapper
-    assert {float(s.core.coeff) for s in sites(found.model).values()} == {0.0}
+    assert {float(s.steering.coeff) for s in sites(found.model).values()} == {0.0}
     with steer(wrapper, 2.0) as steered:
         assert steered is wrapper
-        assert {float(s.core.coeff) for s in sites(found.model).values()} == {2.0}
+        assert {float(s.steering.coeff) for s in sites(found.model).values()} == {2.0}
     assert report(wrapper) == report(found.model)
     assert report(wrapper).model == "Sequential"
     assert surgery.inspect_sites(wrapper) == surgery.inspect_sites(found.model)

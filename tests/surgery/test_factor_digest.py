@@ -17,13 +17,14 @@ import surgery
 from exporters import merge_checkpoint, swap
 from surgery import apply_surgery, load_adapter, save_adapter, sites
 from surgery.modules.core import Factors
+from surgery.storage.adapter_file import CONFIG, TENSORS
 from surgery.storage.factor_digest import TOLERANCE, digest
 from surgery.variants import REGISTRY
-from surgery.verbs.save_load import CONFIG, TENSORS
+from tests.support.adapter_files import edit_config, edit_tensors
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.saved_adapters import refused, site
 from tests.support.zoo import patient
-from tests.surgery.test_adapter_reader import edit_config, edit_tensors, site
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, randomise, state_of
-from tests.surgery.test_save_load import refused
 
 FROM_DATA = {"antipasto_corda", "antipasto_asvd", "sspace"}
 
@@ -167,7 +168,7 @@ def test_a_wider_model_makes_the_factors_of_the_narrow_one(tmp_path):
 def test_a_narrower_model_cannot_make_the_factors(tmp_path):
     save_adapter(operated("mlp").model, tmp_path, factors="recompute")
     message = refused(tmp_path, patient("mlp").model.bfloat16())
-    assert "factors of a float32 weight cannot be made anew of it in bfloat16" in message
+    assert "factors of a float32 weight cannot be recomputed from it in bfloat16" in message
     assert "load the adapter on the model in float32, and cast that" in message
 
 

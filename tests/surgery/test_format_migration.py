@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from torch import nn
 import surgery
 from surgery import load_adapter, merge, save_adapter, sites
 from surgery.storage.format_migration import VERSION
-from surgery.verbs.save_load import CONFIG
+from tests.support.adapter_files import configuration
+from tests.support.operated_models import operate, operated, randomise
+from tests.support.saved_adapters import refused
 from tests.support.zoo import HUB_NAMES, patient
-from tests.surgery.test_apply import operate, operated, randomise
-from tests.surgery.test_save_load import refused
 
 DATA = Path(__file__).parents[1] / "data"
 X = torch.arange(12.0).reshape(2, 6) / 8 - 0.5
@@ -33,12 +32,12 @@ def exact_model() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("version", range(1, VERSION))
-def test_an_adapter_of_an_older_format_loads(version, tmp_path):
+@pytest.mark.parametrize("name", [*(f"format_{version}" for version in range(1, VERSION)), "format_2_recompute"])
+def test_an_adapter_of_an_older_format_loads(name, tmp_path):
     base = exact_model()
     with torch.no_grad():
         plain = base(X)
-    model = load_adapter(base, DATA / f"format_{version}")
+    model = load_adapter(base, DATA / name)
     found = sites(model)
     assert {key: site.variant.name for key, site in found.items()} == {"0": "antipasto", "2": "antipasto_rot"}
     assert found["0"].core.g.tolist() == [-0.25, -0.125, 0.0, 0.125]
@@ -46,7 +45,7 @@ def test_an_adapter_of_an_older_format_loads(version, tmp_path):
         out = model(X)
     assert (out - plain).abs().max() > 0.1
     save_adapter(model, tmp_path / "new")  # and is written in the present one
-    assert json.loads((tmp_path / "new" / CONFIG).read_text())["format_version"] == VERSION
+    assert configuration(tmp_path / "new")["format_version"] == VERSION
     again = load_adapter(exact_model(), tmp_path / "new")
     with torch.no_grad():
         assert torch.equal(again(X), out)
@@ -78,7 +77,7 @@ def test_on_a_base_in_another_dtype_an_adapter_is_what_a_cast_makes_of_it(saved,
     for one, other in zip(sites(fresh.model).values(), sites(expected).values(), strict=True):
         parts = [(s.factors.U, s.factors.S, s.factors.Vh, *s.core.tensors().values(), s.weight) for s in (one, other)]
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*parts, strict=True))
-        assert one.core.coeff.dtype == other.core.coeff.dtype
+        assert one.steering.coeff.dtype == other.steering.coeff.dtype
     inputs = patient(name, loaded).inputs
     assert torch.equal(fresh.run(inputs=inputs), fresh.run(expected, inputs))
 

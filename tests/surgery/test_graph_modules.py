@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-import passes.transforms.insert
 import surgery
 import surgery.hosting.graph_surgery
+from passes.ir.provenance import provenance_of
 from surgery import (
     apply_surgery,
     load_adapter,
@@ -21,12 +21,12 @@ from surgery import (
     steer,
     undo_surgery,
 )
-from surgery.hosting.hosts import host_of
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import base, graph, graph_state, operate, operated
+from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_graphs import base, graph, graph_state, operate, operated
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 
 class Composite(nn.Module):
@@ -96,8 +96,8 @@ def test_leaf_modules_are_hosted_in_copies_of_their_own(known, tmp_path):
 @pytest.mark.parametrize(
     ("target", "call"),
     [
-        ("surgery.hosting.hosts.attach", 1),
-        ("surgery.hosting.hosts.attach", 4),
+        ("surgery.hosting.attach.attach", 1),
+        ("surgery.hosting.attach.attach", 4),
         ("passes.transforms.insert.insert_delta", 2),
     ],
 )
@@ -188,7 +188,7 @@ def test_tied_weights_of_a_graph():
     plain = patient("qwen3")
     found = graph("qwen3")
     operate(found, target_modules=["lm_head", "q_proj"])
-    assert host_of(sites(found.model)["lm_head"]) == "graph"
+    assert sites(found.model)["lm_head"].host.name == "graph"
     randomise(found.model)
     embedded = found.model.get_parameter("model.embed_tokens.weight").clone()
     live = found.run()
@@ -267,7 +267,7 @@ def test_the_graph_module_stays_the_callers():
     found = graph("symbolic")
     assert apply_surgery(found.model, "antipasto", r=4, progress=False) is found.model
     assert merge(found.model) is found.model
-    assert passes.transforms.insert.META not in {key for node in found.model.graph.nodes for key in node.meta}
+    assert not any(provenance_of(node) for node in found.model.graph.nodes)
 
 
 def test_pickling_an_operated_graph_is_refused_and_works_again_without(tmp_path):

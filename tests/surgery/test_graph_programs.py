@@ -32,7 +32,7 @@ from surgery import (
     to_graph,
     undo_surgery,
 )
-from surgery.hosting.hosts import host_of
+from tests.support.graph_listing import listing, tensors
 from tests.support.tolerance import assert_close
 
 PRODUCTS = {
@@ -334,15 +334,6 @@ def close(found: Any, expected: Any, made: Made) -> None:
     assert_close(flat(found), flat(expected), torch.float32 if narrow else torch.float64)
 
 
-def listing(graph: fx.GraphModule) -> list[tuple[str, ...]]:
-    return [(n.op, str(n.target), n.name, str(n.args), str(n.kwargs)) for n in graph.graph.nodes]
-
-
-def tensors(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name: (id(t), t.requires_grad, str(t.detach().tolist())) for name, t in named}
-
-
 def randomise(model: nn.Module) -> None:
     for site in sites(model).values():
         site.core.g.data.copy_(torch.randn_like(site.core.g) / 2)
@@ -426,7 +417,7 @@ def test_verbs_on_a_captured_program(dialect, data):
     close(live, expected(made, graph, coeff, **by), made)
     if not made.in_place:
         check_gradients(made, graph, coeff, **by)
-    if made.rows and not any(host_of(site) == "weight" for site in sites(graph).values()):
+    if made.rows and not any(site.host.name == "weight" for site in sites(graph).values()):
         rows = torch.linspace(-1, 1, len(made.x))
         together = run(set_coeff(graph, rows), made.x)
         apart = [run(set_coeff(graph, float(row)), made.x) for row in rows]

@@ -10,6 +10,7 @@ from torch import fx
 
 import surgery
 import surgery.hosting.graph_surgery
+from passes.ir.provenance import KEY, provenance_of
 from surgery import (
     fold,
     load_adapter,
@@ -20,11 +21,12 @@ from surgery import (
     sites,
     undo_surgery,
 )
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
+from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, relative_error
 from tests.support.zoo import Patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 
 @each_graph
@@ -56,6 +58,12 @@ def test_second_surgery_on_further_sites(name):
     assert graph_state(found.model) == before
 
 
+def told(meta):
+    """Metadata of a node without its provenance; an empty "custom" says nothing."""
+    custom = {name: value for name, value in meta.get("custom", {}).items() if name != KEY}
+    return {name: value for name, value in meta.items() if name != "custom"} | ({"custom": custom} if custom else {})
+
+
 @each_graph
 def test_nodes_keep_their_names_and_metadata(name):
     found, plain = graph(name), base(name)
@@ -63,25 +71,25 @@ def test_nodes_keep_their_names_and_metadata(name):
     randomise(operate(found).model)
     after = {node.name: node for node in found.model.graph.nodes}
     assert set(before) < set(after)
-    outs = [node for node in found.model.graph.nodes if (m := node.meta.get("surgery")) and m.role == "out"]
-    assert {node.meta["surgery"].key for node in outs} == set(sites(found.model))
+    outs = [node for node in found.model.graph.nodes if (p := provenance_of(node)) and p.role == "out"]
+    assert {provenance_of(node).key for node in outs} == set(sites(found.model))
     for key, (node, meta) in before.items():
-        assert {k: v for k, v in after[key].meta.items() if k != "surgery"} == meta
-        assert "surgery" not in node.meta  # of the graph that undo puts back
+        assert provenance_of(node) is None  # of the graph that undo puts back
+        assert told(after[key].meta) == told(meta)
     for out in outs:
-        product = before[out.meta["surgery"].at][1]
+        product = before[provenance_of(out).at][1]
         for field in ("val", "example_value", "stack_trace", "nn_module_stack"):
             assert (field in out.meta) == (field in product)
             assert out.meta.get(field) is product.get(field) or out.meta[field] == product[field]
     merge(found.model)
     for node, old in zip(found.model.graph.nodes, plain.model.graph.nodes, strict=True):
         assert node.name == old.name
-        assert set(node.meta) == set(old.meta)
+        assert set(told(node.meta)) == set(told(old.meta))
 
 
 def test_exported_products_have_metadata_at_all():
     found = operate(graph("exported"))
-    outs = [node for node in found.model.graph.nodes if (m := node.meta.get("surgery")) and m.role == "out"]
+    outs = [node for node in found.model.graph.nodes if (p := provenance_of(node)) and p.role == "out"]
     assert len(outs) == 8  # one module is called twice
     assert all(isinstance(out.meta["val"], torch.Tensor) and out.meta["nn_module_stack"] for out in outs)
 

@@ -9,10 +9,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from surgery import WeightError, load_adapter, report, save_adapter, sites, undo_surgery
-from surgery.hosting.hosts import host_of
+from tests.support.model_state import state_of
+from tests.support.operated_models import operate, randomise
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import operate, randomise, state_of
 
 
 def gains(found: Patient, value: float) -> Patient:
@@ -106,8 +106,8 @@ def test_without_example_inputs(name):
         with torch.no_grad():
             for site in sites(operated.model).values():
                 site.core.g.fill_(0.5)
-    assert {key: host_of(site) for key, site in sites(found.model).items()} == {
-        key: host_of(site) for key, site in sites(other.model).items()
+    assert {key: site.host.name for key, site in sites(found.model).items()} == {
+        key: site.host.name for key, site in sites(other.model).items()
     }
     assert_close(found.run(), other.run())
 
@@ -138,7 +138,7 @@ def test_an_adapter_on_a_model_that_accelerate_has_dispatched(saved_on, loaded_o
     assert (found.run() - base).abs().max() > 0.01
     load_adapter(fresh.model, save_adapter(found.model, tmp_path))
     assert_close(fresh.run(), found.run(), torch.float32)
-    assert {host_of(site) for site in sites(fresh.model).values()} <= {"module", "weight"}
+    assert {site.host.name for site in sites(fresh.model).values()} <= {"module", "weight"}
     undo_surgery(fresh.model)
     assert state_of(fresh.model) == before
     assert torch.equal(fresh.run(), base)

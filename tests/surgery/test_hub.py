@@ -19,9 +19,9 @@ import torch
 
 import surgery
 from surgery import load_adapter, pull_adapter, push_adapter
-from surgery.verbs.save_load import CONFIG, TENSORS
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from tests.support.saved_adapters import contents, saved
 from tests.support.zoo import patient
-from tests.surgery.test_save_load import contents, saved
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "1" * 40
@@ -149,7 +149,7 @@ def test_what_the_hub_sends_is_checked(hub, tmp_path):
     saved(tmp_path / "adapter")
     files = contents(tmp_path / "adapter")
     hub.repos = {"me/damaged": {**files, TENSORS: files[TENSORS][:-1] + b"!"}, "me/other": {"README.md": b"nothing"}}
-    for name, words in {"me/damaged": "is damaged", "me/other": CONFIG, "me/none": "cannot fetch"}.items():
+    for name, words in {"me/damaged": "is damaged", "me/other": TENSORS, "me/none": "cannot fetch"}.items():
         done = command(hub, "pull", name, tmp_path / "pulled", home=tmp_path / "home")
         assert done.returncode == 1
         assert words in " ".join(done.stderr.split())
@@ -159,9 +159,11 @@ def test_what_the_hub_sends_is_checked(hub, tmp_path):
 
 def test_a_damaged_adapter_is_not_sent(tmp_path):
     saved(tmp_path)
-    (tmp_path / TENSORS).write_bytes(b"nothing")
-    with pytest.raises(surgery.AdapterError, match="is damaged"):
-        push_adapter(tmp_path, "me/tuned")
+    data = (tmp_path / TENSORS).read_bytes()
+    for damaged, words in ((b"nothing", "cannot read"), (data[:-1] + b"!", "is damaged")):
+        (tmp_path / TENSORS).write_bytes(damaged)
+        with pytest.raises(surgery.AdapterError, match=words):
+            push_adapter(tmp_path, "me/tuned")
 
 
 def test_without_a_network_the_reason_is_told(tmp_path):

@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner
 
 import surgery
@@ -16,15 +15,6 @@ from surgery.cli.main import app
 from tests.support.zoo import HUB, PYTORCH, patient
 
 runner = CliRunner()
-
-
-def tiny() -> tuple[nn.Module, torch.Tensor]:
-    """A module and its inputs, for ``package.module:callable``."""
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), torch.zeros(2, 6)
-
-
-def no_model() -> int:
-    return 3
 
 
 def run(*arguments: str) -> str:
@@ -91,7 +81,16 @@ def test_the_drawings_show_the_operated_site(folder, tmp_path, form):
     run(folder, "--r", "4", "--site", key, "--form", form, "--dot", str(dot), "--svg", str(svg))
     text = dot.read_text()
     assert text.startswith("digraph site {")
-    for word in ("factors.U", "(32, 4)", "factors.S", "factors.Vh", "core.g", "core.coeff", "aten.elu", "aten.linear"):
+    for word in (
+        "factors.U",
+        "(32, 4)",
+        "factors.S",
+        "factors.Vh",
+        "core.g",
+        "steering.coeff",
+        "aten.elu",
+        "aten.linear",
+    ):
         assert word in text
     assert ("W_res" in text) == (form == "residual")
     assert ("o_proj.weight" in text) == (form == "delta")
@@ -109,7 +108,7 @@ def test_the_drawings_show_the_operated_site(folder, tmp_path, form):
 
 
 def test_a_callable_gives_a_model_and_its_inputs(tmp_path):
-    text = run("tests.surgery.test_inspect_command:tiny", "--svg", str(tmp_path / "a.svg"))
+    text = run("tests.support.named_models:tiny", "--svg", str(tmp_path / "a.svg"))
     assert "Sequential: 2 sites, from torch.export" in text
     assert (tmp_path / "a.svg").stat().st_size > 1000
 
@@ -117,8 +116,8 @@ def test_a_callable_gives_a_model_and_its_inputs(tmp_path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("tests.surgery.test_inspect_command:no_model", "gave a int, expected an nn.Module"),
-        ("tests.surgery.test_inspect_command:nothing", "cannot call tests.surgery.test_inspect_command:nothing"),
+        ("tests.support.named_models:no_model", "gave a int, expected an nn.Module"),
+        ("tests.support.named_models:nothing", "cannot call tests.support.named_models:nothing"),
         ("no.such.module:f", "cannot call no.such.module:f"),
         ("./no/such/folder", "cannot find a model"),
     ],

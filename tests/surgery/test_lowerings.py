@@ -11,66 +11,20 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
-from bench.runs import IN_PLACE
+from bench.common.runs import IN_PLACE
 from passes.infra.tolerance import disagreement
 from surgery import InputError, apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
 from surgery.lowerings import REGISTRY, Size, step
 from surgery.lowerings._cost_model import cheapest, predicted
 from surgery.variants import REGISTRY as VARIANTS
+from tests.support.lowering_models import PLAIN, inputs, model_of, operated, possible, reference, shake
 
 NAMES = sorted(REGISTRY)
-PLAIN = [name for name, cls in VARIANTS.items() if not cls().needs_calibration]
-KEPT = {"dense": "changed", "pair": "left"}  # what makes the tensor that is kept
-
-
-def model_of(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40, bias=bias), nn.Tanh(), nn.Linear(40, 16, bias=bias)).to(dtype)
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(6, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def shake(model: nn.Module, seed: int = 2, size: float = 0.3) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for site in sites(model).values():
-            for p in site.core.parameters():
-                p.add_(size * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def operated(lowering: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
-    model = model_of(dtype, **kwargs)
-    kwargs = {"target_modules": "all-linear", "example_inputs": inputs(dtype), "progress": False}
-    apply_surgery(model, variant, r=8, lowering=lowering, **kwargs)
-    return shake(model)
-
-
-def possible(lowering: str, variant: str) -> bool:
-    return (lowering != "output" or VARIANTS[variant].of_scaled) and (lowering not in KEPT or VARIANTS[variant].linear)
-
-
-def reference(model: nn.Module, x: Tensor) -> Tensor:
-    """In float64, by the formula of the design."""
-    wide = copy.deepcopy(model).to(torch.float64)
-    x = x.to(torch.float64)
-    for module in wide:
-        if not hasattr(module, "factors"):
-            x = module(x)
-            continue
-        f, coeff = module.factors, module.core.coeff
-        coeff = coeff.reshape(-1, *[1] * (x.dim() - 1)) if coeff.dim() else coeff
-        d = module.variant.delta(x @ f.Vh.T, f.S, module.core, coeff)
-        y = x @ module.weight.T + d @ f.U.T
-        x = y if module.bias is None else y + module.bias
-    return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -89,12 +43,22 @@ def test_every_lowering_is_the_same_function(lowering: str, variant: str, dtype:
             assert (problem := disagreement(model(x), expected, dtype)) is None, problem
             with torch.no_grad():
                 assert (problem := disagreement(model(x), expected, dtype)) is None, problem
-        if lowering == "residual":  # the base up to rounding
+        if REGISTRY[lowering].form == "residual":  # the base up to rounding
             continue
         plain = model_of(dtype, bias=bias).requires_grad_(False)
         assert torch.equal(model(x), plain(x))  # at coeff = 0
         with torch.no_grad():
             assert torch.equal(model(x), plain(x))
+
+
+def test_what_the_lowerings_say() -> None:
+    assert {name for name, one in REGISTRY.items() if one.form == "residual"} == {"residual"}
+    assert {"dense", "pair"} <= {name for name, one in REGISTRY.items() if one.caches}
+    for variant, cls in VARIANTS.items():
+        assert possible("lowrank", variant)
+        assert possible("residual", variant)
+        assert possible("output", variant) == cls.depends_only_on_Sh
+        assert possible("dense", variant) == possible("pair", variant) == cls.linear
 
 
 @pytest.mark.parametrize(("lowering", "variant"), [pair for pair in itertools.product(NAMES, PLAIN) if possible(*pair)])
@@ -277,8 +241,9 @@ def test_the_schedule_takes_the_cheapest(d_out: int, d_in: int, r: int, training
         assert costs[step(steps, tokens)] <= min(costs.values()) * 1.05
 
 
-def test_more_work_is_never_predicted_to_cost_less() -> None:
-    for name, training in itertools.product(NAMES, (False, True)):
+@pytest.mark.parametrize("name", NAMES)
+def test_more_work_is_never_predicted_to_cost_less(name: str) -> None:
+    for training in (False, True):
         small = predicted(name, Size(512, 1024, 1024, 64, 0, 4), "cpu", training=training)
         assert small < predicted(name, Size(512, 1024, 1024, 256, 0, 4), "cpu", training=training)
 
@@ -303,16 +268,16 @@ def test_what_is_traced_shows_the_low_rank_form() -> None:
     assert disagreement(found, model_of()(x)) is None
 
 
-def test_under_autocast() -> None:
-    for name in NAMES:
-        model, x = operated(name), inputs()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-            y.float().sum().backward()
-            with torch.no_grad():
-                z = model(x)
-        assert disagreement(y.float(), reference(model, x), torch.bfloat16) is None
-        assert disagreement(z.float(), reference(model, x), torch.bfloat16) is None
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast(name: str) -> None:
+    model, x = operated(name), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        y.float().sum().backward()
+        with torch.no_grad():
+            z = model(x)
+    assert disagreement(y.float(), reference(model, x), torch.bfloat16) is None
+    assert disagreement(z.float(), reference(model, x), torch.bfloat16) is None
 
 
 def test_output_is_not_chosen_in_half_precision() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from surgery import Contrast, apply_surgery, sites
 from surgery.factors.oriented_svd import oriented
 from surgery.factors.statistic import Statistic, contrasted, reranked, top
+from tests.support.spectra import with_spectrum
 from tests.support.tolerance import assert_close
-from tests.surgery.test_svd import with_spectrum
 
 SHAPES = ((6, 14), (14, 6), (9, 9), (1, 5), (5, 1), (1, 1))
 each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,11 @@ from torch import nn
 
 import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
-from surgery.verbs import calibrate as recalibrate
+from surgery.verbs.calibrate import recalibrate
+from tests.support.adapter_files import edit_config
+from tests.support.lowering_models import shake
+from tests.support.packed_attention import CALLS, QV, E, X, attention, operated
 from tests.support.tolerance import assert_close
-from tests.surgery.test_lowerings import shake
-
-E = 16
-X = torch.randn(2, 5, E, generator=torch.Generator().manual_seed(3))
-MEMORY = torch.randn(2, 7, E, generator=torch.Generator().manual_seed(4))
-CALLS = {"self": (X, X, X), "memory": (X, MEMORY, MEMORY), "three": (X, MEMORY, torch.tanh(MEMORY))}
-QV = ["in_proj_weight.q", "in_proj_weight.v"]
-
-
-def attention(dtype: torch.dtype = torch.float32) -> nn.MultiheadAttention:
-    torch.manual_seed(0)
-    found = nn.MultiheadAttention(E, 4, batch_first=True).to(dtype).eval()
-    nn.init.normal_(found.in_proj_bias, std=0.3)
-    return found
-
-
-def operated(call: str = "self", variant: Any = "antipasto", targets: Any = QV, **options: Any) -> nn.Module:
-    options = {"example_inputs": CALLS[call], "progress": False, **options}
-    return shake(apply_surgery(attention(), variant, r=6, target_modules=targets, **options))
 
 
 def run(model: nn.Module, call: str = "self") -> torch.Tensor:
@@ -127,7 +110,7 @@ def test_graphs_split_the_weight(call: str, form: str, tmp_path: Path) -> None:
     assert not sites(merged)
     assert_close(run(merged, call), run(model, call))
     assert_close(run(undo_surgery(graph), call), run(attention(), call))
-    only = surgery.pipeline(model, CALLS[call], only=QV[:1]).graph
+    only = surgery.pipeline(model, CALLS[call], form="residual", only=QV[:1]).graph
     assert not sites(only)
     whole = merge(copy.deepcopy(model)).in_proj_weight
     assert torch.equal(only.in_proj_weight[:E], whole[:E])
@@ -138,12 +121,13 @@ def test_a_failure_takes_off_the_new_part_alone(monkeypatch: pytest.MonkeyPatch)
     model = operated(targets=["q"])
     live = run(model)
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("surgery.verbs.apply._show_report", fail)
+    monkeypatch.setattr("surgery.verbs.apply.measure", fail)
+    options: Any = {"example_inputs": CALLS["self"], "lowering": "measure", "progress": True}
     with pytest.raises(MemoryError):
-        apply_surgery(model, "antipasto", r=6, target_modules=["v"], example_inputs=CALLS["self"], progress=True)
+        apply_surgery(model, "antipasto", r=6, target_modules=["v"], **options)
     assert list(sites(model)) == ["in_proj_weight.q"]
     assert torch.equal(run(model), live)
 
@@ -166,9 +150,7 @@ def test_calibration_sees_what_each_part_multiplies(call: str) -> None:
 @pytest.mark.parametrize("rows", [[0], [0, 99], [3, 3], [-1, 4], "all", [0, 4.0], [E, 2 * E]])
 def test_wrong_rows_in_a_file_are_refused(rows: Any, tmp_path: Path) -> None:
     save_adapter(operated(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["sites"]["in_proj_weight.q"]["rows"] = rows
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    edit_config(tmp_path, lambda config: config["sites"]["in_proj_weight.q"].update(rows=rows))
     model = attention()
     with pytest.raises(surgery.AdapterError, match=r"in_proj_weight\.q"):
         load_adapter(model, tmp_path)

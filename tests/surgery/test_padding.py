@@ -11,11 +11,11 @@ from torch import nn
 
 from surgery import Contrast, inspect_sites
 from surgery.planning.calibration_run import collect
-from tests.passes.test_activations import hooked
+from tests.support.calibration_inputs import check_moment, padded, quietly, text
+from tests.support.hooked_inputs import hooked
+from tests.support.injected_failures import refused
 from tests.support.tolerance import assert_close
 from tests.support.zoo import patient
-from tests.surgery.test_calibrate import check_moment, padded, quietly, text
-from tests.surgery.test_transaction import refused
 
 TEXT = ("qwen3", "gpt2", "bert")
 

@@ -12,9 +12,10 @@ from torch import nn
 import surgery
 from passes.infra.tolerance import disagreement
 from surgery import apply_surgery, set_coeff, sites
-from surgery.variants import antipasto_ablate
-from surgery.variants.antipasto_ablate import orthonormal
-from tests.contracts.test_variant_maths import some
+from surgery.cores import ablate
+from surgery.cores.ablate import orthonormal
+from surgery.lowerings._weight_cache import PREPARED
+from tests.support.core_deltas import some
 
 
 def ablated(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
@@ -38,7 +39,7 @@ def calls(monkeypatch):
         seen.append(1)
         return orthonormal(c)
 
-    monkeypatch.setattr(antipasto_ablate, "orthonormal", counted)
+    monkeypatch.setattr(ablate, "orthonormal", counted)
     return seen
 
 
@@ -57,17 +58,20 @@ def test_inference_makes_directions_orthonormal_once(calls, mode):
     assert len(calls) == 4
 
 
+@torch.no_grad()
 def change_data(model: nn.Module) -> None:
     for site in sites(model).values():
-        site.core.c.data.copy_(some(*site.core.c.shape, seed=5))
+        site.core.c.copy_(some(*site.core.c.shape, seed=5))
 
 
 def change_one_entry_of_data(model: nn.Module) -> None:
     sites(model)["0"].core.c.data[0, 0] += 1
+    surgery.refresh(model)
 
 
 def change_alpha(model: nn.Module) -> None:
-    sites(model)["0"].core.alpha.data.fill_(0.9)
+    with torch.no_grad():
+        sites(model)["0"].core.alpha.fill_(0.9)
 
 
 def load(model: nn.Module) -> None:
@@ -117,7 +121,7 @@ def test_what_inference_keeps_has_no_graph(mode):
     with mode():
         model(x)
         for site in sites(model).values():
-            assert not site.core.prepared(site.variant).basis.requires_grad
+            assert not site.cache.peek(PREPARED).basis.requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -143,9 +147,9 @@ def test_copies_and_pickles_of_a_model_that_has_run(mode):
 def test_refresh_drops_what_inference_keeps():
     model = nn.Sequential(nn.Linear(6, 5))
     apply_surgery(model, surgery.AntiPaSTOAblate(r=4, k=2), target_modules="all-linear", progress=False)
-    core = sites(model)["0"].core
+    site = sites(model)["0"]
     with torch.no_grad():
         model(torch.ones(2, 6))
-    assert "_prepared" in vars(core)
+    assert PREPARED in site.cache
     assert surgery.refresh(model) is model
-    assert "_prepared" not in vars(core)
+    assert PREPARED not in site.cache

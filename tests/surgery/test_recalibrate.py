@@ -24,10 +24,11 @@ from surgery import (
     to_graph,
     undo_surgery,
 )
+from tests.support.injected_failures import FAILURES, fails_at
+from tests.support.model_state import state_of
+from tests.support.operated_models import randomise
 from tests.support.tolerance import assert_close
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise, state_of
-from tests.surgery.test_transaction import FAILURES, fails_at
 
 NAMES = ("mlp", "raw", "attention", "encoder_layer", "gpt2")
 GRAPHS = ("symbolic", "exported", "delta", "residual")
@@ -52,7 +53,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         key: (
             [t.clone() for t in (site.factors.U, site.factors.S, site.factors.Vh, site.weight)],
             {name: (id(p), p.detach().clone(), p.requires_grad) for name, p in site.core.named_parameters()},
-            site.core.coeff.clone(),
+            site.steering.coeff.clone(),
             site.variant,
         )
         for key, site in sites(model).items()
@@ -129,7 +130,7 @@ def test_as_if_operated_on_with_that_data(name, variant):
         assert not found.core.g.any()
         assert found.core.g.requires_grad
         assert id(found.core.g) != old[key][1]["g"][0]
-        assert torch.equal(found.core.coeff, set_to)
+        assert torch.equal(found.steering.coeff, set_to)
         assert (found.variant, len(found.factors.S)) == (old[key][3], 4)
     changed = [key for key in old if not torch.equal(old[key][0][2], sites(plain.model)[key].factors.Vh)]
     assert changed
@@ -155,7 +156,7 @@ def test_graphs(kind, tmp_path):
         found = sites(model)[key]
         for factor in ("U", "S", "Vh"):
             assert_close(getattr(found.factors, factor), getattr(site.factors, factor))
-        assert float(found.core.coeff) == pytest.approx(-0.7)
+        assert float(found.steering.coeff) == pytest.approx(-0.7)
         assert found.form == ("residual" if kind == "residual" else "delta")
     set_coeff(randomise(expected), -0.7)
     for key, site in sites(model).items():
@@ -280,9 +281,9 @@ def test_flags_and_modes_stay_what_they_are():
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(("target", "call"), [
-    ("surgery.hosting.hosts.attach", 2), ("surgery.planning.adapter_init.check_factors", 2),
-    ("surgery.verbs.apply.Record", 1),
-    ("surgery.planning.calibration_run.fingerprint", 2), ("surgery.verbs.replace_adapters.check_weight", 3),
+    ("surgery.hosting.attach.attach", 2), ("surgery.planning.adapter_init.check_factors", 2),
+    ("surgery.verbs.apply.State", 1),
+    ("surgery.modules.base_weights.fingerprint", 2), ("surgery.verbs.replace_adapters.check_weight", 3),
     ("surgery.hosting.graph_surgery.register_sites", 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["mlp", "attention", "residual", "exported"])
@@ -296,7 +297,7 @@ def test_failure_at_any_step_puts_the_old_adapters_back(monkeypatch, kind, targe
     output = plain.run(model, inputs)
     with monkeypatch.context() as patched:
         module = (
-            "surgery.hosting.hosts"
+            "surgery.hosting.attach"
             if target == "surgery.hosting.graph_surgery.register_sites"
             else target.rpartition(".")[0]
         )

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from surgery import apply_surgery, inspect_sites, load_adapter, report, save_adapter, sites
-from surgery.hosting.hosts import host_of
+import io
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from surgery import InputError, apply_surgery, inspect_sites, load_adapter, report, save_adapter, sites
+from surgery.support import progress_bar
+from tests.support.operated_models import each_patient, operated
 from tests.support.zoo import patient
-from tests.surgery.test_apply import each_patient, operated
 
 
 @each_patient
@@ -18,7 +26,7 @@ def test_report_has_every_site_and_every_other_product(name):
     assert found.trainable == sum(site.trainable for site in found.sites)
     for row, site in zip(found.sites, sites(model).values(), strict=True):
         assert (row.d_out, row.d_in) == tuple(site.weight.shape if site.layout == "out_in" else site.weight.T.shape)
-        assert (row.variant, row.r, row.host) == ("antipasto", len(site.factors.S), host_of(site))
+        assert (row.variant, row.r, row.host) == ("antipasto", len(site.factors.S), site.host.name)
         assert row.base_macs == site.weight.numel()
         assert row.method == "gram"
         assert 0 < row.energy <= 1
@@ -31,7 +39,9 @@ def test_report_has_every_site_and_every_other_product(name):
 def test_report_as_text(capsys):
     found = patient("qwen3")
     apply_surgery(found.model, "antipasto", r=4, target_modules=["q_proj", "lm_head"], progress=True)
+    assert capsys.readouterr().out == ""  # a library call prints no table unasked
     text = str(report(found.model))
+    report(found.model).show()
     assert capsys.readouterr().out.split() == text.split()
     assert "model.layers.*.self_attn.q_proj" in text
     assert "lm_head" in text
@@ -52,3 +62,64 @@ def test_report_of_a_loaded_adapter(tmp_path):
     assert {site.method for site in found.sites} == {None}
     assert "loaded" in str(found)
     assert "sites from adapter file (not captured)" in str(found)
+
+
+def test_report_in_a_notebook():
+    found = patient("qwen3")
+    apply_surgery(found.model, "antipasto", r=4, target_modules=["q_proj"], progress=False)
+    told = report(found.model)
+    page = told._repr_html_()
+    root = ElementTree.fromstring(page)  # well formed
+    table = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+    assert table[0] == ["site", "n", "out x in", "r", "inference", "training", "energy", "trainable"]
+    assert table[1][:2] == ["model.layers.*.self_attn.q_proj", str(len(told.sites))]
+    words = " ".join("".join(root.itertext()).split())
+    lines = [line for line in str(told).splitlines() if line.startswith(("left alone", "factors", "low-rank"))]
+    assert len(lines) > 2
+    assert all(line in words for line in lines)
+
+
+def test_names_in_a_notebook_are_escaped():
+    model = nn.Sequential()
+    model.add_module("a<b>&", nn.Linear(4, 4))
+    told = report(apply_surgery(model, "antipasto", r=2, example_inputs=torch.ones(1, 4), progress=False))
+    assert "a&lt;b&gt;&amp;" in told._repr_html_()
+    assert "<b>&" not in told._repr_html_()
+
+
+def test_repr_is_one_line():
+    told = report(operated("mlp").model)
+    assert repr(told).startswith(f"<Report: {told.model}, {len(told.sites)} sites (antipasto), {told.trainable:,} of ")
+    assert "\n" not in repr(told)
+    assert len(repr(told)) < 120
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("progress", "terminal", "shown"), [
+    (None, True, True), (None, False, False), (True, False, True), (False, True, False), (True, True, True),
+])  # fmt: skip
+def test_bars_are_shown_on_a_terminal_or_when_asked_for(monkeypatch, progress, terminal, shown):
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    asked = []
+    track = progress_bar.track
+    monkeypatch.setattr(
+        "surgery.planning.adapter_init.track",
+        lambda *args, enabled, **options: asked.append(enabled) or track(*args, enabled=enabled, **options),
+    )
+    apply_surgery(patient("mlp").model, "antipasto", r=2, progress=progress)
+    assert asked == [shown]
+    assert sys.stdout.getvalue() == ""
+    if not shown:
+        assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("progress", ["x", 3, 1])
+def test_progress_is_a_flag_or_none(progress):
+    with pytest.raises(InputError, match="progress must be True, False or None"):
+        apply_surgery(patient("mlp").model, "antipasto", progress=progress)

@@ -13,11 +13,11 @@ from torch._dynamo.testing import CompileCounter
 
 import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
-from surgery.modules.residual_host import SSpaceResidual
-from surgery.verbs import calibrate as recalibrate
+from surgery.modules.adapter import Adapter
+from surgery.verbs.calibrate import recalibrate
+from tests.support.lowering_models import PLAIN, inputs, model_of, reference, shake
 from tests.support.tolerance import assert_close
 from tests.support.zoo import patient
-from tests.surgery.test_lowerings import PLAIN, inputs, model_of, reference, shake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,7 +31,7 @@ def operated(variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **o
 @pytest.mark.parametrize("variant", PLAIN)
 def test_it_is_the_same_function(variant: str, dtype: torch.dtype) -> None:
     model, x = operated(variant, dtype), inputs(dtype)
-    assert all(type(site) is SSpaceResidual for site in sites(model).values())
+    assert all(type(site) is Adapter for site in sites(model).values())
     for coeff in (1.0, -0.5, 0.0, torch.linspace(-1, 1, len(x))):
         set_coeff(model, coeff)
         delta = copy.deepcopy(undone_and_loaded(model, variant, dtype))
@@ -48,7 +48,7 @@ def undone_and_loaded(model: nn.Module, variant: str, dtype: torch.dtype) -> nn.
     delta = apply_surgery(model_of(dtype), variant, r=8, **options)
     for key, site in sites(delta).items():
         site.core.load_state_dict(sites(model)[key].core.state_dict())
-        site.core.coeff = sites(model)[key].core.coeff.clone()
+        site.steering.coeff = sites(model)[key].steering.coeff.clone()
     return delta
 
 
@@ -70,7 +70,7 @@ def test_undo_gives_back_the_very_parameters(name: str) -> None:
     apply_surgery(p.model, "antipasto", r=6, form="residual", example_inputs=p.inputs, progress=False)
     shake(p.model)
     forms = {key: site.form for key, site in sites(p.model).items()}
-    called = {key for key, module in p.model.named_modules() if isinstance(module, SSpaceResidual)}
+    called = {key for key, site in sites(p.model).items() if site.host.name == "module"}
     assert forms == {key: "residual" if key in called else "delta" for key in forms}
     assert not [key for key in called if f"{key}.weight" in p.model.state_dict()]
     assert not torch.equal(p.run(), base)
@@ -117,15 +117,15 @@ def test_a_base_that_is_not_kept(name: str, dtype: torch.dtype, tmp_path: Path) 
 def test_a_failure_leaves_the_weights_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     before = {key: id(t) for key, t in model.named_parameters()}
-    real, calls = surgery.modules.residual_host.split, []
+    real, calls = Adapter.split, []
 
-    def split(*args: Any, **kwargs: Any) -> None:
+    def split(site: Adapter) -> float:
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
-        real(*args, **kwargs)
+        return real(site)
 
-    monkeypatch.setattr("surgery.hosting.hosts.split", split)
+    monkeypatch.setattr(Adapter, "split", split)
     options: dict[str, Any] = {"target_modules": "all-linear", "example_inputs": inputs(), "progress": False}
     with pytest.raises(MemoryError):
         apply_surgery(model, "antipasto", r=8, form="residual", keep_base=False, **options)
@@ -194,9 +194,9 @@ def test_recalibration_and_another_core_keep_the_form(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     expected = model(x).detach()
     recalibrate(model, [x], reset=True, progress=False)
-    assert all(type(site) is SSpaceResidual for site in sites(model).values())
+    assert all(type(site) is Adapter for site in sites(model).values())
     load_adapter(model, tmp_path / "adapter")
-    assert all(type(site) is SSpaceResidual for site in sites(model).values())
+    assert all(type(site) is Adapter for site in sites(model).values())
     assert torch.equal(model(x), expected)
 
 
@@ -254,7 +254,7 @@ def test_a_merge_does_not_untie_unasked(targets: list[str], keep_base: bool) -> 
 def test_a_failure_while_bases_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     before = {key: (id(t), t.clone()) for key, t in model.named_parameters()}
-    real, calls = surgery.verbs.apply.fingerprint, []
+    real, calls = surgery.modules.base_weights.fingerprint, []
 
     def fail(weight: torch.Tensor) -> str:
         calls.append(1)
@@ -262,7 +262,7 @@ def test_a_failure_while_bases_are_dropped(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
         return real(weight)
 
-    monkeypatch.setattr("surgery.verbs.apply.fingerprint", fail)
+    monkeypatch.setattr("surgery.modules.base_weights.fingerprint", fail)
     options: dict[str, Any] = {"target_modules": "all-linear", "example_inputs": inputs(), "progress": False}
     with pytest.raises(KeyboardInterrupt):
         apply_surgery(model, "antipasto", r=8, form="residual", keep_base=False, **options)
@@ -310,6 +310,7 @@ def test_meta_and_names_that_a_module_has_already() -> None:
     model[0].W_res, model[2].form = 3, "mine"
     options: dict[str, Any] = {"target_modules": "all-linear", "example_inputs": inputs(), "progress": False}
     apply_surgery(model, "antipasto", r=8, form="residual", **options)
-    assert {site.form for site in sites(model).values()} == {"delta"}
+    assert {site.form for site in sites(model).values()} == {"residual"}
+    assert (model[0].W_res, model[2].form) == (3, "mine")
     undo_surgery(model)
     assert (model[0].W_res, model[2].form) == (3, "mine")

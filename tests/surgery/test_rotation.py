@@ -14,9 +14,10 @@ from torch import nn
 
 import surgery
 from surgery import apply_surgery, set_coeff, sites
+from surgery.cores._cayley import inverse
 from surgery.modules.core import Core
-from surgery.variants import Variant, antipasto_rot
-from tests.contracts.test_variant_maths import F64, core_of, delta, expected_delta, some
+from surgery.variants import Variant
+from tests.support.core_deltas import F64, core_of, delta, expected_delta, some
 from tests.support.reference import array
 from tests.support.tolerance import RELATIVE, assert_close
 
@@ -128,7 +129,7 @@ def test_the_two_references_agree():
 def test_inverse(n):
     A = 2 * some(3, n, n, seed=n)
     M = torch.eye(n, dtype=F64) - (A - A.mT)  # a positive definite symmetric part
-    assert_close(antipasto_rot.inverse(M), torch.from_numpy(np.linalg.inv(array(M))))
+    assert_close(inverse(M), torch.from_numpy(np.linalg.inv(array(M))))
 
 
 @pytest.mark.parametrize(

@@ -12,32 +12,17 @@ from torch import nn
 
 import surgery
 from surgery import load_adapter, save_adapter, set_coeff, sites, undo_surgery
-from surgery.hosting.hosts import host_of
-from surgery.verbs.save_load import CONFIG, TENSORS
-from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, randomise, state_of
-
-
-def saved(path: Path, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
-    """An operated patient, saved to a directory."""
-    found = operated(name, dtype)
-    assert save_adapter(found.model, path) == path
-    return found
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from surgery.storage.model_card import CARD
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.saved_adapters import contents, refused, saved
+from tests.support.zoo import patient
 
 
 def tensors_of(model: nn.Module) -> list[str]:
     """What ``state_of`` says of parameters and buffers."""
     return [line for line in state_of(model) if "<class" not in line]
-
-
-def refused(path: Path, model: nn.Module | None = None) -> str:
-    """Assert that loading raises and leaves the model as it was; return the message."""
-    model = patient("mlp").model if model is None else model
-    before = state_of(model)
-    with pytest.raises(surgery.AdapterError) as caught:
-        load_adapter(model, path)
-    assert state_of(model) == before
-    return str(caught.value)
 
 
 @each_dtype
@@ -47,7 +32,7 @@ def test_a_reloaded_adapter_gives_bit_identical_outputs(name, dtype, tmp_path):
     before, base = state_of(fresh.model), fresh.run()
     assert load_adapter(fresh.model, tmp_path / "adapter") is fresh.model
     assert torch.equal(fresh.run(), found.run())
-    assert [host_of(s) for s in sites(fresh.model).values()] == [host_of(s) for s in sites(found.model).values()]
+    assert [s.host.name for s in sites(fresh.model).values()] == [s.host.name for s in sites(found.model).values()]
     assert not any(p.requires_grad for n, p in fresh.model.named_parameters() if ".core." not in f".{n}")
     set_coeff(fresh.model, 0.0)
     assert torch.equal(fresh.run(), base)
@@ -61,10 +46,10 @@ def test_saving_twice_gives_identical_bytes(name, tmp_path):
     fresh = load_adapter(patient(name).model, tmp_path / "one")
     set_coeff(fresh, 0.5)
     save_adapter(fresh, str(tmp_path / "new" / "two"))
-    for file in (CONFIG, TENSORS):
+    for file in (CONFIG, TENSORS, CARD):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "new" / "two" / file).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["new", "one"]
-    assert sorted(os.listdir(tmp_path / "one")) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(tmp_path / "one")) == [CARD, CONFIG, TENSORS]
 
 
 def test_coeff_is_one_after_loading(tmp_path):
@@ -72,7 +57,7 @@ def test_coeff_is_one_after_loading(tmp_path):
     expected = found.run()
     save_adapter(set_coeff(found.model, 0.25), tmp_path)
     load_adapter(found.model, tmp_path)
-    assert {float(site.core.coeff) for site in sites(found.model).values()} == {1.0}
+    assert {float(site.steering.coeff) for site in sites(found.model).values()} == {1.0}
     assert torch.equal(found.run(), expected)
 
 
@@ -126,7 +111,7 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
     saved(tmp_path, name)
     found = operated(name, scale=0.5)
     set_coeff(found.model, 0.7)
-    before, output, attach = tensors_of(found.model), found.run(), surgery.hosting.hosts.attach
+    before, output, attach = tensors_of(found.model), found.run(), surgery.hosting.attach.attach
     calls: list[Any] = []
 
     def failing(model: nn.Module, graft: Any, *rest: Any) -> None:
@@ -135,7 +120,7 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
             raise error("injected")
         attach(model, graft, *rest)
 
-    monkeypatch.setattr("surgery.hosting.hosts.attach", failing)
+    monkeypatch.setattr("surgery.hosting.attach.attach", failing)
     with pytest.raises(error, match="injected"):
         load_adapter(found.model, tmp_path)
     assert tensors_of(found.model) == before
@@ -147,10 +132,6 @@ def test_a_refused_load_keeps_a_present_adapter(tmp_path):
     (saved(tmp_path, "raw") and tmp_path / TENSORS).unlink()
     refused(tmp_path, found.model)
     assert len(sites(found.model)) == 4
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_other_files_of_the_directory_are_kept(tmp_path):
@@ -176,7 +157,7 @@ def fails_at(monkeypatch, function: str, call: int) -> None:
     monkeypatch.setattr(os, function, failing)
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_a_failing_write_leaves_the_old_adapter(function, call, tmp_path, monkeypatch):
     found = saved(tmp_path / "adapter")
@@ -208,7 +189,7 @@ def test_a_directory_that_is_a_file_system_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", across)
     saved(path, "raw")
-    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(path)) == [CARD, CONFIG, TENSORS]
     load_adapter(patient("raw").model, path)
 
 
@@ -242,7 +223,7 @@ def test_a_failing_write_over_links_puts_them_back(tmp_path, monkeypatch):
     with pytest.raises(surgery.AdapterError, match="what was there is unchanged"):
         save_adapter(operated("mlp", scale=0.3).model, path)
     monkeypatch.undo()
-    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+    assert sorted(os.listdir(path)) == [CONFIG, TENSORS]  # and no card
     assert all((path / file).is_symlink() for file in (CONFIG, TENSORS))
     fresh = patient("mlp")
     load_adapter(fresh.model, path)

@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import surgery
-from surgery import apply_surgery, load_adapter, merge, save_adapter, sites
-from surgery.verbs import calibrate as recalibrate
-from surgery.verbs.save_load import CONFIG, TENSORS
+from surgery import apply_surgery, load_adapter, merge, recalibrate, save_adapter, sites
+from surgery.storage.adapter_file import CONFIG, TENSORS
+from tests.support.operated_models import randomise
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import randomise
 
 WORLD = 2
 
@@ -109,7 +108,7 @@ def test_a_model_in_shards(tmp_path):
         said = json.loads((tmp_path / f"said{rank}.json").read_text())
         assert said["same"]
         assert said["clean"]
-        assert said["saved"] == [CONFIG, TENSORS]
+        assert said["saved"] == ["README.md", CONFIG, TENSORS]
         assert said["blocked"].startswith("AdapterError: " + ("cannot write", "the first process could not")[rank])
         for verb in ("merge", "recalibrate", "load", "apply"):
             assert "its weight is sharded; operate, load or merge before fully_shard" in said[verb], verb

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
 import surgery
 from surgery import inspect_sites, load_adapter, merge, report, save_adapter, set_coeff, sites, to_graph, undo_surgery
-from surgery.hosting.hosts import host_of
-from surgery.modules.adapter import SSpaceLinear
+from surgery.modules.adapter import Adapter
 from surgery.variants import REGISTRY
+from tests.support.adapter_files import configuration, edit_config
+from tests.support.expert_models import BUILD, EXPERTS, IDS, build, operated
+from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-from tests.surgery.test_apply import state_of
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8,
-}  # fmt: skip
-IDS = torch.arange(12).reshape(2, 6)
-EXPERTS = "model.layers.0.mlp.experts"
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear and not variant(r=4).needs_calibration]
 
 
-def mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
-
-
-def qwen3_moe() -> nn.Module:
-    sizes = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": []}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **sizes, decoder_sparse_step=1))
-
-
-def gpt_oss() -> nn.Module:
-    config = transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    return transformers.GptOssForCausalLM(config)
-
-
-BUILD = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 LAYOUTS = {"mixtral": "out_in", "qwen3_moe": "out_in", "gpt_oss": "in_out"}
 each_model = pytest.mark.parametrize("name", BUILD)
 every_variant = pytest.mark.parametrize(
@@ -52,26 +30,10 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = BUILD[name]().eval()
-    with torch.no_grad():
-        for parameter in model.get_submodule(EXPERTS).parameters():
-            parameter.mul_(10)  # so that the experts matter beside the residual stream
-    return model
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         out = model(input_ids=IDS)
     return out.logits if hasattr(out, "logits") else out[0]
-
-
-def operated(name: str, variant: Any = "antipasto", **options: Any) -> nn.Module:
-    options = {"r": 4, "target_modules": ["gate_up_proj", "down_proj"], "progress": False, **options}
-    model = build(name)
-    surgery.apply_surgery(model, variant, **options)
-    return model
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -83,7 +45,7 @@ def trained(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-def reference_weight(site: SSpaceLinear) -> torch.Tensor:
+def reference_weight(site: Adapter) -> torch.Tensor:
     """``W + U D^T Vh``, matrix by matrix, in float64."""
     stack, d_out, d_in = site.factors.shape
     weight = site.weight.detach().double()
@@ -91,7 +53,7 @@ def reference_weight(site: SSpaceLinear) -> torch.Tensor:
         weight = weight.reshape(stack, d_out, d_in).clone()
     else:
         weight = weight.reshape(stack, d_in, d_out).mT.clone()
-    coeff = site.core.coeff.double()
+    coeff = site.steering.coeff.double()
     for e in range(stack):
         U, S, Vh = (factor[e].double() for factor in (site.factors.U, site.factors.S, site.factors.Vh))
         core = type("Core", (), {n: p[e].detach().double() for n, p in site.core.tensors().items()})
@@ -138,7 +100,7 @@ def test_factors_and_cores_are_batched_and_exact(name):
         assert tuple(site.core.a.shape) == (4, 2, 4)
         assert len({tuple(a.flatten().tolist()) for a in site.core.a}) == 4, "random numbers of its own for each"
         assert site.delta_weight().shape == site.weight.shape
-        assert host_of(site) == "weight"
+        assert site.host.name == "weight"
 
 
 @every_variant
@@ -169,7 +131,7 @@ def test_against_the_reference_in_a_graph(name, variant, tmp_path):
     model = trained(operated(name, variant))
     expected = logits(with_reference_weights(model, build(name)))
     graph = to_graph(model, {"input_ids": IDS})
-    assert {node.kind for node in sites(graph).values()} == {"weight"}
+    assert {node.host.name for node in sites(graph).values()} == {"weight"}
     assert not any("vmap" in str(node.target) or "functorch" in str(node.target) for node in graph.graph.nodes)
     assert_close(logits(graph), expected)
     loaded = load_adapter(build(name), save_adapter(graph, tmp_path / "adapter"))
@@ -287,17 +249,15 @@ def test_data_that_may_be_seen_is_not_asked_of_a_stack():
     assert tokens["model.layers.0.self_attn.q_proj"] == 64
     trained(model)
     with pytest.warns(UserWarning, match="is not calibrated"):
-        surgery.verbs.calibrate(model, data, reset=True, progress=False)
+        surgery.recalibrate(model, data, reset=True, progress=False)
     assert sites(model)[f"{EXPERTS}.gate_up_proj"].core.g.abs().max() == 0
 
 
 def test_a_file_of_another_stack_is_refused(tmp_path):
     path = save_adapter(operated("mixtral"), tmp_path / "adapter")
-    config = json.loads((path / "adapter_config.json").read_text())
-    assert config["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] == [4, 48, 16]
+    assert configuration(path)["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] == [4, 48, 16]
     for shape in ([4, 48, 8], [2, 48, 16], [4, 16, 48], [48, 16], [4, 48, 16, 1], [4.0, 48, 16], [-4, -48, 16]):
-        config["sites"][f"{EXPERTS}.gate_up_proj"]["shape"] = shape
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        edit_config(path, lambda config: config["sites"][f"{EXPERTS}.gate_up_proj"].update(shape=shape))  # noqa: B023
         model = build("mixtral")
         before = state_of(model)
         with pytest.raises(surgery.AdapterError, match="gate_up_proj"):

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 import surgery
 from surgery import Contrast, Statistics, apply_surgery, calibrate, sites
 from surgery.factors.statistic import KINDS, Statistic
-from surgery.verbs import calibrate as recalibrate
+from surgery.verbs.calibrate import recalibrate
+from tests.support.injected_failures import refused
 from tests.support.tolerance import assert_close
 from tests.support.zoo import patient
-from tests.surgery.test_transaction import refused
 
 VARIANTS = ("antipasto", surgery.AntiPaSTO(pool="mean_abs"), "antipasto_corda", "antipasto_asvd", "sspace")
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v if isinstance(v, str) else "mean_abs")

@@ -14,7 +14,7 @@ import torch
 
 import surgery
 from surgery import merge, set_coeff, sites, steer, to_graph
-from tests.surgery.test_apply import operated
+from tests.support.operated_models import operated
 
 WORDS = "is being steered by another thread or task"
 
@@ -55,7 +55,7 @@ def test_two_threads_each_get_their_own_result_or_are_refused(kind):
     assert counts["wrong"] == 0
     assert counts["right"] > 0
     assert sum(counts.values()) == 400
-    assert {float(site.core.coeff) for site in sites(found.model).values()} == {1.0}
+    assert {float(site.steering.coeff) for site in sites(found.model).values()} == {1.0}
 
 
 def test_two_blocks_at_once():
@@ -73,27 +73,27 @@ def test_two_blocks_at_once():
         with pytest.raises(surgery.SurgeryError, match=WORDS) as caught:
             attempt()
         errors.append(caught)
-    assert {float(site.core.coeff) for site in sites(found.model).values()} == {0.25}
+    assert {float(site.steering.coeff) for site in sites(found.model).values()} == {0.25}
     with steer(copy.deepcopy(found.model), 2.0):  # as the message advises
         pass
     leave.set()
     thread.join()
     with steer(found.model, 2.0):
-        assert {float(site.core.coeff) for site in sites(found.model).values()} == {2.0}
-    assert {float(site.core.coeff) for site in sites(found.model).values()} == {1.0}
+        assert {float(site.steering.coeff) for site in sites(found.model).values()} == {2.0}
+    assert {float(site.steering.coeff) for site in sites(found.model).values()} == {1.0}
 
 
 def test_blocks_of_one_thread_are_nested():
     found = operated("mlp")
     with steer(found.model, 0.5), steer(found.model, 0.25):
         set_coeff(found.model, 0.125)
-        assert {float(site.core.coeff) for site in sites(found.model).values()} == {0.125}
+        assert {float(site.steering.coeff) for site in sites(found.model).values()} == {0.125}
     with pytest.raises(ZeroDivisionError), steer(found.model, 0.5):
         1 / 0  # noqa: B018
     with pytest.raises(surgery.InputError), steer(found.model, float("nan")):
         pass
     with steer(found.model, 2.0):
-        assert {float(site.core.coeff) for site in sites(found.model).values()} == {2.0}
+        assert {float(site.steering.coeff) for site in sites(found.model).values()} == {2.0}
 
 
 def test_a_model_that_is_merged_within_a_block_is_let_go():
@@ -131,12 +131,12 @@ def test_a_task_within_a_block_may_steer_on():
     async def inner() -> float:
         with steer(found.model, 0.25):
             await asyncio.sleep(0)
-            return float(next(iter(sites(found.model).values())).core.coeff)
+            return float(next(iter(sites(found.model).values())).steering.coeff)
 
     async def outer() -> tuple[float, float]:
         with steer(found.model, 0.5):
             within = await asyncio.create_task(inner())
-            return within, float(next(iter(sites(found.model).values())).core.coeff)
+            return within, float(next(iter(sites(found.model).values())).steering.coeff)
 
     assert asyncio.run(outer()) == (0.25, 0.5)
 
@@ -158,4 +158,4 @@ def test_an_interrupt_on_the_way_in_locks_nothing(after, monkeypatch):
             pass
     with ThreadPoolExecutor(1) as pool:
         pool.submit(set_coeff, found.model, 2.0).result()
-    assert {float(site.core.coeff) for site in sites(found.model).values()} == {2.0}
+    assert {float(site.steering.coeff) for site in sites(found.model).values()} == {2.0}

@@ -10,23 +10,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passes.errors import VariantError
-from surgery.factors.svd import BLOCK, GRAM_LIMIT, factorise, gram_matrix
+from surgery.errors import VariantError
+from surgery.factors.exact_svd import GRAM_LIMIT
+from surgery.factors.gram import BLOCK, gram_matrix
+from surgery.factors.svd import factorise
+from tests.support.spectra import with_spectrum
 from tests.support.tolerance import assert_close, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 9), (9, 1), (5, 8), (8, 5), (8, 8), (3, 40), (40, 3))
 sizes = st.integers(1, 24)
-
-
-def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
-
-
-def with_spectrum(d_out: int, d_in: int, S: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """A float64 matrix with given singular values."""
-    generator = torch.Generator().manual_seed(seed)
-    return orthonormal(d_out, len(S), generator) * S @ orthonormal(d_in, len(S), generator).T
 
 
 def check(weight: torch.Tensor, r: int) -> None:
@@ -199,7 +192,7 @@ def test_the_same_on_repeated_runs(method):
 
 @pytest.mark.parametrize(("d", "r", "method"), [(64, 4, "gram"), (2048, 8, "randomised"), (2047, 8, "gram")])
 def test_auto_chooses_by_shape_and_rank(monkeypatch, d, r, method):
-    for name in ("_gram", "_randomised"):
+    for name in ("gram_triples", "randomised_triples"):
         monkeypatch.setattr(
             f"surgery.factors.svd.{name}",
             lambda W, r, seed=0: (torch.eye(len(W), r), torch.ones(r), torch.eye(r, len(W.T))),

@@ -6,13 +6,13 @@ import copy
 import functools
 import gc
 import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
 import surgery
+from passes.ir.provenance import provenance_of
 from surgery import (
     apply_surgery,
     fold,
@@ -27,12 +27,13 @@ from surgery import (
     to_graph,
     undo_surgery,
 )
-from surgery.hosting.hosts import host_of
-from surgery.verbs.apply import record_of
+from surgery.hosting.state import record_of
+from tests.support.graph_inputs import inputs_of
+from tests.support.model_state import state_of
+from tests.support.operated_graphs import graph_state, shape_of
+from tests.support.operated_models import frozen, operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import Patient, patient
-from tests.surgery.test_apply import frozen, operate, operated, randomise, state_of
-from tests.surgery.test_graphs import graph_state, shape_of
 
 HUB = tuple(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "qwen3"))
 NAMES = ("mlp", "raw", "attention", "encoder_layer", *HUB)
@@ -53,18 +54,6 @@ def patient_and_graph(
 ) -> tuple[Patient, fx.GraphModule]:
     """An operated patient and its graph, which share their cores."""
     return copy.deepcopy(_made(name, dtype, form, keep_base))
-
-
-def inputs_of(name: str, batch: int, length: int) -> Any:
-    generator = torch.Generator().manual_seed(batch)
-    if name == "mlp" or name == "raw":
-        return torch.randn(batch, 12, generator=generator)
-    if name == "attention":
-        return (torch.randn(batch, length, 16, generator=generator),) * 3
-    if name == "encoder_layer":
-        return torch.randn(batch, length, 16, generator=generator)
-    ids = torch.randint(0, 64, (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @each_form
@@ -111,7 +100,7 @@ def test_cores_are_the_models_and_coeff_the_graphs_own(name, form):
     found, model = patient_and_graph(name, form=form)
     for key, site in sites(model).items():
         assert site.core.g is sites(found.model)[key].core.g
-        assert site.core.coeff is not sites(found.model)[key].core.coeff
+        assert site.steering.coeff is not sites(found.model)[key].steering.coeff
     before = found.run()
     set_coeff(model, 0.0)
     assert torch.equal(found.run(), before)
@@ -297,7 +286,7 @@ def test_adapters_go_from_a_captured_graph_to_the_model(name, form, tmp_path):
     found, model = patient_and_graph(name, form=form)
     save_adapter(model, tmp_path)
     fresh = load_adapter(patient(name).model, tmp_path)
-    assert [host_of(s) for s in sites(fresh).values()] == [host_of(s) for s in sites(found.model).values()]
+    assert [s.host.name for s in sites(fresh).values()] == [s.host.name for s in sites(found.model).values()]
     assert torch.equal(found.run(fresh), found.run())
     assert len(report(model).sites) == len(sites(fresh))
     load_adapter(model, tmp_path)
@@ -367,7 +356,7 @@ def test_the_whole_pipeline_gives_back_the_names_of_the_base(name, form):
     assert sorted(shape_of(compiled.graph.graph)) == sorted(shape_of(plain.graph))
     assert_close(found.run(compiled.graph), found.run())
     half_way = pipeline(found.model, found.inputs, form=form, stop_after="fold").graph
-    products = {node.meta["surgery"].at for node in half_way.graph.nodes if "surgery" in node.meta}
+    products = {p.at for node in half_way.graph.nodes if (p := provenance_of(node))}
     assert products <= {node.name for node in half_way.graph.nodes}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 
 import pytest
@@ -14,36 +13,10 @@ from torch.nn.utils import parametrize
 import surgery
 import surgery.verbs.apply
 from surgery import apply_surgery, sites, undo_surgery
+from tests.support.injected_failures import FAILURES, fails_at, refused
+from tests.support.model_state import state_of
+from tests.support.operated_models import operate, randomise
 from tests.support.zoo import patient
-from tests.surgery.test_apply import operate, randomise, state_of
-
-FAILURES = (RuntimeError, KeyboardInterrupt)
-
-
-def refused(model: nn.Module, error: type[BaseException] = surgery.SurgeryError, **options) -> str:
-    """Assert that surgery raises and leaves the model as it was; return the message."""
-    before, random_state = state_of(model), torch.get_rng_state()
-    with pytest.raises(error) as caught:
-        apply_surgery(model, **{"variant": "antipasto", "progress": False, **options})
-    assert state_of(model) == before
-    assert sites(model) == {}
-    assert torch.equal(torch.get_rng_state(), random_state)
-    return str(caught.value)
-
-
-def fails_at(monkeypatch, target: str, call: int, error: type[BaseException], *, after: bool = False) -> None:
-    """Make the n-th call of a function raise, before it does its work or after."""
-    module, _, name = target.rpartition(".")
-    original, calls = getattr(sys.modules[module], name), []
-
-    def wrapper(*args, **kwargs):
-        calls.append(args)
-        result = None if len(calls) == call and not after else original(*args, **kwargs)
-        if len(calls) == call:
-            raise error("injected")
-        return result
-
-    monkeypatch.setattr(sys.modules[module], name, wrapper)
 
 
 @pytest.mark.parametrize("r", [0, -1, True, 2.5, "8"])
@@ -209,12 +182,12 @@ def test_surgery_twice_on_one_site(name):
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize(
     "target",
-    ["surgery.hosting.hosts.attach", "surgery.planning.adapter_init.check_factors", "surgery.verbs.apply.Record"],
+    ["surgery.hosting.attach.attach", "surgery.planning.adapter_init.check_factors", "surgery.verbs.apply.State"],
 )
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_failure_at_any_site(monkeypatch, name, target, call, after, error):
     found = patient(name)
-    fails_at(monkeypatch, target, 1 if target.endswith("Record") else call, error, after=after)
+    fails_at(monkeypatch, target, 1 if target.endswith("State") else call, error, after=after)
     assert refused(found.model, error, example_inputs=found.inputs) == "injected"
 
 
@@ -230,9 +203,12 @@ def test_failure_in_the_middle_of_a_parametrisation(monkeypatch, name, call, aft
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_failure_while_the_report_is_printed(monkeypatch, error):
-    fails_at(monkeypatch, "surgery.verbs.report.report", 1, error)
-    assert refused(patient("mlp").model, error, progress=True) == "injected"
+def test_failure_while_lowerings_are_timed(monkeypatch, error):
+    """The last step of surgery."""
+    found = patient("mlp")
+    fails_at(monkeypatch, "surgery.verbs.apply.measure", 1, error)
+    options = {"lowering": "measure", "example_inputs": found.inputs}
+    assert refused(found.model, error, progress=True, **options) == "injected"
 
 
 @pytest.mark.parametrize("error", FAILURES)
@@ -240,7 +216,7 @@ def test_failure_of_a_second_surgery_keeps_the_first(monkeypatch, error):
     found = operate(patient("mlp"), target_modules=["0"])
     randomise(found.model)
     before, output = state_of(found.model), found.run()
-    fails_at(monkeypatch, "surgery.hosting.hosts.attach", 2, error)
+    fails_at(monkeypatch, "surgery.hosting.attach.attach", 2, error)
     with pytest.raises(error, match="injected"):
         operate(found, target_modules=["2", "4"])
     assert state_of(found.model) == before

@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 
 import surgery
 from surgery import merge, report, set_coeff, sites, steer, undo_surgery
+from tests.support.model_state import state_of
+from tests.support.operated_models import each_dtype, each_patient, operate, operated, reference
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
 from tests.support.zoo import HUB_NAMES, Patient, patient
-from tests.surgery.test_apply import each_dtype, each_patient, operate, operated, reference, state_of
 
 CALLED = ("mlp", *HUB_NAMES)  # patients all of whose sites are modules
 MODEL_VERBS = {
@@ -30,7 +31,7 @@ MODEL_VERBS = {
 
 
 def coefficients(model: nn.Module) -> list[Any]:
-    return [site.core.coeff.tolist() for site in sites(model).values()]
+    return [site.steering.coeff.tolist() for site in sites(model).values()]
 
 
 class Flattening(nn.Module):
@@ -56,12 +57,12 @@ def test_set_coeff_to_rows(value):
     model = operated("mlp").model
     set_coeff(model, value)
     assert coefficients(model) == [torch.as_tensor(value, dtype=torch.float32).tolist()] * 3
-    assert not any(site.core.coeff.requires_grad for site in sites(model).values())
+    assert not any(site.steering.coeff.requires_grad for site in sites(model).values())
     set_coeff(model, 1.0)
     assert coefficients(model) == [1.0] * 3
 
 
-NONSENSE = (float("nan"), -float("inf"), torch.tensor([1, float("nan")]), torch.ones(2, 2), torch.ones(0), 1e39)
+NONSENSE = (float("nan"), -float("inf"), torch.tensor([1, float("nan")]), torch.ones(2, 2, 2), torch.ones(0), 1e39)
 
 
 @pytest.mark.parametrize("value", [*NONSENSE, "strong", None, 1j, [[1.0], [1.0, 2.0]]], ids=repr)
@@ -77,7 +78,9 @@ def test_a_tensor_of_coefficients_stays_the_callers():
     rows = torch.ones(5, dtype=torch.float64)
     set_coeff(set_coeff(model, rows), torch.zeros(5))
     assert torch.equal(rows, torch.ones(5, dtype=torch.float64))
-    assert len({site.core.coeff.data_ptr() for site in sites(model).values()}) == 3
+    held = {site.steering.coeff.data_ptr() for site in sites(model).values()}
+    assert len(held) == 1
+    assert rows.data_ptr() not in held
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -102,7 +105,7 @@ def test_rows_that_are_flattened_with_their_tokens():
 def test_rows_that_do_not_fit_the_batch():
     found = operated("mlp")
     set_coeff(found.model, torch.ones(3))
-    with pytest.raises(surgery.InputError, match=r"coeff has 3 rows.*\(5, 'd_in'\)"):
+    with pytest.raises(surgery.InputError, match=r"coeff has 3 rows.*batch of 5"):
         found.run()
 
 

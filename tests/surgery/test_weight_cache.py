@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +14,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 from passes.infra.tolerance import disagreement
-from surgery import apply_surgery, set_coeff, sites
-from tests.surgery.test_lowerings import KEPT, inputs, model_of, operated, reference, shake
+from surgery import apply_surgery, refresh, set_coeff, sites
+from surgery.lowerings._weight_cache import WeightCache
+from tests.support.lowering_models import KEPT, inputs, model_of, operated, reference, shake
 
 
 @pytest.mark.parametrize("lowering", KEPT)
 def test_what_is_kept_is_made_once(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    module = importlib.import_module(f"surgery.lowerings.{lowering}")
-    plain = getattr(module, KEPT[lowering])
-    monkeypatch.setattr(module, KEPT[lowering], lambda site: (made.append(1), plain(site))[1])
+    plain = WeightCache.get
+
+    def counted(cache: WeightCache, name: str, make: Callable[[Any], Any]) -> Any:
+        if name != lowering:
+            return plain(cache, name, make)
+        return plain(cache, name, lambda site: (made.append(1), make(site))[1])
+
+    monkeypatch.setattr(WeightCache, "get", counted)
     model, x = operated(lowering), inputs()
     with torch.no_grad():
         for _ in range(3):
@@ -41,9 +46,11 @@ def test_what_is_kept_is_made_once(lowering: str, monkeypatch: pytest.MonkeyPatc
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "coeff": lambda m: set_coeff(m, -0.7),
-    "data": lambda m: [s.core.g.data.mul_(-1) for s in sites(m).values()],
-    "new data": lambda m: [setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()],
+    "in place": lambda m: _in_place(m),
+    "data": lambda m: refresh([s.core.g.data.mul_(-1) for s in sites(m).values()] and m),
+    "new data": lambda m: refresh([setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()] and m),
     "optimiser": lambda m: _train(m),
+    "fused optimiser": lambda m: _train(m, fused=True),
     "state dict": lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}),
     "state dict, assigned": lambda m: m.load_state_dict(
         {k: v.clone() * 0.5 for k, v in m.state_dict().items()}, assign=True
@@ -56,8 +63,14 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def _train(model: nn.Module) -> None:
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def _in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for site in sites(model).values():
+            site.core.g.mul_(-1)
+
+
+def _train(model: nn.Module, *, fused: bool = False) -> None:
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
     model(inputs()).square().sum().backward()
     optimiser.step()
 
@@ -93,6 +106,7 @@ def test_dense_compiled_follows_all_values_without_recompiling() -> None:
     other = copy.deepcopy(model)
     for site in sites(other).values():
         site.core.g.data.zero_()
+    refresh(other)
     with torch.no_grad():
         assert disagreement(run(x), reference(model, x)) is None
         assert disagreement(torch.compile(other)(x), reference(other, x)) is None
@@ -140,7 +154,7 @@ def test_copies_and_models_on_one_base_keep_weights_apart() -> None:
         first = model(x)
         twin = copy.deepcopy(model)
         for site in sites(twin).values():
-            site.core.g.data.zero_()
+            site.core.g.zero_()
         assert torch.equal(model(x), first)
         assert torch.equal(twin(x), model_of()(x))
         base = model_of()

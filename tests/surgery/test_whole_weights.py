@@ -13,9 +13,8 @@ from torch import fx, nn
 
 import surgery
 from surgery import inspect_sites, load_adapter, merge, save_adapter, set_coeff, sites, to_graph, undo_surgery
-from surgery.hosting.hosts import host_of
+from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-from tests.surgery.test_apply import state_of
 
 
 class Forward(nn.Module):
@@ -90,7 +89,7 @@ def reference(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> torch.Tens
     plain = copy.deepcopy(plain).double()
     for key, site in sites(model).items():
         U, S, Vh = (f.double() for f in (site.factors.U, site.factors.S, site.factors.Vh))
-        gains = S * F.elu(site.core.g.detach().double() * site.core.coeff.double())
+        gains = S * F.elu(site.core.g.detach().double() * site.steering.coeff.double())
         change = (U * gains[..., None, :]) @ Vh
         weight = plain.get_parameter(key if key in dict(plain.named_parameters()) else f"{key}.weight")
         with torch.no_grad():
@@ -138,7 +137,7 @@ def test_in_place(name, tmp_path):
         assert torch.equal(model(x), base)
         gains(model, 0.4)
         (site,) = sites(model).values()
-        assert host_of(site) == "weight"
+        assert site.host.name == "weight"
         assert site.delta_weight().shape == site.weight.shape
         expected = reference(model, plain, x)
         assert not torch.allclose(expected, base)
@@ -164,7 +163,7 @@ def test_in_a_graph(name, tmp_path):
     model, plain = operate(build(), x), build()
     expected = reference(model, plain, x)
     graph = to_graph(model, x)
-    assert [(node.kind, node.layout) for node in sites(graph).values()] == [
+    assert [(node.host.name, node.layout) for node in sites(graph).values()] == [
         ("weight", next(iter(sites(model).values())).layout)
     ]
     assert_close(graph(x).detach(), expected)
@@ -254,7 +253,7 @@ def test_a_weight_that_is_called_and_cut():
     x = some(3, 4)
     plain = copy.deepcopy(model)
     operate(model, x)
-    assert host_of(sites(model)["layer"]) == "weight"
+    assert sites(model)["layer"].host.name == "weight"
     assert_close(model(x).detach(), reference(model, plain, x))
     graph = fx.symbolic_trace(plain)
     with pytest.raises(surgery.TargetError, match="read by a module's call, and without one"):

@@ -1,0 +1,1 @@
+"""Small benchmarks of one layer or one factorisation."""

@@ -1,0 +1,1 @@
+"""Does it learn: every variant beside PEFT's methods."""

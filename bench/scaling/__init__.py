@@ -1,0 +1,1 @@
+"""How costs grow with rank, sites, tokens, width and the size of the graph."""

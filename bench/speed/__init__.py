@@ -1,0 +1,1 @@
+"""The speed matrix: contenders × runtimes × shapes."""

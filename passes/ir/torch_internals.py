@@ -1,0 +1,194 @@
+"""Everything of torch whose name begins with an underscore, and that these packages use: the one file to look through
+when a torch release moves something. ``tests/contracts/test_torch_internals.py`` keeps it the only one.
+
+What takes long to import (sympy, the inductor) is imported where it is called for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_leaves, tree_map, tree_map_only
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+__all__ = [
+    "Convolution",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "tree_flatten_with_path",
+    "tree_iter",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+]
+
+REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for its devices
+# Asked in each forward, so without a function of our own around them.
+script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
+function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside of ``vmap``, ``grad`` and their like
+
+Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` runs: Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for always true."""
+    return torch.compiler._is_exporting_flag
+
+
+def pass_over(function: Callable[..., object]) -> None:
+    """Let Dynamo run the frame of a function as it stands, and compile what it calls.
+
+    A torch without the call (some before 2.12) traces the frame instead: nothing is changed then, and the function has
+    to give the same result when it is traced.
+    """
+    if hasattr(torch._dynamo.eval_frame, "skip_code"):
+        torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module behind ``torch.compile``'s wrapper; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a graph module another graph, which is not copied and not compiled to code yet."""
+    model._graph = graph
+    graph.owning_module = model
+
+
+def module_of_script(model: torch.jit.ScriptModule, args: Any, kwargs: Any) -> fx.GraphModule:
+    """A TorchScript module as a graph module, by torch's converter."""
+    from torch._export.converter import TS2EPConverter
+
+    return TS2EPConverter(model, args, kwargs).convert().module()  # type: ignore[return-value]
+
+
+def graph_like(graph: fx.Graph) -> fx.Graph:
+    """An empty graph with another's tracer."""
+    return fx.Graph(tracer_cls=graph._tracer_cls)
+
+
+def copy_signature(source: fx.Graph, target: fx.Graph) -> None:
+    """Let a graph take its inputs and give its outputs in another's structure (a pytree, for a graph of ``export``)."""
+    target._codegen = copy.copy(source._codegen)
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Whether a node was erased from its graph."""
+    return node._erased
+
+
+def schema_of(target: object) -> Any:
+    """The schema of an ATen overload; None for anything else."""
+    return getattr(target, "_schema", None)
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """What tells a storage from all others that are alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_fake(value: object) -> TypeGuard[FakeTensor]:
+    """Whether a value is a fake tensor."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_with_symbols() -> FakeTensorMode:
+    """A fake tensor mode whose sizes may be symbols."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def python_dispatcher() -> contextlib.AbstractContextManager[None]:
+    """Run operations by torch's Python kernels: native ones may ask for symbolic sizes as numbers."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()  # type: ignore[no-any-return]
+
+
+def sizes_of_one_are_free() -> contextlib.AbstractContextManager[None]:
+    """Let ``torch.export`` treat a size of 1 like any other."""
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
+
+
+def load_package(path: Path) -> Any:
+    """Load an AOTInductor package."""
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[object]:
+    """Compile a graph module with the inductor; the paths of the files that belong in a package.
+
+    ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
+    """
+    return list(torch._inductor.aot_compile(module, args, kwargs, options=options))  # type: ignore[arg-type]
+
+
+def write_package(file: IO[bytes], files: list[Any]) -> None:
+    """Write compiled files into an AOTInductor package."""
+    from torch._inductor.package.package import package_aoti
+
+    package_aoti(file, files)
+
+
+def missing_cpp_compiler() -> Exception | None:
+    """Why the inductor has no C++ compiler, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return error
+    return None
+
+
+def has_line_tables() -> bool:
+    """Whether the inductor of this torch may write line tables, which name source files."""
+    from torch._inductor import config
+
+    return hasattr(config.aot_inductor, "enable_line_tables")
+
+
+def archive_reader(file: IO[bytes]) -> Any:
+    """Torch's reader of the records of an archive."""
+    return torch._C.PyTorchFileReader(file)
+
+
+def archive_writer(file: IO[bytes]) -> Any:
+    """Torch's writer of the records of an archive."""
+    return torch._C.PyTorchFileWriter(file)
+
+
+_ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def dynamo_source(node: fx.Node) -> tuple[str, str] | None:
+    """The root and the path of the module's tensor that a placeholder of Dynamo's stands for; None for any other.
+
+    Dynamo names a source ``L['self']._modules['lin']._parameters['weight']``: the root is ``L['self']``, and the path
+    ``lin.weight``.
+    """
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    text = str(name() if callable(name) else name)  # a method until torch 2.12
+    path = _ENTRY.findall(text)
+    return (_ENTRY.split(text)[0].rstrip("."), ".".join(path)) if path else None

@@ -1,0 +1,85 @@
+"""A weight that its owner reads without calling a module: the adapter becomes a parametrisation, ``W -> W + dW``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from surgery.hosting.subclasses import change_class
+from surgery.modules.adapter import Adapter
+from surgery.modules.host import Host
+
+
+class ReadWeight(Host):
+    """Host of an adapter on a weight that is read (``nn.MultiheadAttention.in_proj_weight``, a raw ``nn.Parameter``).
+
+    Only the weight itself can be intercepted. Of a packed weight, several parts may be sites, each some rows of it.
+
+    Attributes:
+        part: "q", "k" or "v", of a packed weight.
+    """
+
+    name = in_place = "weight"
+    changes_weight = True
+
+    def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None, part: str = "") -> None:
+        super().__init__(owner, weight_name, bias_name)
+        self.part = part
+        self.rows: tuple[int, int] | None = None
+
+    def parameter(self) -> torch.Tensor:
+        """The parameter that holds the base weight."""
+        owner: Any = self.owner
+        if parametrize.is_parametrized(owner, self.weight_name):
+            return owner.parametrizations[self.weight_name].original  # type: ignore[no-any-return]
+        return owner.get_parameter(self.weight_name)  # type: ignore[no-any-return]
+
+    def bias(self) -> torch.Tensor | None:
+        """The bias, of a part its entries."""
+        if self.bias_name is None:
+            return None
+        bias: torch.Tensor = getattr(self.owner, self.bias_name)
+        return bias if self.rows is None else bias[self.rows[0] : self.rows[1]]
+
+    def attach(self, adapter: Adapter) -> None:
+        """Register the adapter as a parametrisation."""
+        self.adapter = adapter
+        self.rows = adapter.rows
+        if parametrize.is_parametrized(self.owner):
+            for others in self.owner.parametrizations.values():  # type: ignore[operator,union-attr]
+                for other in others:
+                    if isinstance(other, Adapter):  # an earlier one, which knows the order before surgery
+                        self.order = other.host.order
+        parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
+
+    def detach(self) -> None:
+        """Remove the parametrisation; parameters are in the order that they had."""
+        owner: Any = self.owner
+        hosted = owner.parametrizations[self.weight_name]
+        if len(hosted) > 1:  # other parts of the weight
+            del hosted[next(i for i, other in enumerate(hosted) if other is self.adapter)]
+            return
+        cls = type(
+            owner
+        )  # a deep copy shares it: without a class of its own, removal would delete the original's property
+        change_class(owner, type(cls)(cls.__name__, cls.__bases__, dict(vars(cls))))  # type: ignore[misc]
+        parametrize.remove_parametrizations(owner, self.weight_name, leave_parametrized=False)
+        for parameter in self.order:
+            if parameter in owner._parameters:
+                owner._parameters[parameter] = owner._parameters.pop(parameter)
+
+    def put_weight(self, weight: torch.Tensor) -> None:
+        """Take the adapter off, and give the owner a new weight; of a part, new rows."""
+        base, name, owner = self.parameter(), self.weight_name, self.owner
+        if self.rows is not None:
+            start, stop = self.rows
+            weight = torch.cat([base.detach()[:start], weight, base.detach()[stop:]])
+        self.detach()
+        parameter = nn.Parameter(weight, requires_grad=base.requires_grad)
+        if parametrize.is_parametrized(owner, name):
+            owner.parametrizations[name].original = parameter  # type: ignore[index,operator,union-attr]
+        else:
+            owner._parameters[name] = parameter

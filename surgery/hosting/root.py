@@ -1,0 +1,207 @@
+"""The root of an operated model: its call is the one place that checks what is stale and what each row is to use."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.errors import InputError, SurgeryError
+from passes.ir.torch_internals import REPLICA, pass_over
+from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
+from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
+from surgery.modules.adapter import Adapter
+from surgery.modules.steering import Steering
+
+_CALLS = threading.RLock()  # coefficients of rows and tokens are written for the length of a call
+
+
+class Root(Pickles):
+    """Mixin of the module that was given to ``apply_surgery``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Check what is stale, then call the model; a frame that Dynamo skips, so that it runs before compiled code."""
+        state: State | None = vars(self).get(STATE)
+        if state is None or torch.compiler.is_compiling() or state.steering.armed:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if vars(self).get(REPLICA):  # of nn.DataParallel, whose threads share what is cached
+            _refuse_rows(state)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        before = _begin(self, state, args, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _end(state, before)
+
+    def __setstate__(self, values: dict[str, object]) -> None:
+        super().__setstate__(values)  # type: ignore[misc]
+        state: State | None = vars(self).get(STATE)
+        if state is not None:
+            state.steering.root = weakref.ref(self)  # type: ignore[assignment]
+
+
+class GeneratingRoot(Root):
+    """Root of a model that generates text: inside of ``generate``, the rows of a batch are repeated for beams."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``."""
+        state: State | None = vars(self).get(STATE)
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if state is None:
+            return generate(*args, **kwargs)
+        before, state.steering.generating = state.steering.generating, True
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            state.steering.generating = before
+
+
+pass_over(Root.__call__)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None] | None:
+    """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
+
+    Returns:
+        The buffers that the call has replaced, which :func:`_end` puts back.
+    """
+    steering, staleness = state.steering, state.staleness
+    before = None
+    sites_of(root, state)
+    staleness.check()
+    if state.coefficient is not None:
+        value, second = state.coefficient.of_call(root, args, kwargs, generating=steering.generating)
+        _CALLS.acquire()
+        before = dict(steering._buffers)
+        like = steering.coeff
+        steering._buffers["coeff"] = value.to(like.device, like.dtype)
+        steering._buffers["second"] = None if second is None else second.to(like.device, like.dtype)
+        steering.refresh_copies()
+    vars(steering)["armed"] = True
+    return before
+
+
+def _refuse_rows(state: State) -> None:
+    if state.coefficient is not None:
+        raise InputError("nn.DataParallel splits the batch, so that it takes no coeff for each row: use a number")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
+    """Disarm the sites."""
+    steering = state.steering
+    vars(steering)["armed"] = False
+    if before is not None:
+        steering._buffers.update(before)
+        steering.refresh_copies()
+        _CALLS.release()
+
+
+def make_root(model: nn.Module, state: State) -> None:
+    """Give a model its state, and make its class that of a root."""
+    vars(model)[STATE] = state
+    state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
+    if not isinstance(model, fx.GraphModule):
+        put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
+            type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
+
+
+def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a class of PyTorch's own, as a function of this file.
+
+    Dynamo passes over frames of ``torch.nn``, so that ``torch.compile`` would trace the call of such a root as well.
+    """
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+def unmake_root(model: nn.Module) -> None:
+    """Take state and class off a root."""
+    for mixin in (GeneratingRoot, Root):
+        if has_mixin(model, mixin):
+            take_off(model, mixin)
+    vars(model).pop(STATE, None)
+
+
+def call_as_it_is(model: nn.Module) -> None:
+    """Take off a root's own call, of a copy that is to be exported: its coefficient becomes an input."""
+    for module in model.modules():
+        for mixin in (GeneratingRoot, Root):
+            if has_mixin(module, mixin):
+                take_off(module, mixin)
+
+
+def share_steering(model: nn.Module, state: State, coming: Iterable[Adapter] = ()) -> None:
+    """Let all adapters of a root follow its coefficient; the first one registers it, of a graph each.
+
+    Args:
+        coming: adapters that are not in the model yet.
+    """
+    found = [*adapters_of(model).values(), *coming]
+    for i, site in enumerate(found):
+        site.share(state.steering, register=i == 0 or site.host.inlined)
+    state.staleness.forget()
+    if found:
+        wide = functools.reduce(torch.promote_types, (site.core.dtype for site in found), torch.float32)
+        devices = [site.device for site in found]
+        coeff = state.steering.coeff
+        if coeff.dtype != wide or coeff.device not in devices:
+            state.steering._buffers["coeff"] = coeff.to(devices[0], wide)
+        state.steering.spread(devices)
+
+
+def roots_of(model: object) -> list[nn.Module]:
+    """The roots that a verb works on: the model itself, or all that it contains.
+
+    Raises:
+        SurgeryError: it carries no surgery, or is a part of a root.
+    """
+    model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
+    if state_of(model) is not None:
+        return [model]
+    roots = [module for module in model.modules() if state_of(module) is not None]
+    if roots:
+        return roots
+    found = adapters_of(model)
+    if not found:
+        raise SurgeryError(f"{type(model).__name__} carries no surgery: call apply_surgery or load_adapter first")
+    first = next(iter(found.values()))
+    root = first.steering.root() if first.steering.root is not None else None
+    if root is not None and any(module is model for module in root.modules()):
+        raise SurgeryError(
+            f"{type(model).__name__} is a part of a {type(root).__name__} that was operated on as a whole: call this "
+            f"on the {type(root).__name__}, whose sites share one coefficient"
+        )
+    _adopt(model, found)
+    return [model]
+
+
+def _adopt(model: nn.Module, found: dict[str, Adapter]) -> None:
+    """Make a root of a copy of a part, or of a layer that was moved elsewhere."""
+    key, first = next(iter(found.items()))
+    prefix = first.key.removesuffix(key)
+    known = first.steering.requires_grad
+    flags = {name.removeprefix(prefix): flag for name, flag in known.items() if name.startswith(prefix)}
+    before = first.steering
+    state = State(flags, steering=Steering(before.coeff.dtype, before.coeff.device))
+    state.steering.write(before.coeff, before.second)
+    if before.coeff.dim():
+        state.coefficient = Coefficient(before.coeff, before.second)
+    else:
+        state.number = float(before.coeff)
+    share_steering(model, state)
+    make_root(model, state)

@@ -1,0 +1,125 @@
+"""The coefficient of a model: one small module that the adapters of a root share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+HALF = (torch.float16, torch.bfloat16)
+NAMES = ("coeff", "second")
+
+
+class Steering(nn.Module):
+    """Holds ``coeff`` for all adapters of a root, so that a change is one write.
+
+    It is registered once, in the first adapter; the others hold it in a tuple. So it is never a child of a user's
+    module: ``nn.Sequential`` would call it.
+
+    Attributes:
+        coeff: a buffer, 0-d (all), (rows,), or (rows, positions); float32 or float64, whatever the model is cast to.
+        second: the coefficient along the other sequence of a model that has two, or None.
+        armed: True while the root is being called, which has checked what is derived from the cores. Only then do
+            lowerings use what is cached, and only then are rows known to be those of the call.
+        generating: True inside of the root's ``generate``.
+        rows: how rows relate to a batch, "exact", "repeat" or "tile".
+        requires_grad: flags of the root's parameters before surgery, for copies of its parts.
+        root: a weak reference to the model; a copy of a part has none, and is a root of its own from its first verb on.
+    """
+
+    coeff: torch.Tensor
+    second: torch.Tensor | None
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        super().__init__()
+        with torch.inference_mode(False):  # a tensor of inference mode could never be set
+            self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
+        self.register_buffer("second", None, persistent=False)
+        self.armed, self.generating, self.rows = False, False, "exact"
+        self.root: Callable[[], nn.Module | None] | None = None
+        self.requires_grad: dict[str, bool] = {}
+        self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._written: tuple[torch.Tensor, int, float] | None = None
+
+    def value(self, stream: int, device: torch.device) -> torch.Tensor:
+        """The coefficient for a site on a device, which follows the main (0) or the second sequence (1) of a model."""
+        coeff: torch.Tensor = self._buffers["coeff"]  # type: ignore[assignment]
+        if stream and self.second is not None:
+            coeff = self.second
+        if coeff.device == device:
+            return coeff
+        copy = self.copies.get((stream, device))
+        return coeff.to(device) if copy is None else copy
+
+    def write(self, coeff: torch.Tensor, second: torch.Tensor | None = None) -> None:
+        """Set the coefficient: in place where the sizes allow, which no compiled code notices."""
+        like = self.coeff
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in zip(NAMES, (coeff, second), strict=True):
+                old: torch.Tensor | None = self._buffers[name]
+                if old is not None and value is not None and old.shape == value.shape:
+                    old.copy_(value)
+                else:
+                    self._buffers[name] = None if value is None else value.to(like.device, like.dtype, copy=True)
+            self.refresh_copies()
+        mine = self.coeff
+        self._written = (mine, mine._version, float(coeff)) if coeff.dim() == 0 and not mine.is_inference() else None
+
+    def write_back(self) -> None:
+        """Write the coefficient again if something else wrote to it, as DDP does with that of the first rank."""
+        if self._written is None:
+            return
+        tensor, version, number = self._written
+        if tensor is self.coeff and tensor._version != version:
+            with torch.inference_mode(False), torch.no_grad():
+                tensor.fill_(number)
+            self._written = tensor, tensor._version, number
+            self.refresh_copies()
+
+    def refresh_copies(self) -> None:
+        """Bring the copies on other devices up to date."""
+        for stream, device in self.copies:
+            self._copy(stream, device)
+
+    def spread(self, devices: Iterable[torch.device]) -> None:
+        """Hold a copy on each other device that has sites."""
+        self.copies.clear()
+        for device in dict.fromkeys(devices):
+            if device != self.coeff.device:
+                for stream in (0, 1):
+                    self._copy(stream, device)
+
+    def _copy(self, stream: int, device: torch.device) -> None:
+        value = self._buffers[NAMES[stream]]
+        old = self.copies.get((stream, device))
+        if value is None:
+            value = self.coeff
+        if old is not None and old.shape == value.shape:
+            old.copy_(value)
+        else:
+            self.copies[stream, device] = value.to(device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
+        self.copies.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"armed": False, "generating": False, "root": None, "_written": None}
+
+    def extra_repr(self) -> str:
+        coeff = self.coeff
+        shown = f"{coeff.item():g}" if coeff.dim() == 0 and not coeff.is_meta else f"{tuple(coeff.shape)}"
+        return f"coeff={shown}"
+
+
+def keeping_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A conversion that moves tensors between devices, but casts none to a half dtype."""
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        out = fn(tensor)
+        return tensor.to(device=out.device) if out.dtype in HALF and tensor.dtype != out.dtype else out
+
+    return convert

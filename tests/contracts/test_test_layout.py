@@ -1,0 +1,58 @@
+"""How the tests are laid out: helpers live in ``tests/support``, and no test module needs another one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py"))
+MODULE = re.compile(r"\btests(\.\w+)*\.(test_\w+|conftest)\b")  # also in code for another process, kept as text
+
+
+def needed(source: str) -> set[str]:
+    """The test modules that a source imports, or names in a string."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or 'tests.x'}.{alias.name}" for alias in node.names]
+            names = [name if not node.level else f"tests.{name}" for name in names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value]
+        else:
+            continue
+        found |= {match.group() for name in names for match in MODULE.finditer(name)}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_module_needs_a_test_module(file):
+    assert needed((TESTS / file).read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tests.surgery." + "test_a import b",
+        "from tests.surgery import " + "test_a",
+        "import tests." + "test_a as b",
+        "from tests." + "conftest import b",
+        "from . import " + "test_a",
+        "from .test_a import b",
+        "CHILD = 'from tests.surgery." + "test_a import b'",
+        "MODEL = 'tests." + "test_a:model'",
+    ],
+)
+def test_every_way_to_need_one_is_found(source):
+    assert needed(source)
+
+
+def test_support_holds_no_tests():
+    for path in (TESTS / "support").glob("*.py"):
+        functions = [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        assert not [name for name in functions if name.startswith("test_")], path

@@ -1,0 +1,22 @@
+"""Operated models to export as dense checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery import (
+    apply_surgery,
+)
+from surgery.variants import REGISTRY
+from tests.support.checkpoints import disturb
+from tests.support.zoo import Patient, patient
+
+
+def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
+    p = patient(name, dtype)
+    options.setdefault("calibration", [p.inputs] if REGISTRY[variant]().needs_calibration else None)
+    apply_surgery(p.model, variant, example_inputs=p.inputs, progress=False, **{"r": 6, **options})
+    disturb(p.model)
+    return p

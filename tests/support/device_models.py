@@ -1,0 +1,61 @@
+"""Operated models on a device that is not the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from surgery import (
+    Contrast,
+    apply_surgery,
+    sites,
+)
+from surgery.variants import REGISTRY
+from tests.support.zoo import Patient, patient
+
+
+def on(device: torch.device, given: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
+
+
+def there(device: torch.device, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
+    """A patient on the accelerator."""
+    found = patient(name, dtype)
+    model = found.model.to(device)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # a move to a device that is not one of torch's own unties them
+    return Patient(name, model, on(device, found.inputs))
+
+
+def calibration(variant: str, found: Patient) -> Any:
+    """Data for variants that need it."""
+    inputs = found.inputs
+    if variant == "sspace":
+        return Contrast([inputs], [tree_map_only(Tensor, lambda t: t.flip(0) * 2, inputs)])
+    return [inputs] if REGISTRY[variant]().needs_calibration else None
+
+
+def operated(found: Patient, variant: str = "antipasto", r: int = 4, **kwargs: Any) -> Patient:
+    """The patient with a core away from its start."""
+    kwargs = {"target_modules": "all-linear", "calibration": calibration(variant, found), **kwargs}
+    apply_surgery(found.model, variant, r=r, example_inputs=found.inputs, progress=False, **kwargs)
+    with torch.no_grad():
+        for i, site in enumerate(sites(found.model).values()):
+            for j, p in enumerate(site.core.parameters()):
+                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + j), dtype=p.dtype)
+                p.add_(0.3 * noise.to(p.device))
+    return found
+
+
+def all_on(model: nn.Module, device: torch.device) -> None:
+    """No tensor of the model is anywhere else."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != device.type]
+    assert not elsewhere, elsewhere
+
+
+NAME = os.environ.get("DEVICE", "standin")

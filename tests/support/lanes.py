@@ -1,0 +1,65 @@
+"""The lanes of the tests, and what one process of a parallel run should take together.
+
+``fast`` (``make check``) is found, not written: every test of passes, surgery and the contracts that names no model of
+transformers, no exporter and no process, and captures no graph itself. A run of the lane fails if it imports
+transformers or ONNX all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.zoo import HUB
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("tests/passes/", "tests/surgery/", "tests/contracts/")
+HEAVY = ("transformers", "onnx", "onnxruntime")
+SLOW = re.compile(
+    r"(import|from) (transformers|onnx|exporters|subprocess|tests\.support\.(expert_models|processes|fuzz))\b"
+    r"|torch\.compile\(|in_child|run_fresh|\.spawn\(|operated_graphs"
+)
+LARGE = re.compile("|".join(rf'"{name}"' for name in HUB) + "|HUB|ALL_NAMES")
+CAPTURES = re.compile(r"\b(to_graph|pipeline)\(")
+
+
+@functools.cache
+def _source(thing: Any) -> str:
+    return inspect.getsource(thing)
+
+
+def models_of(item: pytest.Item) -> set[str]:
+    """The models of transformers that a test is given."""
+    given = getattr(item, "callspec", None)
+    return {value for value in given.params.values() if isinstance(value, str) and value in HUB} if given else set()
+
+
+def may_be_fast(path: Path) -> bool:
+    """Whether a file of tests can have any of the fast lane."""
+    place = path.relative_to(ROOT).as_posix()
+    return place.startswith(ROOMS) and not SLOW.search(path.read_text())
+
+
+def is_fast(item: pytest.Item) -> bool:
+    """Whether a test belongs to the lane that is run on every save."""
+    if not may_be_fast(item.path) or item.get_closest_marker("full") or models_of(item):
+        return False
+    given = "callspec" in vars(item)
+    large = LARGE.search(_source(item.function)) and not (given and "name" in item.callspec.params)
+    return not (large or CAPTURES.search(_source(item.function)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """What should run in one process: the tests of a model share captures and exports, the rest goes by function."""
+    return "-".join(sorted(models_of(item))) or f"{item.nodeid.partition('[')[0]}"
+
+
+def imported() -> list[str]:
+    """What the fast lane must not import, and has."""
+    return [name for name in HEAVY if name in sys.modules]

@@ -1,0 +1,67 @@
+"""Models of the zoo after surgery, their cores at random values, and the same function in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from surgery import apply_surgery, sites
+from tests.support.zoo import ALL_NAMES, Patient, patient
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_patient = pytest.mark.parametrize("name", ALL_NAMES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def randomise(model: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Give every core normal values, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for site in sites(model).values():
+            for parameter in site.core.parameters():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def operate(found: Patient, **options: Any) -> Patient:
+    """Operate on a patient, knowing its inputs."""
+    options = {"variant": "antipasto", "r": 16, "example_inputs": found.inputs, "progress": False, **options}
+    assert apply_surgery(found.model, **options) is found.model
+    return found
+
+
+@functools.cache
+def _operated(name: str, dtype: torch.dtype) -> Patient:
+    return operate(patient(name, dtype))
+
+
+def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
+    """A patient after surgery, its cores at random values."""
+    found = copy.deepcopy(_operated(name, dtype))
+    randomise(found.model, scale)
+    return found
+
+
+def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Module:
+    """The base in float64 with ``W + U diag(S elu(coeff g)) Vh`` in place of the weight of each operated site."""
+    base = patient(found.name, dtype).model.double()
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for key, site in sites(found.model).items():
+            U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
+            delta = U * (S * F.elu(coeff * site.core.g.double())) @ Vh
+            parameters.get(key, parameters.get(f"{key}.weight")).add_(delta if site.layout == "out_in" else delta.T)
+    return base
+
+
+def frozen(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+    """A patient as it is before surgery, without trainable parameters."""
+    found = patient(name, dtype)
+    found.model.requires_grad_(False)
+    return found
