@@ -28,7 +28,9 @@ class Root(Pickles):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check what is stale, then call the model; a frame that Dynamo skips, so that it runs before compiled code."""
         state: State | None = vars(self).get(STATE)
-        if state is None or torch.compiler.is_compiling() or state.steering.armed:
+        if state is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if state.steering.armed and state.steering.caller in (None, threading.get_ident()):  # within such a call
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if vars(self).get(REPLICA):  # of nn.DataParallel, whose threads share what is cached
             _refuse_rows(state)
@@ -78,12 +80,18 @@ def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.T
     staleness.check()
     if state.coefficient is not None:
         value, second = state.coefficient.of_call(root, args, kwargs, generating=steering.generating)
-        _CALLS.acquire()
-        before = dict(steering._buffers)
         like = steering.coeff
-        steering._buffers["coeff"] = value.to(like.device, like.dtype)
-        steering._buffers["second"] = None if second is None else second.to(like.device, like.dtype)
-        steering.refresh_copies()
+        value = value.to(like.device, like.dtype)
+        second = None if second is None else second.to(like.device, like.dtype)
+        _CALLS.acquire()  # until _end
+        before = dict(steering._buffers)
+        steering._buffers.update(coeff=value, second=second)
+        vars(steering)["caller"] = threading.get_ident()
+        try:
+            steering.refresh_copies()
+        except BaseException:
+            _end(state, before)
+            raise
     vars(steering)["armed"] = True
     return before
 
@@ -97,7 +105,7 @@ def _refuse_rows(state: State) -> None:
 def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
     """Disarm the sites."""
     steering = state.steering
-    vars(steering)["armed"] = False
+    vars(steering).update(armed=False, caller=None)
     if before is not None:
         steering._buffers.update(before)
         steering.refresh_copies()

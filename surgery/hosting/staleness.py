@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from surgery.support.change_detection import version_of
+
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
 
@@ -79,7 +81,7 @@ class Staleness:
         if coeff.dim():
             return  # nothing is derived from the coefficients of rows and tokens
         self.steering.write_back()
-        version = 0 if coeff.is_inference() else coeff._version
+        version = version_of(coeff)
         if coeff is self.coeff and version == self.coeff_version:
             return
         value = float(coeff) if coeff.device.type == "cpu" else None  # elsewhere, reading it would synchronise
@@ -99,4 +101,4 @@ def _versions(tensors: list[torch.Tensor]) -> list[int]:
     try:
         return [t._version for t in tensors]
     except RuntimeError:  # tensors of inference mode have none
-        return [0 if t.is_inference() else t._version for t in tensors]
+        return [version_of(t) for t in tensors]

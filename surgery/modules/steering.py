@@ -23,6 +23,7 @@ class Steering(nn.Module):
         second: the coefficient along the other sequence of a model that has two, or None.
         armed: True while the root is being called, which has checked what is derived from the cores. Only then do
             lowerings use what is cached, and only then are rows known to be those of the call.
+        caller: the thread whose rows or tokens ``coeff`` holds for the length of its call of the root; others wait.
         generating: True inside of the root's ``generate``.
         rows: how rows relate to a batch, "exact", "repeat" or "tile".
         requires_grad: flags of the root's parameters before surgery, for copies of its parts.
@@ -38,6 +39,7 @@ class Steering(nn.Module):
             self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
         self.register_buffer("second", None, persistent=False)
         self.armed, self.generating, self.rows = False, False, "exact"
+        self.caller: int | None = None
         self.root: Callable[[], nn.Module | None] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -107,7 +109,7 @@ class Steering(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"armed": False, "generating": False, "root": None, "_written": None}
+        return vars(self) | {"armed": False, "caller": None, "generating": False, "root": None, "_written": None}
 
     def extra_repr(self) -> str:
         coeff = self.coeff

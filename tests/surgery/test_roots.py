@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -254,3 +255,35 @@ def test_whoever_wrapped_a_forward_meanwhile_goes_on(verb: Any) -> None:
     verb(model)
     expected = base if verb is undo_surgery else live
     assert torch.allclose(model(X), expected, atol=1e-5)
+
+
+def test_calls_of_two_threads_have_the_coefficients_of_their_own_tokens() -> None:
+    first, entered, go = threading.get_ident(), threading.Event(), threading.Event()
+
+    class Waiting(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if threading.get_ident() == first and x.shape[1] == 3:
+                entered.set()
+                go.wait(0.3)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = shaken(Waiting().eval())
+    tokens, short = torch.tensor([[0.0, 1.0, -1.0], [0.5, -0.5, 2.0]]), X[:, :2]
+    found: list[torch.Tensor] = []
+
+    def other() -> None:
+        entered.wait()
+        with torch.no_grad():
+            found.append(model(short))
+        go.set()
+
+    with torch.no_grad(), steer(model, tokens):
+        expected = [model(X[:, :3]), model(short)]
+        entered.clear()
+        thread = threading.Thread(target=other)
+        thread.start()
+        mine = model(X[:, :3])
+        thread.join()
+    assert torch.equal(mine, expected[0])
+    assert torch.equal(found[0], expected[1])
