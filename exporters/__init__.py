@@ -24,14 +24,14 @@ import os
 
 from torch import nn
 
-from exporters.checkpoint.merge import merge_checkpoint
+from exporters.checkpoint.merge_folder import merge_checkpoint
 from exporters.compile import compiled
 from exporters.onnx.cores import check_core, export_core
 from exporters.program.swap import swap
+from exporters.shared.export_report import Exported, ExportReport
 from exporters.shared.exporter import load_exporter
 from exporters.shared.options import parse
 from exporters.shared.publish import publish, staged
-from exporters.shared.report import Exported, ExportReport
 from surgery.errors import ExportError
 from surgery.hosting.root import roots_of
 from surgery.hosting.state import adapters_of, unwrap

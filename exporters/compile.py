@@ -9,7 +9,7 @@ from torch import nn
 
 from exporters.program.live_program import call_of
 from exporters.shared.agreement import differ
-from exporters.shared.report import working_copy
+from exporters.shared.export_report import working_copy
 from exporters.shared.subject import Subject
 from surgery import pipeline
 from surgery.errors import ExportError

@@ -42,7 +42,7 @@ class SavedRows:
         """Rows without an error that have these settings, and were measured by this code on this machine.
 
         Args:
-            source: as ``bench.common.provenance.environment`` gives it.
+            source: as ``bench.common.result_provenance.environment`` gives it.
         """
         return [
             row

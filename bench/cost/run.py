@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.cost.rows import SavedRows, device_in
 from bench.cost.worker import BASE, FULL, CostSettings
 from passes.errors import InputError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.common import corpus
 from bench.common.figures import demo_figure
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.demo.graph_path import through_the_compiler
 from bench.demo.results import DemoSettings, Results, bits
 from bench.models.byte_lm import held_out_loss, language_model_loss

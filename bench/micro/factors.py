@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common.memory import Meter
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.runs import step
 from bench.common.timing import alternate
 from bench.models.random_weights import TwoLinears, weight_of

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.results_store import Store, lines
 from bench.common.timing import Run, paired, quartiles
 from bench.models.decoder_layer import HEAD, HEADS, HIDDEN, KV_HEADS, MLP, SEED, Layer, lora, naive, operated

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.quality import step_time as quality_steps
 from bench.quality.figure import quality_figure
 from bench.quality.methods import BASE, EXTENSION, GRID, Method, methods, rate

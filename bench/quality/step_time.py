@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.common import corpus
 from bench.common.paired_timing import spread
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.timing import alternate
 from bench.quality.methods import BASE, Method, build
 from bench.quality.training import QualitySettings, Trainer, prepare

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.timing import power
 from passes.ir import adapter_trace as trace
 from surgery import apply_surgery, pipeline

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common.paired_timing import run_of, spread, timed
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.results_store import Store, lines
 from bench.common.runs import products
 from bench.common.timing import alternate

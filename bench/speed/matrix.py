@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.common.paired_timing import run_of, timed
-from bench.common.provenance import environment
+from bench.common.result_provenance import environment
 from bench.common.results_store import Store, key, read
 from bench.models.decoder import CONFIGS, Shape, Sizes, decoder, inputs, shapes
 from bench.speed.check import LIMIT, Answer, answer, errors

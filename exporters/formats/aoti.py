@@ -33,9 +33,9 @@ from exporters.program.metadata import FORMAT, LoadedProgram, replaceable_names
 from exporters.program.swap import swap
 from exporters.shared.agreement import compare_program, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
+from exporters.shared.export_report import Exported
 from exporters.shared.failures import type_and_message
 from exporters.shared.options import option
-from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.ir.forward_context import quiet
 from passes.ir.torch_internals import (

@@ -20,9 +20,9 @@ from torch import nn
 from exporters.checkpoint.folder import SINGLE
 from exporters.checkpoint.save_and_load import Saves, load_pretrained, load_state, save_pretrained, unshared
 from exporters.checkpoint.verify import merge_error
+from exporters.shared.export_report import Exported, example_call, working_copy
 from exporters.shared.failures import run_on_examples, type_and_message
 from exporters.shared.options import option
-from exporters.shared.report import Exported, example_call, working_copy
 from passes.analysis.linear_sites import part_of
 from passes.capture.capture import default_inputs, is_pretrained
 from passes.infra.tolerance import ELSEWHERE, relative_error

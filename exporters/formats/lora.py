@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from exporters.peft.check import check_sites, output_deviation, outputs_of, wrapped_outputs
 from exporters.peft.layers import PeftTarget, config_as_written, fill, layers, lora_config, peft_targets
 from exporters.peft.low_rank import LowRankProduct, low_rank
+from exporters.peft.peft_check import check_sites, output_deviation, outputs_of, wrapped_outputs
+from exporters.shared.export_report import Exported, example_call, need, working_copy
 from exporters.shared.options import option
-from exporters.shared.report import Exported, example_call, need, working_copy
 from passes.capture.capture import hub_inputs, is_pretrained
 from passes.errors import InputError
 from passes.infra.tolerance import RELATIVE

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from exporters.onnx.adapter_inputs import AdapterInput, coefficient_input, core_inputs
-from exporters.onnx.capture import convert, named_inputs, steerable_rows
 from exporters.onnx.cores import write_core
 from exporters.onnx.finish import finish, save, tensor_bytes, written_size
 from exporters.onnx.generation import Cached, compare_generation
+from exporters.onnx.onnx_program import convert, named_inputs, steerable_rows
 from exporters.onnx.runtime import Runtime, check_file, coefficients, compare_with_runtime, providers
+from exporters.shared.export_report import Exported, need, working_copy
 from exporters.shared.functional import Function, FunctionalModel
 from exporters.shared.options import option
-from exporters.shared.report import Exported, need, working_copy
 from surgery.errors import ExportError
 from surgery.verbs.apply import detach_all
 from surgery.verbs.merge import merge

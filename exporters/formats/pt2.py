@@ -25,9 +25,9 @@ from torch import nn
 from exporters.program.live_program import Mode, foreign_operations, program_of, subject_of
 from exporters.shared.agreement import compare_program, refuse_wrong, sizes
 from exporters.shared.archive import archive
+from exporters.shared.export_report import Exported
 from exporters.shared.functional import COEFF
 from exporters.shared.options import option
-from exporters.shared.report import Exported
 
 DEFAULT_NAME = "model.pt2"
 

@@ -29,10 +29,10 @@ from torch import nn
 
 from exporters.program.live_program import NOISY, Mode, subject_of
 from exporters.shared.agreement import compare_program, sizes
+from exporters.shared.export_report import Exported
 from exporters.shared.failures import type_and_message
 from exporters.shared.functional import COEFF, set_forward
 from exporters.shared.options import option
-from exporters.shared.report import Exported
 from exporters.shared.subject import Subject
 from passes.capture.capture import keyword_inputs
 from passes.errors import SurgeryError

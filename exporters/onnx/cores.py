@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from exporters.shared.export_report import Exported, ExportReport, need
 from exporters.shared.publish import publish, staged
-from exporters.shared.report import Exported, ExportReport, need
 from exporters.shared.site_signature import SiteSignature, digest
 from surgery.errors import ExportError
 from surgery.hosting.state import unwrap

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from exporters.onnx.adapter_inputs import AdapterInput
-from exporters.onnx.capture import flat_inputs
+from exporters.onnx.onnx_program import flat_inputs
 from exporters.shared.functional import COEFF
 from exporters.shared.publish import part_name
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.onnx.capture import flat_inputs
+from exporters.onnx.onnx_program import flat_inputs
 from exporters.shared.functional import COEFF
 from exporters.shared.outputs import valid_positions
 from passes.infra.tolerance import ELSEWHERE, relative_error

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from exporters.program.metadata import FORMAT, contents
+from exporters.shared.export_report import example_call, working_copy
 from exporters.shared.failures import run_on_examples, type_and_message
 from exporters.shared.functional import COEFF, CalledGraph, Function, FunctionalModel, coefficient_names
-from exporters.shared.report import example_call, working_copy
 from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
 from passes.errors import SurgeryError

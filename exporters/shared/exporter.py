@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, cast
 
 from torch import nn
 
-from exporters.shared.report import Exported
+from exporters.shared.export_report import Exported
 
 OptionsT = TypeVar("OptionsT", contravariant=True)
 FORMATS = "exporters.formats"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.shared.report import Exported, ExportReport
+from exporters.shared.export_report import Exported, ExportReport
 from surgery.errors import ExportError
 from surgery.support.atomic_directory import aside, is_left_over, locked, parents_of, sync_folder
 from surgery.support.untrusted_files import path_of

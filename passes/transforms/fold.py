@@ -7,7 +7,7 @@
 * ``S`` meets its neighbour: ``(x Vh^T) * (S * e)  ->  (x (S Vh)^T) * e``, where every reader of ``x Vh^T`` scales by S;
   in a product that several sites share (:mod:`passes.transforms.fuse_projections`), each site's own rows.
 * An adapter whose every tensor is frozen, its coefficient included, becomes a dense weight
-  (:mod:`passes.transforms.merge`): the graph then has the base's nodes and no others.
+  (:mod:`passes.transforms.merge_adapters`): the graph then has the base's nodes and no others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from passes.ir.provenance import adapter_instances, provenance_of, sites_by_prod
 from passes.transforms.fold_constants import fold_constants, store
 from passes.transforms.fuse_projections import parts_of
 from passes.transforms.insert import InsertionPoint, insert_delta
-from passes.transforms.merge import Merge, take_out
+from passes.transforms.merge_adapters import Merge, take_out
 
 aten = torch.ops.aten
 

@@ -26,7 +26,7 @@ from passes.ir.provenance import adapter_instances
 from passes.transforms.fold import Fold
 from passes.transforms.fuse_projections import Fuse, shared_factor_names
 from passes.transforms.insert import Insert
-from passes.transforms.merge import Merge
+from passes.transforms.merge_adapters import Merge
 from passes.transforms.propagate_metadata import Annotate
 from surgery.hosting.checks import check_flags, check_form
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite

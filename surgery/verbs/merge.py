@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from passes.errors import InputError
 from passes.ir.forward_context import outside_inference_mode
-from passes.transforms.merge import Merge, other_readers
+from passes.transforms.merge_adapters import Merge, other_readers
 from surgery.errors import VariantError, WeightError
 from surgery.hosting.checks import check_flags, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite

@@ -308,7 +308,7 @@ from safetensors.torch import load_file, save_file
 from exporters.program.live_program import subject_of
 from exporters.shared.agreement import compare_program
 from exporters.shared.options import option
-from exporters.shared.report import Exported
+from exporters.shared.export_report import Exported
 
 DEFAULT_NAME = "model.toy"
 

@@ -1,4 +1,4 @@
-"""One name, one meaning: no two files define a class, or a public function of the library, under the same name."""
+"""One name, one meaning: of files, and of the classes and public functions that they define."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ def homonyms(sources: dict[str, str]) -> dict[str, list[str]]:
             if name not in SAME and not path.startswith(INTERFACES.get(name, "nowhere")):
                 places[name].append(path)
     return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+# Files of one name and one meaning, and those that stand for a name that users say: a format, a lowering.
+ROOMS = {"__init__.py", "__main__.py", "errors.py", "cli.py"}
+SAID = {"dense.py"}  # a lowering and an export format
+
+
+def test_one_file_name_has_one_meaning():
+    places = defaultdict(list)
+    for name in LIBRARY:
+        for path in (ROOT / name).rglob("*.py"):
+            if path.name not in ROOMS | SAID:
+                places[path.name].append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_one_name_has_one_meaning():

@@ -346,7 +346,7 @@ import os, resource, sys, time
 import torch
 torch.set_num_threads(1)
 from exporters import merge_checkpoint
-from exporters.checkpoint import merge as _checkpoint
+from exporters.checkpoint import merge_folder as _checkpoint
 base, adapter, out, mode = sys.argv[1:]
 if mode == "slow":
     real = _checkpoint._merge_group

@@ -19,7 +19,7 @@ from passes.infra.dialect import check_graph
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.provenance import provenance_of
 from passes.transforms.fuse_projections import Fuse, StackedRows
-from passes.transforms.merge import Merge
+from passes.transforms.merge_adapters import Merge
 from surgery import apply_surgery, fold, fuse, load_adapter, save_adapter, set_coeff, sites, steer, to_graph
 from surgery.hosting.state import record_of
 from tests.support.fused_graphs import aten, block, graphs, holders, operated, products, run, trained

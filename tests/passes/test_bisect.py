@@ -13,7 +13,7 @@ from passes.errors import PassError
 from passes.infra.pass_base import Pass
 from passes.infra.pass_manager import Culprit, bisect, run_pipeline
 from passes.transforms.fold import Fold
-from passes.transforms.merge import Merge
+from passes.transforms.merge_adapters import Merge
 from surgery import sites
 from tests.support.pass_stages import KEYS, STAGES, X, after, between, chain, graph_of, named, nodes_at, operated
 from tests.support.tolerance import assert_close

@@ -13,7 +13,7 @@ import surgery
 from passes.infra.dialect import check_graph
 from passes.ir.provenance import adapter_instances, provenance_of
 from passes.transforms.fuse_projections import Fuse
-from passes.transforms.merge import Merge
+from passes.transforms.merge_adapters import Merge
 from surgery import apply_surgery, fold, fuse, merge, set_coeff, sites, to_graph
 from surgery.variants import REGISTRY
 from tests.support.fused_graphs import (

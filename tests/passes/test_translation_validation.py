@@ -16,10 +16,10 @@ from passes.infra.translation_validation import Validation
 from passes.ir.provenance import provenance_of
 from passes.transforms import fold as fold_pass
 from passes.transforms import fold_constants as constants
-from passes.transforms import merge as merge_pass
+from passes.transforms import merge_adapters as merge_pass
 from passes.transforms.fold import Fold
 from passes.transforms.insert import Insert
-from passes.transforms.merge import Merge
+from passes.transforms.merge_adapters import Merge
 from surgery import apply_surgery, fold, merge, set_coeff, sites, to_graph
 from surgery.modules.adapter import Adapter
 from tests.support.graph_listing import listing, tensors

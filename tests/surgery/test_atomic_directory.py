@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from exporters.checkpoint.journal import resumable
+from exporters.shared.export_report import Exported
 from exporters.shared.publish import part_name, publish, staged
-from exporters.shared.report import Exported
 from surgery import save_adapter
 from surgery.errors import AdapterError, ExportError
 from surgery.storage.adapter_file import CONFIG, TENSORS, open_adapter

@@ -16,10 +16,10 @@ import torch
 from torch import fx, nn
 
 from exporters.onnx.adapter_inputs import AdapterInput
+from exporters.shared.export_report import example_call
 from exporters.shared.failures import run_on_examples, type_and_message
 from exporters.shared.functional import CalledGraph, Function, FunctionalModel, set_forward
 from exporters.shared.outputs import output_names
-from exporters.shared.report import example_call
 from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs, with_two_rows
 from passes.errors import InputError
 from passes.ir.forward_context import keep_forward, quiet

@@ -21,7 +21,7 @@ from exporters.checkpoint.journal import Journal, resumable
 from exporters.checkpoint.plan import MergePlan, plan_merge
 from exporters.checkpoint.tensor_io import read_header, sync
 from exporters.checkpoint.verify import merge_error
-from exporters.shared.report import ExportReport
+from exporters.shared.export_report import ExportReport
 from passes.analysis.linear_sites import part_of
 from surgery.errors import ExportError
 from surgery.hosting.checks import check_flags
