@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exporters.checkpoint.folder import Checkpoint, Json, read_checkpoint
+from exporters.checkpoint.folder import Checkpoint, read_checkpoint
 from exporters.checkpoint.hf_names import INSTEAD, CheckpointNames, Group
 from exporters.checkpoint.tensor_io import DTYPES
 from exporters.checkpoint.ties import copies_to_untie
@@ -19,6 +19,7 @@ from passes.errors import InputError
 from surgery.cli.inspect import load_model
 from surgery.errors import AdapterError, ExportError, VariantError
 from surgery.storage.site_entry import base_of, check_entry, variant_of
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
 
 if TYPE_CHECKING:
@@ -47,14 +48,14 @@ class MergePlan:
     copies: dict[str, str]
     groups: list[Group]
     rewritten: set[str]
-    sites: dict[str, Json]
+    sites: dict[str, JsonObject]
     variant: Variant
     stored: str
     coeff: float
     digest: str
 
 
-def plan_merge(folder: Path, adapter: Path, config: Json, coeff: float, untie: bool) -> MergePlan:
+def plan_merge(folder: Path, adapter: Path, config: JsonObject, coeff: float, untie: bool) -> MergePlan:
     """MergePlan the merge of an adapter into a checkpoint.
 
     Args:
@@ -113,7 +114,7 @@ def _meta_model(base: Checkpoint) -> transformers.PreTrainedModel | None:
 
 
 def _check_weight(
-    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: Json, copies: dict[str, str]
+    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: JsonObject, copies: dict[str, str]
 ) -> None:
     """Check shape and dtype of a weight, of which only the header was read."""
 
@@ -131,7 +132,7 @@ def _position(base: Checkpoint, key: str) -> tuple[str, int]:
     return base.where[key], base.files[base.where[key]].entries[key].start
 
 
-def _digest(base: Checkpoint, config: Json, coeff: float, untie: bool) -> str:
+def _digest(base: Checkpoint, config: JsonObject, coeff: float, untie: bool) -> str:
     """Of all that decides what is written; of the base's tensors, header, size and time stand for the content."""
     digest = hashlib.sha256(json.dumps(config).encode())  # it has the digest of the adapter's tensors
     state = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in base.files.items()}

@@ -14,14 +14,13 @@ from exporters.shared.functional import COEFF
 from exporters.shared.site_signature import SiteSignature, TensorSignature
 from surgery.errors import ExportError
 from surgery.support.fingerprint import dtype_name
-from surgery.support.untrusted_files import parse_json
+from surgery.support.untrusted_files import JsonObject, parse_json
 from surgery.verbs.steer import sites
 
 FORMAT, VERSION = "sspace-program", 1
 PARTS = ("core", "factors")
 LoadedProgram = Any  # an ExportedProgram, its module, or a compiled package, whose class torch keeps to itself
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Json = dict[str, Any]
 Names = dict[str, list[str]]  # of one part of a site: its tensors, and what the program calls each
 
 
@@ -47,7 +46,7 @@ class ProgramMetadata:
     sites: Mapping[str, ProgramSite]
 
 
-def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Tensor]) -> Json:
+def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Tensor]) -> JsonObject:
     """The metadata of a live program, as JSON.
 
     Args:
@@ -82,7 +81,7 @@ def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Ten
     }
 
 
-def replaceable_names(meta: Json) -> set[str]:
+def replaceable_names(meta: JsonObject) -> set[str]:
     """Names of all tensors of a live program that can be replaced, from the metadata of its graph."""
     held = meta.get("custom", {}).get(FORMAT)
     if held is None:
@@ -123,7 +122,7 @@ def read_metadata(loaded: LoadedProgram) -> ProgramMetadata:
     return _parsed(held)
 
 
-def _parsed(held: Json) -> ProgramMetadata:
+def _parsed(held: JsonObject) -> ProgramMetadata:
     found = {}
     for key, entry in held["sites"].items():
         core, factors = (
@@ -136,7 +135,7 @@ def _parsed(held: Json) -> ProgramMetadata:
     return ProgramMetadata(held["knob"], DTYPES[held["dtype"]], held["device"], found)
 
 
-def _is_whole(held: Json) -> bool:
+def _is_whole(held: JsonObject) -> bool:
     """Whether what a program says of its adapter is what :func:`contents` makes."""
     kinds = {"variant": str, "hyperparameters": dict, "r": int, "fingerprint": str, "core": dict, "factors": dict}
     if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}):
@@ -156,8 +155,8 @@ def _has(value: object, kinds: Mapping[str, type]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
-def _tensor_entry(tensor: TensorSignature, names: list[str]) -> Json:
-    entry: Json = {"names": names, "shape": list(tensor.shape), "dtype": tensor.dtype}
+def _tensor_entry(tensor: TensorSignature, names: list[str]) -> JsonObject:
+    entry: JsonObject = {"names": names, "shape": list(tensor.shape), "dtype": tensor.dtype}
     return entry if tensor.fingerprint is None else {**entry, "fingerprint": tensor.fingerprint}
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from passes.errors import InputError
@@ -102,7 +102,9 @@ class _Recorder(TorchDispatchMode):
         if self.stack:
             self.stack.pop()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         for leaf in tree_iter((args, kwargs)):
             owners = self.owners.get(id(leaf), ()) if isinstance(leaf, nn.Parameter) else ()
             if not any(owner in self.stack for owner, _ in owners):

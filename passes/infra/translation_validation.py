@@ -152,7 +152,7 @@ class _Runner(fx.Interpreter):
 def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> Iterator[None]:
     """Replace the trainable tensors of all adapters by noise, and scale their coefficients, but for frozen ones."""
     generator = torch.Generator().manual_seed(seed)
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
     adapters = [(path, module) for path, module in graph_module.named_modules() if is_adapter(module)]
     try:
         for prefix, adapter in adapters:

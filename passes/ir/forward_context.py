@@ -9,7 +9,7 @@ import io
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +20,9 @@ from passes.ir.torch_internals import tree_iter
 P = ParamSpec("P")
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A tensor is the only argument, a tuple the positional ones, a mapping the keywords."""
 
 
 def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:

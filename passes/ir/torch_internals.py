@@ -134,7 +134,7 @@ def load_package(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[object]:
+def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, object]) -> list[object]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.

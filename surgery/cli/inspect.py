@@ -27,6 +27,7 @@ from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import initial_core
 from surgery.planning.target_selection import select_sites, site_ranks, why_not_chosen
 from surgery.support.hf_config import first_line, hub_config, model_class
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import DEFAULT, Variant, resolve_variant
 from surgery.verbs.apply import inspect_sites
 from surgery.verbs.argument_types import ExampleInputs, VariantLike
@@ -48,10 +49,10 @@ class Choice:
     ranks: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One mapping per site and skipped product, for machines."""
         groups = _siblings(self.inspection)
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         for site in self.inspection.sites:
             chosen = {"chosen": site.key in self.ranks, "r": self.ranks.get(site.key)}
             reads_with = [key for key in groups[site.key] if key != site.key]

@@ -25,7 +25,7 @@ _CALLS = threading.RLock()  # coefficients of rows and tokens are written for th
 class Root(Pickles):
     """Mixin of the module that was given to ``apply_surgery``."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Check what is stale, then call the model; a frame that Dynamo skips, so that it runs before compiled code."""
         state: State | None = vars(self).get(STATE)
         if state is None or torch.compiler.is_compiling():
@@ -51,7 +51,7 @@ class Root(Pickles):
 class GeneratingRoot(Root):
     """Root of a model that generates text: inside of ``generate``, the rows of a batch are repeated for beams."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """The model's own ``generate``."""
         state: State | None = vars(self).get(STATE)
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]
@@ -129,7 +129,7 @@ def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return forward(self, *args, **kwargs)
 
     return run

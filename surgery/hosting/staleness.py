@@ -8,11 +8,14 @@ write, by a hook of the process.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from surgery.modules.adapter import Adapter
+from surgery.modules.core import Core
+from surgery.modules.steering import Steering
 from surgery.support.change_detection import version_of
 
 _STEPS = [0]  # of all optimisers of the process
@@ -31,9 +34,9 @@ class Staleness:
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Any] | None = None
-        self.tables: list[dict[str, torch.Tensor | None]] = []
-        self.nested: list[Any] = []
+        self.sites: dict[str, Adapter] | None = None
+        self.tables: list[Mapping[str, torch.Tensor | None]] = []
+        self.nested: list[Core] = []
         self.tensors: list[torch.Tensor] = []
         self.versions: list[int] = []
         self.steps = -1
@@ -41,7 +44,7 @@ class Staleness:
         self.coeff_version = -1
         self.value: float | None = None
 
-    def watch(self, sites: dict[str, Any], steering: Any) -> None:
+    def watch(self, sites: dict[str, Adapter], steering: Steering) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
         if not _HOOKED[0]:
             _HOOKED[0] = True
@@ -58,7 +61,7 @@ class Staleness:
     def check(self) -> None:
         """Drop what the sites have cached if anything was written to since the last check."""
         assert self.sites is not None
-        now: list[Any] = [t for table in self.tables for t in table.values() if t is not None]
+        now: list[torch.Tensor] = [t for table in self.tables for t in table.values() if t is not None]
         for core in self.nested:
             now += [*core.parameters(), *core.buffers()]
         self._check_coefficient()
@@ -93,7 +96,7 @@ class Staleness:
     def __deepcopy__(self, memo: dict[int, object]) -> Staleness:
         return Staleness()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Staleness, ()
 
 

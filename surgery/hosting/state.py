@@ -21,6 +21,7 @@ from surgery.hosting.called_module import ATTRIBUTE
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
+from surgery.support.untrusted_files import JsonObject
 
 STATE = "_surgery"
 
@@ -43,7 +44,7 @@ class State:
 
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
     original: Any = None
     steering: Steering = field(default_factory=Steering)
     coefficient: Any = None

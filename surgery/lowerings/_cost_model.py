@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
@@ -105,7 +106,9 @@ def core_launches(variant: Variant, r: int) -> int:
 class _Launches(TorchDispatchMode):
     count: int = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 

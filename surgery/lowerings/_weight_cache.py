@@ -31,7 +31,7 @@ class WeightCache:
         number = next(COUNTER)
         self.handle = torch.tensor(number)
         self._site = weakref.ref(site)
-        self._cached: dict[str, Any] = {}
+        self._cached: dict[str, object] = {}
         SITES[number] = site
 
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
@@ -62,7 +62,7 @@ class WeightCache:
         """What is cached under a name, or None."""
         return self._cached.get(name)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         """All that is cached."""
         return list(self._cached.values())
 
@@ -72,5 +72,5 @@ class WeightCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the site makes one of its own
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(None), ()

@@ -13,7 +13,7 @@ from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call
 from passes.errors import InputError
-from passes.ir.forward_context import copied, inference_mode_of, state_kept
+from passes.ir.forward_context import ExampleInputs, copied, inference_mode_of, state_kept
 from surgery.hosting.called_module import ATTRIBUTE, Called
 from surgery.hosting.state import adapters_of
 from surgery.hosting.subclasses import without
@@ -27,7 +27,7 @@ REPEATS = 5
 Steps = tuple[tuple[int, str], ...]
 
 
-def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = False) -> None:
+def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, progress: bool = False) -> None:
     """Set the schedule of every called site by what the lowerings take on the example inputs.
 
     Sites of equal sizes, dtype and variant are timed once. For each number of tokens (those of the inputs, shares of
@@ -54,7 +54,7 @@ def _inputs(model: nn.Module, sites: list[Adapter], call: Any) -> list[tuple[Ada
     """One input of each site that a forward reaches."""
     found: dict[int, tuple[Adapter, torch.Tensor]] = {}
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         adapter: Adapter = module._modules[ATTRIBUTE]  # type: ignore[assignment]
         x = args[0] if args else next(iter(kwargs.values()))
         found.setdefault(id(adapter), (adapter, x.detach()))
@@ -104,7 +104,7 @@ def _fastest(site: Adapter, x: torch.Tensor, names: tuple[str, ...], *, training
 def _run(site: Adapter, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
     x = x.clone().requires_grad_(training)  # a clone: a tensor of inference mode could not be trained on
     owner: Any = site.host.owner
-    cls = without(type(owner), Called)
+    cls: Any = without(type(owner), Called)
     cores = list(site.core.parameters())
 
     def run() -> None:

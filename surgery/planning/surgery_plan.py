@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products, inspect_model
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import VariantError
 from surgery.hosting.attach import check_not_operated
 from surgery.hosting.checks import check_loaded, check_weight
@@ -56,7 +56,7 @@ def make_plan(
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> Plan:
     """Choose sites as the arguments of ``apply_surgery`` say.
 

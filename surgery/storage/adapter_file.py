@@ -27,15 +27,15 @@ from safetensors.torch import save as to_safetensors
 
 from surgery.errors import AdapterError
 from surgery.storage.adapter_config import FORMAT, checked
-from surgery.storage.format_migration import SEPARATE, Config
-from surgery.support.untrusted_files import LIMIT, open_regular, parse_json, read_json
+from surgery.storage.format_migration import SEPARATE
+from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, parse_json, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 UNSIGNED = "0" * 64
 CHUNK = 2**22
 
 
-def encode(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[Config, list[bytes | memoryview]]:
+def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[JsonObject, list[bytes | memoryview]]:
     """The content of an adapter's file; the same adapter gives the same bytes.
 
     Returns:
@@ -59,7 +59,7 @@ class AdapterFile:
     """
 
     folder: Path
-    config: Config
+    config: JsonObject
     _held: BinaryIO
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
             return
 
 
-def _config_of(folder: Path, held: BinaryIO) -> Config:
+def _config_of(folder: Path, held: BinaryIO) -> JsonObject:
     """The checked configuration of the file that is held."""
     file = folder / TENSORS
     try:
@@ -132,7 +132,7 @@ def _config_of(folder: Path, held: BinaryIO) -> Config:
     return config
 
 
-def _separate_config(folder: Path, held: BinaryIO) -> Config:
+def _separate_config(folder: Path, held: BinaryIO) -> JsonObject:
     """The configuration beside the file, as formats 1 and 2 have it."""
     file = folder / CONFIG
     where = repr(str(file))

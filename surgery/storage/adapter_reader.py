@@ -18,13 +18,13 @@ from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.state import adapters_of, module_paths, parameter_names
 from surgery.storage.adapter_file import open_adapter
-from surgery.storage.format_migration import Config
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.support.progress_bar import track
+from surgery.support.untrusted_files import JsonObject
 
 
-def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[AdapterPlan], dict[str, Any]]:
+def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[AdapterPlan], JsonObject]:
     """Read an adapter into the adapter states of a model's sites.
 
     Args:
@@ -48,7 +48,7 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
     with opened_adapter(path) as (config, tensors):
         expected: set[str] = set()
         grafts: list[AdapterPlan] = []
-        notes: dict[str, Any] = {}
+        notes: JsonObject = {}
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
@@ -76,7 +76,7 @@ def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def opened_adapter(path: Path) -> Iterator[tuple[Config, Any]]:
+def opened_adapter(path: Path) -> Iterator[tuple[JsonObject, Any]]:
     """Open an adapter directory without a model: its configuration, and its tensors by name.
 
     Raises:
@@ -91,7 +91,7 @@ def _read_site(
     where: str,
     keys: tuple[str, str],
     entry: Any,
-    config: Config,
+    config: JsonObject,
     products: Collection[str],
     parameters: Mapping[str, torch.Tensor],
     tensors: Any,

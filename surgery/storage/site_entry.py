@@ -17,6 +17,7 @@ from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors
 from surgery.storage.factor_digest import SUMS, recompute_stored
 from surgery.support.fingerprint import DTYPES
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, variant_from_dict
 
 FACTORS = ("U", "S", "Vh")
@@ -26,7 +27,7 @@ SITE_FIELDS = {
 }  # fmt: skip
 
 
-def variant_of(entry: dict[str, Any]) -> Variant:
+def variant_of(entry: JsonObject) -> Variant:
     """The variant that an adapter's configuration, or that of one of its sites, names.
 
     Raises:
@@ -68,7 +69,7 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
 def read_parts(
     where: str,
     key: str,
-    entry: dict[str, Any],
+    entry: JsonObject,
     default: Variant,
     base: BaseWeight,
     tensors: Any,
@@ -137,7 +138,7 @@ def read_parts(
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
 
 
-def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+def rows_of(where: str, entry: JsonObject, weight: torch.Tensor) -> tuple[int, int] | None:
     """The rows of a packed weight that a site is, or None for the whole.
 
     Raises:
@@ -159,7 +160,7 @@ def overlap(one: Site, other: Site) -> bool:
     return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
-def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> BaseWeight:
+def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host: str) -> BaseWeight:
     """The weight that a site in a file is of: a matrix (d_out, d_in) or, where it is read, perhaps a stack of them.
 
     Args:
@@ -204,7 +205,7 @@ def _tensor(
     return tensor
 
 
-def scale_of(where: str, entry: dict[str, Any], core: Core) -> torch.Tensor | None:
+def scale_of(where: str, entry: JsonObject, core: Core) -> torch.Tensor | None:
     """The lasting factor of a site's coefficient, like its core; None where the file has none.
 
     Raises:

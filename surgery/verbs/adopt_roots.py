@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from surgery.errors import TargetError
 from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.root import unmake_root
 from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, state_of
+from surgery.support.untrusted_files import JsonObject
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Adopted:
     """
 
     plans: list[AdapterPlan] = field(default_factory=list)
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
 
     def check_disjoint(self, keys: Collection[str]) -> None:
         """Refuse a second adapter on one site.

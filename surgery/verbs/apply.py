@@ -26,6 +26,7 @@ from surgery.planning.lowering_autotune import measure
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.progress_bar import wanted_on
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import resolve_variant
 from surgery.verbs.adopt_roots import Adopted, adopt_roots
 from surgery.verbs.argument_types import (
@@ -41,7 +42,7 @@ from surgery.verbs.argument_types import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
+def patient_of(model: Any, example_inputs: ExampleInputs | None = None) -> tuple[Any, Any]:
     """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
 
     An ``ExportedProgram`` or a TorchScript module gives a new graph module.
@@ -150,7 +151,7 @@ def operate(
     model: nn.Module,
     plans: Iterable[AdapterPlan],
     inspection: Inspection | None,
-    notes: dict[str, dict[str, Any]],
+    notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
@@ -197,7 +198,7 @@ def detach_all(model: nn.Module) -> None:
         restore_state(model, state.original)
 
 
-def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Inspection:
     """Find the sites of an untouched model: name, shape, input group, ties, role, and what was skipped and why.
 
     Args:

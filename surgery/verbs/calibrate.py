@@ -11,7 +11,7 @@ from torch import nn
 
 from passes.capture.capture import is_pretrained
 from passes.errors import InputError, SurgeryError
-from passes.ir.forward_context import outside_inference_mode
+from passes.ir.forward_context import ExampleInputs, outside_inference_mode
 from surgery.factors.statistics_file import Statistics
 from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.checks import check_flags, check_seed, check_whole
@@ -21,6 +21,7 @@ from surgery.planning.adapter_init import Wanted, initial_core, make_grafts
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, resolve_variant
 from surgery.verbs.apply import Model, patient_of
 from surgery.verbs.replace_adapters import replace_adapters
@@ -37,7 +38,7 @@ def calibrate(
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Run data through a model and collect what a variant chooses its factors by; the model is left as it was.
@@ -117,7 +118,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         wanted.append((place, site.variant, site.factors.rank, graft.host))
     coefficient = present(record)
 
-    def make() -> tuple[list[AdapterPlan], dict[str, dict[str, Any]]]:
+    def make() -> tuple[list[AdapterPlan], dict[str, JsonObject]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
         called = {place.key for place, _, _, host in wanted if host == "module"}
         statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)

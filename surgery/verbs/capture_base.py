@@ -24,7 +24,7 @@ from passes.capture.inspect_model import graph_products
 from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.infra.tolerance import RELATIVE, disagreement
 from passes.infra.translation_validation import Validation
-from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from passes.ir.module_utils import attribute, copy_graph
 from passes.ir.torch_internals import sizes_of_one_are_free, tree_leaves, tree_map_only
 from passes.transforms.split_packed_weight import split_reads
@@ -40,7 +40,7 @@ from surgery.modules.core import Core, Factors
 logger = logging.getLogger(__name__)
 
 
-def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
+def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) -> tuple[fx.GraphModule, Call]:
     """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
 
     Returns:

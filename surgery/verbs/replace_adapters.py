@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -14,17 +13,18 @@ from surgery.hosting.root import unmake_root
 from surgery.hosting.state import adapters_of, restore_flags, state_of
 from surgery.hosting.transaction import transaction
 from surgery.planning.surgery_plan import known_inspection
+from surgery.support.untrusted_files import JsonObject
 from surgery.verbs.apply import detach_all, operate
 
 
-def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[AdapterPlan], dict[str, dict[str, Any]]]]) -> None:
+def replace_adapters(model: nn.Module, make: Callable[[], tuple[list[AdapterPlan], dict[str, JsonObject]]]) -> None:
     """Take all adapters off, make new ones on the intact model, and attach them; on any failure the old ones are back.
 
     Args:
         make: gives the new adapters, and what is noted of their factorisation; form and lowering stay what they are.
     """
     state = state_of(model)
-    options: dict[str, dict[str, Any]] = {
+    options: dict[str, JsonObject] = {
         key: {"lowering": site.lowering, "form": site.form} for key, site in adapters_of(model).items()
     }
     inspection = known_inspection(model)

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from passes.capture.capture import is_pretrained
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
 from surgery.hosting.checks import check_flags
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
@@ -45,7 +45,7 @@ from surgery.support.atomic_directory import Content, write_directory
 from surgery.support.distributed import by_first_process, whole
 from surgery.support.hf_config import base_model_name
 from surgery.support.progress_bar import track
-from surgery.support.untrusted_files import path_of
+from surgery.support.untrusted_files import JsonObject, path_of
 from surgery.verbs.apply import Model, patient_of
 from surgery.verbs.replace_adapters import replace_adapters
 
@@ -83,7 +83,7 @@ def save_adapter(
     first = next(iter(present.values())).variant
     paths = module_paths(model)
     names = SavedNames(model, ())
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}
     trained = 0
     for key, site in track(list(present.items()), "saving", enabled=progress):
@@ -131,7 +131,7 @@ def save_adapter(
     return path
 
 
-def _entry(key: str, site: Adapter, seed: int, names: tuple[str, str | None]) -> dict[str, Any]:
+def _entry(key: str, site: Adapter, seed: int, names: tuple[str, str | None]) -> JsonObject:
     """What a file says of a site, whose weight and bias have these names there."""
     if site.host.cast:
         raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
@@ -145,7 +145,7 @@ def _entry(key: str, site: Adapter, seed: int, names: tuple[str, str | None]) ->
         "r": site.factors.rank,
         "seed": seed,
     }
-    dropped: dict[str, Any] = {
+    dropped: JsonObject = {
         "dtype": str(site.base_weight.dtype).removeprefix("torch."),
         "fingerprint": fixed,
         "casts": {},
@@ -164,7 +164,7 @@ def _digest(key: str, site: Adapter, seed: int) -> torch.Tensor:
 
 
 def load_adapter(
-    model: Model, path: str | os.PathLike[str], *, example_inputs: Any = None, progress: bool = True
+    model: Model, path: str | os.PathLike[str], *, example_inputs: ExampleInputs | None = None, progress: bool = True
 ) -> Model:
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from passes.errors import InputError
+from passes.ir.forward_context import ExampleInputs
 from surgery.hosting.root import roots_of
 from surgery.hosting.state import adapters_of, record_of
 from surgery.lowerings import REGISTRY
@@ -16,7 +17,9 @@ from surgery.support.progress_bar import wanted
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def set_lowering(model: Model, name: str, *, example_inputs: Any = None, progress: bool | None = None) -> Model:
+def set_lowering(
+    model: Model, name: str, *, example_inputs: ExampleInputs | None = None, progress: bool | None = None
+) -> Model:
     """Choose the lowering of every called site; sites whose weights are read, and graphs, have one way each.
 
     Args:
