@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 class _Sink(io.RawIOBase):
@@ -40,7 +40,7 @@ class _Sink(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def archive(path: Path) -> Iterator[Any]:
+def archive(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for torch's archive writer.
 
     Raises:
@@ -48,7 +48,7 @@ def archive(path: Path) -> Iterator[Any]:
     """
     with open(path, "wb") as file, _interrupts_wait():
         sink = _Sink(file)
-        yield sink
+        yield sink  # type: ignore[misc]
         if sink.error is not None:
             raise sink.error
 

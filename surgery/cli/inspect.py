@@ -122,7 +122,7 @@ class Choice:
 
 def _siblings(inspection: Inspection) -> dict[str, list[str]]:
     """The sites that read the same input as each site, itself included."""
-    groups: dict[Any, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for site in inspection.sites:
         groups.setdefault(site.key if site.group is None else site.group, []).append(site.key)
     return {key: keys for keys in groups.values() for key in keys}

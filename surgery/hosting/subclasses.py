@@ -29,7 +29,7 @@ def subclass_of(cls: type, mixin: type) -> type:
     return types.new_class(cls.__name__, (mixin, cls), {}, lambda body: body.update(names))
 
 
-def has_mixin(obj: Any, mixin: type) -> bool:
+def has_mixin(obj: object, mixin: type) -> bool:
     """Whether an object's class has a mixin."""
     return mixin in type(obj).__mro__
 

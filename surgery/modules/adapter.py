@@ -199,7 +199,7 @@ class Adapter(InlinedAdapter):
         return f"{self.variant.name}, {sizes}, host={self.host.name}{scale}"
 
 
-def prepare(site: Adapter) -> Any:
+def prepare(site: Adapter) -> CoreView:
     """The tensors of a site's core and what its variant prepares from them."""
     with torch.no_grad():
         return CoreView(site.core.tensors() | site.variant.prepare(site.core))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call
 from passes.errors import InputError
-from passes.ir.forward_context import ExampleInputs, copied, inference_mode_of, state_kept
+from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from surgery.hosting.called_module import ATTRIBUTE, Called
 from surgery.hosting.state import adapters_of
 from surgery.hosting.subclasses import without
@@ -40,7 +40,7 @@ def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, pr
     if example_inputs is None:
         raise InputError("lowering='measure' needs example_inputs to time the lowerings on")
     sites = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
-    kinds: dict[Any, list[tuple[Adapter, torch.Tensor]]] = {}
+    kinds: dict[object, list[tuple[Adapter, torch.Tensor]]] = {}
     for site, x in _inputs(model, list(sites.values()), forward_call(example_inputs)):
         shape = (tuple(site.weight.shape), tuple(site.factors.U.shape), x.shape, x.dtype, x.device)
         kinds.setdefault((shape, site.variant, site.layout, site.bias is None), []).append((site, x))
@@ -50,7 +50,7 @@ def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, pr
             site.lowering, site.schedule = "measure", schedule
 
 
-def _inputs(model: nn.Module, sites: list[Adapter], call: Any) -> list[tuple[Adapter, torch.Tensor]]:
+def _inputs(model: nn.Module, sites: list[Adapter], call: Call) -> list[tuple[Adapter, torch.Tensor]]:
     """One input of each site that a forward reaches."""
     found: dict[int, tuple[Adapter, torch.Tensor]] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from passes.errors import SurgeryError
 from surgery.errors import AdapterError
@@ -18,7 +17,7 @@ PEFT_TYPE = "S-space adapter: load it with load_adapter(model, folder) of the pa
 """PEFT looks this up among its own types; its error quotes the text, and transformers passes the error on."""
 
 
-def checked(where: str, content: Any) -> JsonObject:
+def checked(where: str, content: object) -> JsonObject:
     """Check the content of a configuration, and bring it to the present format.
 
     Args:
@@ -51,7 +50,7 @@ def checked(where: str, content: Any) -> JsonObject:
     return config
 
 
-def _check_key(where: str, key: str, entry: Any) -> None:
+def _check_key(where: str, key: str, entry: JsonObject) -> None:
     """Check that a site is named after its weight, as every site is."""
     weight = entry.get("weight") if isinstance(entry, dict) else None
     if isinstance(weight, str):

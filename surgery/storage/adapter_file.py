@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,22 @@ from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, par
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 UNSIGNED = "0" * 64
 CHUNK = 2**22
+
+
+class StoredSlice(Protocol):
+    """A tensor of a file before it is read."""
+
+    def get_shape(self) -> list[int]: ...
+
+
+class StoredTensors(Protocol):
+    """The tensors of a safetensors file by name."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> StoredSlice: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
 def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[JsonObject, list[bytes | memoryview]]:
@@ -63,7 +79,7 @@ class AdapterFile:
     _held: BinaryIO
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Any]:
+    def opened(self) -> Iterator[StoredTensors]:
         """Open it by safetensors: by the descriptor where that has a name, and else by the name of the file.
 
         Raises:

@@ -17,7 +17,7 @@ from surgery.hosting.attach import AdapterPlan
 from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.state import adapters_of, module_paths, parameter_names
-from surgery.storage.adapter_file import open_adapter
+from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.support.progress_bar import track
@@ -47,24 +47,24 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tup
         products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
         expected: set[str] = set()
-        grafts: list[AdapterPlan] = []
+        plans: list[AdapterPlan] = []
         notes: JsonObject = {}
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
             entry, key = _named_as_in(names_of, saved_key, entry)
             where = f"{str(path)!r}: site {saved_key!r}"
-            graft, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
-            others = of_weight.setdefault(graft.site.weight, [])
-            if any(overlap(graft.site, other) for other in others):
-                raise AdapterError(f"{where} has the weight {graft.site.weight!r} of another site")
-            grafts.append(graft)
-            others.append(graft.site)
+            plan, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
+            others = of_weight.setdefault(plan.site.weight, [])
+            if any(overlap(plan.site, other) for other in others):
+                raise AdapterError(f"{where} has the weight {plan.site.weight!r} of another site")
+            plans.append(plan)
+            others.append(plan.site)
             expected |= names
             notes[key] = {"seed": entry["seed"]}
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
-    return grafts, notes
+    return plans, notes
 
 
 def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
@@ -76,7 +76,7 @@ def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def opened_adapter(path: Path) -> Iterator[tuple[JsonObject, Any]]:
+def opened_adapter(path: Path) -> Iterator[tuple[JsonObject, StoredTensors]]:
     """Open an adapter directory without a model: its configuration, and its tensors by name.
 
     Raises:
@@ -94,7 +94,7 @@ def _read_site(
     config: JsonObject,
     products: Collection[str],
     parameters: Mapping[str, torch.Tensor],
-    tensors: Any,
+    tensors: StoredTensors,
 ) -> tuple[AdapterPlan, set[str]]:
     """The adapter state of a site, whose key in the model and in the file are given, and the names of its tensors."""
     check_entry(where, entry, parameters)

@@ -15,6 +15,7 @@ from surgery.errors import AdapterError
 from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors
+from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.factor_digest import SUMS, recompute_stored
 from surgery.support.fingerprint import DTYPES
 from surgery.support.untrusted_files import JsonObject
@@ -36,7 +37,7 @@ def variant_of(entry: JsonObject) -> Variant:
     return _variant(entry["variant"], entry.get("hyperparameters", {}))
 
 
-def _variant(name: Any, values: Any) -> Variant:
+def _variant(name: str, values: JsonObject) -> Variant:
     try:
         return variant_from_dict(name, values)
     except AdapterError:
@@ -72,7 +73,7 @@ def read_parts(
     entry: JsonObject,
     default: Variant,
     base: BaseWeight,
-    tensors: Any,
+    tensors: StoredTensors,
     *,
     host: str,
     stored: str,
@@ -188,7 +189,7 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
 
 
 def _tensor(
-    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
     try:
         present = tuple(tensors.get_slice(name).get_shape())

@@ -16,11 +16,11 @@ from surgery.hosting.attach import AdapterPlan, attach_all
 from surgery.hosting.checks import check_options
 from surgery.hosting.choose import is_product
 from surgery.hosting.graph_surgery import graph_state, restore_state
-from surgery.hosting.model_kinds import as_patient
+from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
 from surgery.hosting.state import State, adapters_of, record_of, require_bases, restore_flags, state_of, unwrap
 from surgery.hosting.transaction import transaction
-from surgery.planning.adapter_init import make_grafts
+from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
 from surgery.planning.surgery_plan import known_inspection, make_plan
@@ -42,14 +42,14 @@ from surgery.verbs.argument_types import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patient_of(model: Any, example_inputs: ExampleInputs | None = None) -> tuple[Any, Any]:
+def resolve_model(model: Any, example_inputs: ExampleInputs | None = None) -> tuple[Any, Any]:
     """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
 
     An ``ExportedProgram`` or a TorchScript module gives a new graph module.
     """
     inner = unwrap(model)
-    patient = as_patient(inner, example_inputs)
-    return (model if patient is inner else patient), patient
+    module = as_module(inner, example_inputs)
+    return (model if module is inner else module), module
 
 
 @overload
@@ -116,7 +116,7 @@ def apply_surgery(
     config = resolve_variant(variant, r, basis)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
-    given, model = patient_of(model, example_inputs)
+    given, model = resolve_model(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
     form_name, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
     with transaction(model):  # also of what capture and calibration leave where they are interrupted
@@ -136,14 +136,14 @@ def apply_surgery(
         if calibration is not None:
             statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
         wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
-        grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-        grafts = [replace(graft, lowering=lowering, form=form_name, keep_base=keep_base) for graft in grafts]
+        plans, notes = plan_adapters(model, wanted, statistics, seed, progress=progress)
+        plans = [replace(new, lowering=lowering, form=form_name, keep_base=keep_base) for new in plans]
 
         def finish() -> None:
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        operate(model, [*adopted.plans, *grafts], plan.inspection, adopted.factorisation | notes, finish)
+        operate(model, [*adopted.plans, *plans], plan.inspection, adopted.factorisation | notes, finish)
     return given
 
 
@@ -208,5 +208,5 @@ def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None)
     Raises:
         InputError: the model does not run on the example inputs.
     """
-    _, model = patient_of(model, example_inputs)
+    _, model = resolve_model(model, example_inputs)
     return known_inspection(model) or inspect_model(model, example_inputs, is_product)

@@ -17,13 +17,14 @@ from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.checks import check_flags, check_seed, check_whole
 from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, unwrap
 from surgery.modules.adapter import Adapter
-from surgery.planning.adapter_init import Wanted, initial_core, make_grafts
+from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, resolve_variant
-from surgery.verbs.apply import Model, patient_of
+from surgery.verbs.apply import Model, resolve_model
+from surgery.verbs.argument_types import Calibration
 from surgery.verbs.replace_adapters import replace_adapters
 from surgery.verbs.steer import present, write_coefficient
 
@@ -31,7 +32,7 @@ from surgery.verbs.steer import present, write_coefficient
 def calibrate(
     model: nn.Module,
     variant: str | Variant,
-    calibration: Any,
+    calibration: Calibration,
     *,
     r: int | None = None,
     target_modules: Patterns | None = None,
@@ -59,9 +60,9 @@ def calibrate(
     config = resolve_variant(variant, r)
     if example_inputs is None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
-    _, patient = patient_of(model, example_inputs)
+    _, module = resolve_model(model, example_inputs)
     plan = make_plan(
-        patient,
+        module,
         config,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
@@ -70,11 +71,13 @@ def calibrate(
         example_inputs=example_inputs,
     )
     kinds = {site.key: config.statistic for site in plan.sites}
-    return collect(patient, plan.sites, plan.called, kinds, calibration, progress=progress)
+    return collect(module, plan.sites, plan.called, kinds, calibration, progress=progress)
 
 
 @outside_inference_mode
-def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: int = 0, progress: bool = True) -> Model:
+def recalibrate(
+    model: Model, calibration: Calibration, *, reset: bool = False, seed: int = 0, progress: bool = True
+) -> Model:
     """Choose the factors of every site anew by data, and start every core anew: gains belong to the basis they were
     trained in.
 
@@ -113,19 +116,19 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     wanted: list[Wanted] = []
     paths = module_paths(inner)
     for key, site in found.items():
-        graft = plan_of(paths, key, site)
-        place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
-        wanted.append((place, site.variant, site.factors.rank, graft.host))
+        plan = plan_of(paths, key, site)
+        place = replace(plan.site, group=sites[key].group) if key in sites else plan.site
+        wanted.append((place, site.variant, site.factors.rank, plan.host))
     coefficient = present(record)
 
     def make() -> tuple[list[AdapterPlan], dict[str, JsonObject]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
         called = {place.key for place, _, _, host in wanted if host == "module"}
         statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
-        grafts, notes = make_grafts(inner, wanted, statistics, seed, progress=progress)
-        for graft in grafts:
-            graft.core.scale = found[graft.site.key].core.scale
-        return grafts, notes
+        plans, notes = plan_adapters(inner, wanted, statistics, seed, progress=progress)
+        for plan in plans:
+            plan.core.scale = found[plan.site.key].core.scale
+        return plans, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make)

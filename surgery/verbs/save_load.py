@@ -46,7 +46,7 @@ from surgery.support.distributed import by_first_process, whole
 from surgery.support.hf_config import base_model_name
 from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import JsonObject, path_of
-from surgery.verbs.apply import Model, patient_of
+from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
 
 
@@ -183,7 +183,7 @@ def load_adapter(
     """
     given: Model
     check_flags(progress=progress)
-    (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
+    (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
     loaded = read_adapter(model, path, progress=progress)
     replace_adapters(model, lambda: loaded)
