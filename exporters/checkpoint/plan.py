@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -108,7 +108,7 @@ def _meta_model(base: Checkpoint) -> transformers.PreTrainedModel | None:
         model, _ = load_model(str(base.folder.resolve()))
     except InputError as error:
         raise ExportError(f"{error}; {INSTEAD}") from error
-    hub: Any = model
+    hub: transformers.PreTrainedModel = model
     hub.tie_weights()
     return hub
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from passes.capture.capture import is_pretrained
 from surgery.errors import ExportError
 from surgery.hosting.state import module_paths, parameter_names
 from surgery.modules.adapter import Adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -130,7 +133,7 @@ def _task(model: nn.Module) -> str | None:
     """The task of a language model; of classifiers PEFT would make the head a trained copy that the file must hold."""
     if not is_pretrained(model) or getattr(model, "main_input_name", "") != "input_ids":
         return None
-    hub: Any = model
+    hub: PreTrainedModel = model
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return None
     return "SEQ_2_SEQ_LM" if hub.config.is_encoder_decoder else "CAUSAL_LM"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices, sizes_of
 from passes.analysis.residual_stream import operation
@@ -31,7 +32,7 @@ class WeightRewrite:
     input: Any
     weight: str
     matrices: Matrices
-    bias: Any = None
+    bias: Argument = None
 
 
 def read_weight_rewrite(node: fx.Node, parameter: Lookup) -> WeightRewrite | str | None:
@@ -92,7 +93,7 @@ def _kernel(kind: str, sizes: list[int], groups: object) -> str:
     return ""
 
 
-Candidate = tuple[Any, Any, Label, Any]
+Candidate = tuple[Argument, Argument, Label, Argument]
 
 
 def _matmul(first: int) -> Callable[[fx.Node], Iterator[Candidate]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _positions(x: torch.Tensor, stride: list[int], padding: list[int]) -> torch.
     """What a convolution of single positions multiplies of x (batch, d_in, ...), as (batch, ..., d_in)."""
     around = [size for sizes in zip(reversed(padding), reversed(padding), strict=True) for size in sizes]
     x = torch.nn.functional.pad(x, around) if any(around) else x
-    every: Any = (..., *(slice(None, None, step) for step in stride))
+    every: tuple[EllipsisType | slice, ...] = (..., *(slice(None, None, step) for step in stride))
     return x[every].movedim(1, -1)
 
 
@@ -86,7 +87,7 @@ class _Products(TorchDispatchMode):
         self.see, self.quiet = see, False
         self.weights: dict[int, list[_Weight]] = {}
         self.alive: dict[int, StorageWeakRef] = {}
-        self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
+        self.leads: WeakIdKeyDictionary = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
             weight = site.weight_of(model)
             owner = model.get_submodule(site.weight.rpartition(".")[0])

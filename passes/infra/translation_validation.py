@@ -26,7 +26,7 @@ from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import tree_leaves, tree_map
 
 Values = dict[str, Any]
-Reference = Callable[[Any, Any], Any]
+Reference = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NOISE, COEFF_FACTOR = 0.3, 0.75
 
 

@@ -68,7 +68,9 @@ def put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = model
 
 
-def module_of_script(model: torch.jit.ScriptModule, args: Any, kwargs: Any) -> fx.GraphModule:
+def module_of_script(
+    model: torch.jit.ScriptModule, args: tuple[object, ...], kwargs: dict[str, object]
+) -> fx.GraphModule:
     """A TorchScript module as a graph module, by torch's converter."""
     from torch._export.converter import TS2EPConverter
 
@@ -134,7 +136,9 @@ def load_package(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, object]) -> list[object]:
+def compile_ahead_of_time(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], options: dict[str, object]
+) -> list[object]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
@@ -168,12 +172,12 @@ def has_line_tables() -> bool:
     return hasattr(config.aot_inductor, "enable_line_tables")
 
 
-def archive_reader(file: IO[bytes]) -> Any:
+def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
     """Torch's reader of the records of an archive."""
     return torch._C.PyTorchFileReader(file)
 
 
-def archive_writer(file: IO[bytes]) -> Any:
+def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import fx, nn
 
+from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products
 from passes.errors import InputError
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.module_utils import copy_graph
-from passes.transforms.insert import Insert
+from passes.transforms.insert import Insert, InsertionPoint
 from passes.viz.site_diagram import Drawing, draw_site
 from surgery.errors import TargetError
 from surgery.hosting.attach import graph_adapter
@@ -63,10 +65,9 @@ class Choice:
         ]
         return rows + skipped
 
-    def table(self, *, every: bool = False) -> Any:
+    def table(self, *, every: bool = False) -> Table:
         """A ``rich`` table; like sites of all layers share a row unless ``every`` is true."""
         from rich import box
-        from rich.table import Table
 
         how = self.inspection.how if self.inspection.captured else "module walk (not captured)"
         title = f"{type(self.model).__name__}: {len(self.inspection.sites)} sites, from {how}"
@@ -136,7 +137,7 @@ def _short(key: str, other: str) -> str:
     return ".".join(parts)
 
 
-def _insertion_points(graph: fx.GraphModule, node: Adapter) -> Any:
+def _insertion_points(graph: fx.GraphModule, node: Adapter) -> list[InsertionPoint]:
     original = graph.graph
     points = register_sites(graph, original, [node])
     graph.graph = copy_graph(original)
@@ -145,7 +146,7 @@ def _insertion_points(graph: fx.GraphModule, node: Adapter) -> Any:
     return points
 
 
-def _meta_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> Adapter:
+def _meta_site(graph: fx.GraphModule, site: Site, variant: Variant, r: int) -> Adapter:
     """A site whose factors have shapes and no values."""
     weight = graph.get_parameter(site.weight)
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
@@ -185,7 +186,7 @@ def choose(
     return Choice(model, inspection, config, ranks, why_not_chosen(model, inspection, ranks))
 
 
-def load_model(source: str, device: str | torch.device = "meta") -> tuple[nn.Module, Any]:
+def load_model(source: str, device: str | torch.device = "meta") -> tuple[nn.Module, ExampleInputs | None]:
     """A model without the weights of its checkpoint, and its example inputs (None for its defaults).
 
     Args:
@@ -216,7 +217,7 @@ def is_callable(source: str) -> bool:
     return re.fullmatch(r"[\w.]+:[\w.]+", source) is not None
 
 
-def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, Any]:
+def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, ExampleInputs | None]:
     try:
         target: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -68,7 +68,9 @@ pass_over(Root.__call__)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None] | None:
+def _begin(
+    root: nn.Module, state: State, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, torch.Tensor | None] | None:
     """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
 
     Returns:

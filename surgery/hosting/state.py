@@ -18,6 +18,7 @@ from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
 from passes.ir.torch_internals import uncompiled
 from surgery.hosting.called_module import ATTRIBUTE
+from surgery.hosting.coefficient import Coefficient
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
@@ -47,7 +48,7 @@ class State:
     factorisation: dict[str, JsonObject] = field(default_factory=dict)
     original: Any = None
     steering: Steering = field(default_factory=Steering)
-    coefficient: Any = None
+    coefficient: Coefficient | None = None
     number: float = 1.0
     staleness: Staleness = field(default_factory=Staleness)
     captured_call: Call | None = None

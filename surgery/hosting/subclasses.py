@@ -8,7 +8,7 @@ through ``cls.__subclasses__()`` (no cache keeps a class alive), and pickles by 
 from __future__ import annotations
 
 import types
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from torch import nn
 
@@ -77,7 +77,7 @@ class Pickles:
         return (_make, (cls, tuple(reversed(mixins))), *made[2:])
 
 
-def _make(cls: type, mixins: tuple[type, ...]) -> Any:
+def _make(cls: type, mixins: tuple[type, ...]) -> object:
     for mixin in mixins:
         cls = subclass_of(cls, mixin)
     return cls.__new__(cls)  # type: ignore[call-overload]

@@ -103,7 +103,7 @@ def _fastest(site: Adapter, x: torch.Tensor, names: tuple[str, ...], *, training
 
 def _run(site: Adapter, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
     x = x.clone().requires_grad_(training)  # a clone: a tensor of inference mode could not be trained on
-    owner: Any = site.host.owner
+    owner = site.host.owner
     cls: Any = without(type(owner), Called)
     cores = list(site.core.parameters())
 

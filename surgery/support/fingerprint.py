@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -58,7 +57,7 @@ def _hashed(tensor: torch.Tensor) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def _bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 

@@ -24,7 +24,7 @@ JsonObject = dict[str, Any]
 """A JSON object; what its keys hold is checked where they are read."""
 
 
-def path_of(path: Any, error: type[SurgeryError]) -> Path:
+def path_of(path: str | os.PathLike[str], error: type[SurgeryError]) -> Path:
     """A path that was given as an argument.
 
     Raises:

@@ -17,7 +17,8 @@ from surgery.cores import CoreConfig, CoreTensors, core_of
 from surgery.errors import RankError, VariantError
 from surgery.factors.statistic import Kind, Statistic
 from surgery.factors.svd import METHODS, Factorisation, Method
-from surgery.support.configuration import Configuration, Values, as_entry, shared
+from surgery.support.configuration import Configuration, as_entry, shared
+from surgery.support.untrusted_files import JsonObject
 
 REGISTRY: dict[str, type[Variant]] = {}
 OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "frozen", "prepares")
@@ -143,7 +144,7 @@ class Variant(Configuration):
         """The change in S-space (see ``CoreConfig.delta``)."""
         return self.core_config.delta(h, S, core, coeff)
 
-    def hyperparameters(self) -> Values:
+    def hyperparameters(self) -> JsonObject:
         """All fields as plain values, for the adapter file; the basis only where it is not the variant's own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: as_entry(v) if isinstance(v, Configuration) else v for name, v in values.items()}
@@ -152,7 +153,7 @@ class Variant(Configuration):
 
 @dataclass(frozen=True)
 class BasisCore(Variant):
-    """Any core on any basis; ``"corda+arrow"`` is ``BasisCore(core="arrow", basis="corda")``.
+    """Every core on every basis; ``"corda+arrow"`` is ``BasisCore(core="arrow", basis="corda")``.
 
     Attributes:
         core: a registered name, or a configuration.

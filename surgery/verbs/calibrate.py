@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +97,7 @@ def recalibrate(
     given: Model = model
     check_flags(reset=reset, progress=progress)
     check_seed(seed)
-    inner: Any = unwrap(model)
+    inner: nn.Module = unwrap(model)
     record = record_of(inner)
     require_bases(inner)
     if calibration is None:

@@ -51,7 +51,7 @@ def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) 
         CaptureError: the model cannot be captured.
     """
     require_bases(model)
-    copied: Any = copy.deepcopy(model, shared_tensors(model))
+    copied = copy.deepcopy(model, shared_tensors(model))
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(copied, fx.GraphModule):
         if hosted := [key for key, site in adapters_of(copied).items() if not site.host.inlined]:
@@ -82,7 +82,7 @@ def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) 
     return private_parameters(module), call
 
 
-def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
+def _export(model: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
     doubled = with_two_rows(model, call)
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
