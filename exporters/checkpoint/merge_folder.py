@@ -30,7 +30,7 @@ from surgery.modules.detached import detached_adapter
 from surgery.modules.merged_weight import merged_weight
 from surgery.storage.adapter_file import AdapterFile, open_adapter
 from surgery.storage.site_entry import base_of, read_parts
-from surgery.support.progress_bar import track
+from surgery.support.progress_bar import track, wanted_on
 from surgery.support.untrusted_files import path_of
 
 
@@ -41,7 +41,7 @@ def merge_checkpoint(
     *,
     coeff: float = 1.0,
     untie: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> ExportReport:
     """Write a checkpoint folder that holds ``W + dW``, from a base folder and an adapter, without loading the model.
 
@@ -54,7 +54,7 @@ def merge_checkpoint(
         out_dir: a new or empty directory. Files of the base without a site become hard links where possible.
         coeff: the steering coefficient to merge at.
         untie: give tied weights tensors of their own, and say so in config.json.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
 
     Returns:
         Where it is, which files it has, and the largest deviation of a weight relative to its largest entry.
@@ -65,12 +65,13 @@ def merge_checkpoint(
         VariantError: a variant is not linear, so that no weight has the same effect.
         WeightError: a weight is tied and ``untie`` is false.
     """
-    check_flags(untie=untie, progress=progress)
+    check_flags(untie=untie)
+    bars = wanted_on(progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
     with open_adapter(adapter) as file:
         plan = plan_merge(base, adapter, file.config, coeff, untie)
         with resumable(out, plan.digest) as (files, journal):
-            touched = _write(plan, file, files, journal, progress=progress)
+            touched = _write(plan, file, files, journal, progress=bars)
     names = sorted(file.name for file in out.iterdir())
     details = {"sites": len(plan.sites), "rewritten": touched}
     worst = max(journal.done.values(), default=0.0)

@@ -30,7 +30,6 @@ from torch import nn
 from passes.capture.capture import is_pretrained
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.checks import check_flags
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, STORED, mirror
@@ -44,14 +43,14 @@ from surgery.storage.site_entry import FACTORS
 from surgery.support.atomic_directory import Content, write_directory
 from surgery.support.distributed import by_first_process, whole
 from surgery.support.hf_config import base_model_name
-from surgery.support.progress_bar import track
+from surgery.support.progress_bar import track, wanted_on
 from surgery.support.untrusted_files import JsonObject, path_of
 from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool = False
+    model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool | None = None
 ) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
 
@@ -64,7 +63,7 @@ def save_adapter(
         path: a new directory, or an existing one, whose adapter is replaced and whose other files are kept.
         factors: "exact" stores the factors that were used. "recompute" stores a digest of them, in some hundred bytes
             per site: whoever loads the adapter recomputes them from the weight, in one thread, to within 1e-4.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
 
     Returns:
         The directory.
@@ -76,7 +75,7 @@ def save_adapter(
     """
     model, path = unwrap(model), path_of(path, AdapterError)
     notes = record_of(model).factorisation
-    check_flags(progress=progress)
+    bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     present = adapters_of(model)
@@ -86,7 +85,7 @@ def save_adapter(
     entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}
     trained = 0
-    for key, site in track(list(present.items()), "saving", enabled=progress):
+    for key, site in track(list(present.items()), "saving", enabled=bars):
         seed = notes.get(key, {}).get("seed", 0)
         weight, bias = parameter_names(paths, site)
         saved_key = names.saved_key(key, weight)
@@ -164,7 +163,11 @@ def _digest(key: str, site: Adapter, seed: int) -> torch.Tensor:
 
 
 def load_adapter(
-    model: Model, path: str | os.PathLike[str], *, example_inputs: ExampleInputs | None = None, progress: bool = True
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: ExampleInputs | None = None,
+    progress: bool | None = None,
 ) -> Model:
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
 
@@ -173,7 +176,7 @@ def load_adapter(
 
     Args:
         example_inputs: to convert a TorchScript module with, which gives a new graph module.
-        progress: show a progress bar where factors are recomputed.
+        progress: show a progress bar where factors are recomputed; None: on a terminal.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
 
@@ -182,9 +185,9 @@ def load_adapter(
             differently here; the model is untouched.
     """
     given: Model
-    check_flags(progress=progress)
+    bars = wanted_on(progress)
     (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
-    loaded = read_adapter(model, path, progress=progress)
+    loaded = read_adapter(model, path, progress=bars)
     replace_adapters(model, lambda: loaded)
     return given
