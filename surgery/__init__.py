@@ -22,6 +22,7 @@ from surgery.variants.antipasto_dplr import AntiPaSTODPLR
 from surgery.variants.antipasto_rot import AntiPaSTORot
 from surgery.variants.lora_xs import LoRAXS
 from surgery.variants.sspace import SSpace
+from surgery.variants.sspace_scale import SSpaceScale
 from surgery.verbs.apply import apply_surgery, inspect_sites, undo_surgery
 from surgery.verbs.argument_types import Calibration, ExampleInputs, Form, LoweringName, VariantName
 from surgery.verbs.calibrate import calibrate, recalibrate
@@ -56,6 +57,7 @@ __all__ = [
     "RankError",
     "Report",
     "SSpace",
+    "SSpaceScale",
     "Statistics",
     "SurgeryError",
     "TargetError",

@@ -72,7 +72,7 @@ def make_plan(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
-        default=config.default_targets,
+        config=config,
     )
     check_not_operated(model, chosen)
     ranks = site_ranks(chosen, config, rank_pattern)

@@ -82,7 +82,7 @@ def select_sites(
     target_modules: Patterns | None,
     exclude_modules: Patterns | None,
     layers_to_transform: int | Sequence[int] | None,
-    default: str,
+    config: Variant,
 ) -> list[Site]:
     """Choose the sites to operate on.
 
@@ -90,7 +90,7 @@ def select_sites(
         TargetError: nothing is chosen; the message shows near misses and what exists.
         CaptureError: residual writers are asked of a model that could not be captured.
     """
-    target = default if target_modules is None else target_modules
+    target = config.default_targets if target_modules is None else target_modules
     _check_patterns("target_modules", target)
     _check_patterns("exclude_modules", "" if exclude_modules is None else exclude_modules)
     layers = _layers(layers_to_transform)
@@ -123,6 +123,8 @@ def select_sites(
             here = [site] if matches(target, site.key) else [p for p in parts(site, model) if matches(target, p.key)]
             chosen += here
         _report_unmatched(target, inspection, [site.key for site in chosen])
+    if config.middle_layers and target_modules is None and layers_to_transform is None:
+        chosen = _middle_third(chosen)
     if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
         named = () if isinstance(target, str) else target
         chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]
@@ -134,6 +136,14 @@ def select_sites(
             f"layers_to_transform={layers_to_transform!r} leaves no site of {_some(known)}"
         )
     return chosen
+
+
+def _middle_third(chosen: list[Site]) -> list[Site]:
+    """Of sites in layers, those in the middle third of the layers."""
+    layers = sorted({index for site in chosen if (index := layer_index(site.key)) is not None})
+    third = len(layers) // 3
+    middle = layers[third : len(layers) - third]
+    return [site for site in chosen if layer_index(site.key) in middle] if layers else chosen
 
 
 def _quantised(model: nn.Module) -> str | None:
