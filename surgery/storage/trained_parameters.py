@@ -89,7 +89,7 @@ def read_trained(
                     f"{where}: {name!r} was trained beside the cores, and the model has no such parameter; add the "
                     "module that it belongs to before loading, or is it another base model?"
                 )
-            if name in read:
+            if name in read or found.count(name) > 1:
                 raise AdapterError(f"{where}: the trained parameter {name!r} stands in the file twice")
         _check_ties(where, found, parameters)
         own = parameters[found[0]]

@@ -39,6 +39,7 @@ from surgery.storage.adapter_writer import AdapterContent, adapter_content
 from surgery.storage.format_migration import Config
 from surgery.storage.model_card import CARD, may_write
 from surgery.storage.saved_values import SavedValues
+from surgery.storage.trainer_files import CHECKPOINT, checkpoint_file, is_refusing
 from surgery.support.atomic_directory import Content, write_directory
 from surgery.support.distributed import by_first_process
 from surgery.support.untrusted_files import path_of
@@ -77,8 +78,10 @@ def save_adapter(
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     coefficient = coefficient_entry(model)
-    content = adapter_content(model, SavedValues(model), coefficient, factors=factors, progress=progress)
-    by_first_process(model.parameters(), lambda: write_adapter(path, content))
+    values = SavedValues(model)
+    content = adapter_content(model, values, coefficient, factors=factors, progress=progress)
+    more = {CHECKPOINT: checkpoint_file(model, values)} if is_refusing(path) else {}  # of the adapter that is replaced
+    by_first_process(model.parameters(), lambda: write_adapter(path, content, more))
     say_coefficient(coefficient, f"saved to {str(path)!r}")
     return path
 
