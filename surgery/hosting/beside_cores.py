@@ -99,5 +99,5 @@ def say_what_stays(names: list[str]) -> None:
         warnings.warn(
             f"{names[0]!r} ({len(names)} such) could be trained in place, beside the cores: it stays as it is now, "
             "since only what load_adapter brings is replaced; load the base model again to have its old values",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -81,7 +81,7 @@ def read_trained(
     read: dict[str, nn.Parameter] = {}
     expected: set[str] = set()
     cast, present = is_cast(config, names, parameters), set(tensors.keys())
-    for saved, others in _entries(where, config).items():
+    for saved, others in trained_field(where, config).items():
         found = [names.in_model(name) for name in (saved, *others)]
         for name in found:
             if name not in parameters:
@@ -117,7 +117,12 @@ def is_cast(config: Config, names: SavedNames, parameters: Mapping[str, torch.Te
     return False
 
 
-def _entries(where: str, config: Config) -> dict[str, list[str]]:
+def trained_field(where: str, config: Config) -> dict[str, list[str]]:
+    """The names that a configuration has of parameters beside the cores, each with its other names.
+
+    Raises:
+        AdapterError: the field is damaged.
+    """
     entries = config.get("trained", {})
     fits = isinstance(entries, dict) and all(
         isinstance(others, list) and all(isinstance(name, str) for name in others) for others in entries.values()

@@ -191,16 +191,21 @@ def undo_surgery(model: Model) -> Model:
     Raises:
         SurgeryError: the model carries no surgery, or is a part of a model that was operated on.
     """
-    stays: list[str] = []
+    stays = [name for root in roots_of(model) for name in trained_in_place(root)]
+    restore_base(model)
+    say_what_stays(stays)
+    return model
+
+
+def restore_base(model: Model) -> Model:
+    """Undo surgery without a word; of an operated copy, whose owner undoes nothing."""
     for root in roots_of(model):
         state = record_of(root)
         require_bases(root)
-        stays += trained_in_place(root)
         with transaction(root, forwards=False):
             detach_all(root)
             restore_flags(root, state.requires_grad)
             unmake_root(root)
-    say_what_stays(stays)
     return model
 
 
