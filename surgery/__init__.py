@@ -30,6 +30,7 @@ from surgery.verbs.graph import Compiled, fold, fuse, pipeline, to_graph
 from surgery.verbs.merge import merge, print_trainable_parameters, refresh
 from surgery.verbs.report import Report, report
 from surgery.verbs.save_load import load_adapter, save_adapter
+from surgery.verbs.save_pretrained import SavesAdapter as _SavesAdapter  # noqa: F401 - found by roots
 from surgery.verbs.set_lowering import set_lowering
 from surgery.verbs.steer import disable_adapter, get_coeff, get_scale, set_coeff, set_scale, sites, steer
 

@@ -20,6 +20,7 @@ from exporters.checkpoint.hf_names import Group
 from exporters.checkpoint.journal import Journal, resumable
 from exporters.checkpoint.plan import MergePlan, plan_merge
 from exporters.checkpoint.tensor_io import read_header, sync
+from exporters.checkpoint.trained_tensors import trained_values
 from exporters.checkpoint.verify import merge_error
 from exporters.shared.export_report import ExportReport
 from passes.analysis.linear_sites import part_of
@@ -116,7 +117,8 @@ def _start_file(plan: MergePlan, name: str, folder: Path, *, linked: bool) -> No
 
 def _merge_group(plan: MergePlan, group: Group, tensors: AdapterFile, folder: Path) -> float:
     """Merge the sites of a group of tensors, write the tensors, and compare what was written."""
-    originals = plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key)))
+    originals = dict(plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key))))
+    originals |= trained_values(tensors, plan.trained, originals)
     merged, sites = dict(originals), {}
     for key, entry in plan.sites.items():
         if entry["weight"] in group.names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,13 +88,22 @@ def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
     return PeftTarget(path, local, flipped=(site.layout == "in_out") != bool(turned))
 
 
-def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model: str | None = None) -> LoraConfig:
+def lora_config(
+    model: nn.Module,
+    targets: Mapping[PeftTarget, int],
+    base_model: str | None = None,
+    *,
+    modules_to_save: Sequence[str] = (),
+    biases: bool = False,
+) -> LoraConfig:
     """PEFT's configuration for ranks by target, with a scaling of 1 everywhere.
 
     ``r`` and ``lora_alpha`` are the largest rank, so that a reader that knows no patterns has the right scaling too.
 
     Args:
         base_model: what to name as the base; the model's own name if None, unless that is a folder of this machine.
+        modules_to_save: modules that the adapter has whole.
+        biases: whether it has the biases of the modules that it wraps.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -114,6 +123,8 @@ def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model:
         target_modules=modules,
         target_parameters=parameters or None,
         fan_in_fan_out=kinds == {"Conv1D"},  # of a mixed model PEFT decides by each module
+        modules_to_save=list(modules_to_save) or None,
+        bias="lora_only" if biases else "none",
         inference_mode=True,
         task_type=_task(model),
         base_model_name_or_path=base_model or (None if own and os.path.isabs(own) else own),

@@ -14,6 +14,7 @@ from torch import fx, nn
 from passes.errors import InputError, SurgeryError
 from passes.ir.torch_internals import REPLICA, pass_over
 from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.root_mixins import put_mixins_on, take_mixins_off
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
@@ -120,6 +121,7 @@ def make_root(model: nn.Module, state: State) -> None:
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
     if not isinstance(model, fx.GraphModule):
         put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        put_mixins_on(model)
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
 
@@ -139,6 +141,7 @@ def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def unmake_root(model: nn.Module) -> None:
     """Take state and class off a root."""
+    take_mixins_off(model)
     for mixin in (GeneratingRoot, Root):
         if has_mixin(model, mixin):
             take_off(model, mixin)
@@ -148,6 +151,7 @@ def unmake_root(model: nn.Module) -> None:
 def call_as_it_is(model: nn.Module) -> None:
     """Take off a root's own call, of a copy that is to be exported: its coefficient becomes an input."""
     for module in model.modules():
+        take_mixins_off(module)
         for mixin in (GeneratingRoot, Root):
             if has_mixin(module, mixin):
                 take_off(module, mixin)

@@ -122,7 +122,7 @@ def read_parts(
         shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
-    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    values = {name: read_tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(base.device) for name in FACTORS))
     else:
@@ -188,9 +188,14 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
     return base
 
 
-def _tensor(
-    where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+def read_tensor(
+    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
+    """Read a tensor of an opened file.
+
+    Raises:
+        AdapterError: it is missing, not finite, or of another shape or dtype.
+    """
     try:
         present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:

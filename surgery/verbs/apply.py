@@ -13,6 +13,7 @@ from passes.capture.capture import is_pretrained
 from passes.capture.inspect_model import Inspection, inspect_model
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
+from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place
 from surgery.hosting.checks import check_options
 from surgery.hosting.choose import is_product
 from surgery.hosting.graph_surgery import graph_state, restore_state
@@ -140,10 +141,12 @@ def apply_surgery(
         plans = [replace(new, lowering=lowering, form=form_name, keep_base=keep_base) for new in plans]
 
         def finish() -> None:
+            adopted.keep_training(record_of(model))
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        operate(model, [*adopted.plans, *plans], plan.inspection, adopted.factorisation | notes, finish)
+        plans, notes = [*adopted.plans, *grafts], adopted.factorisation | notes
+        operate(model, plans, plan.inspection, notes, finish, adopted.brought)
     return given
 
 
@@ -153,17 +156,25 @@ def operate(
     inspection: Inspection | None,
     notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
+    trained: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
+
+    Args:
+        trained: parameters beside the cores to put in the place of the model's own, by name.
+    """
     with transaction(model, forwards=False):  # a forward in it is in the caller's
         if state_of(model) is None:
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             make_root(model, State(flags, inspection, {}, graph_state(model)))
+            record_of(model).replaced = bring(model, trained or {})
             model.requires_grad_(False)
         state = record_of(model)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
             attach_all(model, plans, state.original)
             share_steering(model, state)
+        for parameter in (trained or {}).values():
+            parameter.requires_grad_(True)
         state.factorisation.update(notes)
         finish()
         dropped = {plan.site.key for plan in plans if not plan.keep_base}
@@ -175,9 +186,20 @@ def operate(
 def undo_surgery(model: Model) -> Model:
     """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
 
+    Parameters that ``load_adapter`` brought beside the cores give way to the model's own. What was trained in these
+    stays as it was trained, and a warning says so.
+
     Raises:
         SurgeryError: the model carries no surgery, or is a part of a model that was operated on.
     """
+    stays = [name for root in roots_of(model) for name in trained_in_place(root)]
+    restore_base(model)
+    say_what_stays(stays)
+    return model
+
+
+def restore_base(model: Model) -> Model:
+    """Undo surgery without a word; of an operated copy, whose owner undoes nothing."""
     for root in roots_of(model):
         state = record_of(root)
         require_bases(root)
@@ -189,11 +211,12 @@ def undo_surgery(model: Model) -> Model:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take every adapter off an operated model."""
+    """Take every adapter off an operated model, and what was loaded beside the cores."""
     state = record_of(model)
     for site in adapters_of(model).values():
         if not site.host.inlined:
             site.host.detach()
+    put_back(state)
     if state.original is not None:
         restore_state(model, state.original)
 
