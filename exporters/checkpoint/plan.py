@@ -21,6 +21,7 @@ from surgery.cli.inspect import load_model
 from surgery.errors import AdapterError, ExportError, VariantError
 from surgery.storage.site_entry import base_of, check_entry, variant_of
 from surgery.support.fingerprint import dtype_name
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _meta_model(base: Checkpoint) -> transformers.PreTrainedModel | None:
 
 
 def _check_weight(
-    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: Json, copies: dict[str, str]
+    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: JsonObject, copies: dict[str, str]
 ) -> torch.Tensor:
     """Check shape and dtype of a weight, of which only the header was read; gives it without values."""
 

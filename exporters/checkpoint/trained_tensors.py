@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.checkpoint.folder import Checkpoint, Json
+from exporters.checkpoint.folder import Checkpoint
 from exporters.checkpoint.hf_names import INSTEAD, CheckpointNames, owners
 from exporters.checkpoint.tensor_io import DTYPES, read_header
 from surgery.errors import ExportError
@@ -17,6 +17,7 @@ from surgery.storage.site_entry import read_tensor
 from surgery.storage.trained_parameters import PREFIX, trained_field
 from surgery.support.fingerprint import DTYPES as FLOATS
 from surgery.support.fingerprint import dtype_name
+from surgery.support.untrusted_files import JsonObject
 
 if TYPE_CHECKING:
     import transformers
@@ -27,7 +28,7 @@ def plan_trained(
     names: CheckpointNames,
     model: transformers.PreTrainedModel | None,
     adapter: Path,
-    config: Json,
+    config: JsonObject,
     copies: Mapping[str, str],
     *,
     cast: bool,

@@ -22,9 +22,8 @@ from surgery.storage.site_entry import FACTORS
 from surgery.storage.trained_parameters import trained_entries
 from surgery.support.distributed import whole
 from surgery.support.fingerprint import dtype_name, fingerprint
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
-
-Json = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class SiteSignature:
     """
 
     variant: str
-    hyperparameters: Json
+    hyperparameters: JsonObject
     r: int
     fingerprint: str
     core: Mapping[str, TensorSignature]
@@ -141,6 +140,6 @@ def digest(signatures: Mapping[str, SiteSignature], beside: Mapping[str, str] | 
     return hashed.hexdigest()[:12]
 
 
-def _as_json(variant: Variant) -> Json:
-    settings: Json = json.loads(json.dumps(variant.hyperparameters()))
+def _as_json(variant: Variant) -> JsonObject:
+    settings: JsonObject = json.loads(json.dumps(variant.hyperparameters()))
     return settings

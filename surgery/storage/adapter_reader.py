@@ -18,8 +18,7 @@ from surgery.hosting.attach import AdapterPlan
 from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, state_of
-from surgery.storage.adapter_file import open_adapter
-from surgery.storage.format_migration import Config
+from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.storage.trained_parameters import read_trained
@@ -38,9 +37,9 @@ class LoadedAdapter:
         trained: parameters beside the cores, by every name that they have in the model.
     """
 
-    config: Config
+    config: JsonObject
     plans: list[AdapterPlan]
-    notes: dict[str, Any]
+    notes: JsonObject
     trained: dict[str, nn.Parameter]
 
 
@@ -61,8 +60,8 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> Loa
     with opened_adapter(path) as (config, tensors):
         trained, expected = read_trained(model, repr(str(path)), config, names_of, parameters, tensors)
         parameters |= trained
-        grafts: list[AdapterPlan] = []
-        notes: dict[str, Any] = {}
+        plans: list[AdapterPlan] = []
+        notes: JsonObject = {}
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
@@ -78,7 +77,7 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> Loa
             notes[key] = {"seed": entry["seed"]}
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
-    return LoadedAdapter(config, grafts, notes, trained)
+    return LoadedAdapter(config, plans, notes, trained)
 
 
 def _own_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

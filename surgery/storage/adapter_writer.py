@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, mirror
 from surgery.storage.adapter_file import CONFIG, TENSORS, encode
 from surgery.storage.factor_digest import check_follows, recompute
-from surgery.storage.format_migration import VERSION, Config
+from surgery.storage.format_migration import VERSION
 from surgery.storage.model_card import card
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.saved_values import SavedValues
@@ -25,6 +24,7 @@ from surgery.storage.trained_parameters import trained_entries
 from surgery.support.atomic_directory import Content
 from surgery.support.hf_config import base_model_name
 from surgery.support.progress_bar import track
+from surgery.support.untrusted_files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AdapterContent:
 
 
 def adapter_content(
-    model: nn.Module, values: SavedValues, optional: Config, *, factors: str = "exact", progress: bool = False
+    model: nn.Module, values: SavedValues, optional: JsonObject, *, factors: str = "exact", progress: bool = False
 ) -> AdapterContent:
     """The content of an adapter's files; the same adapter gives the same bytes.
 
@@ -56,7 +56,7 @@ def adapter_content(
     first = next(iter(present.values())).variant
     paths = module_paths(model)
     names = SavedNames(model, ())
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}
     size = 0
     for key, site in track(list(present.items()), "saving", enabled=progress):
@@ -114,12 +114,12 @@ def _is_registered(site: Adapter) -> bool:
     return site.host.bias_name in site.host.owner._parameters or site.host.inlined
 
 
-def _entry(key: str, site: Adapter, seed: int, values: SavedValues) -> dict[str, Any]:
+def _entry(key: str, site: Adapter, seed: int, values: SavedValues) -> JsonObject:
     """What a file says of a site, but for the names of its weight and bias."""
     if site.host.cast:
         raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
     fixed = site.host.base_fingerprint
-    entry: dict[str, Any] = {
+    entry: JsonObject = {
         "weight": None,
         "bias": None,
         "layout": site.layout,
@@ -128,7 +128,7 @@ def _entry(key: str, site: Adapter, seed: int, values: SavedValues) -> dict[str,
         "r": site.factors.rank,
         "seed": seed,
     }
-    dropped: dict[str, Any] = {
+    dropped: JsonObject = {
         "dtype": str(site.base_weight.dtype).removeprefix("torch."),
         "fingerprint": fixed,
         "casts": {},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from surgery.errors import AdapterError
 from surgery.modules.adapter import Adapter
 from surgery.modules.base_weights import Held, base_weight_of
 from surgery.support.distributed import is_sharded, whole
+from surgery.support.untrusted_files import JsonObject
 
 
 class SavedValues:
@@ -23,7 +23,7 @@ class SavedValues:
         given: its state dict; None reads the model's own tensors, for which all processes that have shards are needed.
     """
 
-    def __init__(self, model: nn.Module, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, given: JsonObject | None = None) -> None:
         self.given = given
         self.names: dict[int, list[str]] = defaultdict(list)
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -52,7 +52,7 @@ class SavedValues:
             )
         return found
 
-    def known_by(self, site: Adapter) -> dict[str, Any]:
+    def known_by(self, site: Adapter) -> JsonObject:
         """What a file says of the base weight of a site."""
         weight = site.host.parameter()
         found = self._given(weight) if self.given is not None and is_sharded(weight) else None

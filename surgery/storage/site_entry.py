@@ -189,7 +189,7 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
 
 
 def read_tensor(
-    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
     """Read a tensor of an opened file.
 

@@ -17,11 +17,12 @@ from torch import nn
 
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
-from surgery.storage.format_migration import Config
+from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import read_tensor
 from surgery.support.distributed import is_sharded
 from surgery.support.fingerprint import DTYPES, dtype_name
+from surgery.support.untrusted_files import JsonObject
 
 PREFIX = "trained."
 
@@ -62,10 +63,10 @@ def trained_entries(
 def read_trained(
     model: nn.Module,
     where: str,
-    config: Config,
+    config: JsonObject,
     names: SavedNames,
     parameters: Mapping[str, torch.Tensor],
-    tensors: Any,
+    tensors: StoredTensors,
 ) -> tuple[dict[str, nn.Parameter], set[str]]:
     """Read the parameters beside the cores, and check that a model has a place for each.
 
@@ -107,7 +108,7 @@ def read_trained(
     return read, expected
 
 
-def is_cast(config: Config, names: SavedNames, parameters: Mapping[str, torch.Tensor]) -> bool:
+def is_cast(config: JsonObject, names: SavedNames, parameters: Mapping[str, torch.Tensor]) -> bool:
     """Whether the model has another dtype than the one that the adapter was saved from, by the weights of its sites."""
     for entry in config["sites"].values():
         weight, dtype = (entry.get(name) for name in ("weight", "dtype")) if isinstance(entry, dict) else (None, None)
@@ -117,7 +118,7 @@ def is_cast(config: Config, names: SavedNames, parameters: Mapping[str, torch.Te
     return False
 
 
-def trained_field(where: str, config: Config) -> dict[str, list[str]]:
+def trained_field(where: str, config: JsonObject) -> dict[str, list[str]]:
     """The names that a configuration has of parameters beside the cores, each with its other names.
 
     Raises:

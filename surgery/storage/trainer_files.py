@@ -18,10 +18,9 @@ from torch import nn
 from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.state import adapters_of
 from surgery.storage.adapter_config import PEFT_TYPE
-from surgery.storage.format_migration import Config
 from surgery.storage.saved_values import SavedValues
 from surgery.support.atomic_directory import Content
-from surgery.support.untrusted_files import parse_json, read_json
+from surgery.support.untrusted_files import JsonObject, parse_json, read_json
 
 CHECKPOINT, HUB_CONFIG = "model.safetensors", "config.json"
 MODEL_TYPE = "sspace_adapter"
@@ -57,7 +56,7 @@ def is_refusing(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
-def base_configuration(model: nn.Module) -> Config:
+def base_configuration(model: nn.Module) -> JsonObject:
     """The configuration of a ``transformers`` model as its own ``config.json`` would have it, without paths."""
     hub: Any = model
     config = _without_paths(parse_json(hub.config.to_json_string()))

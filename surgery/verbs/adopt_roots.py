@@ -13,6 +13,7 @@ from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.beside_cores import beside_cores, brought_by_name, put_back
 from surgery.hosting.root import unmake_root
 from surgery.hosting.state import State, adapters_of, module_paths, record_of, require_bases, restore_flags, state_of
+from surgery.support.untrusted_files import JsonObject
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Adopted:
     """
 
     plans: list[AdapterPlan] = field(default_factory=list)
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
     brought: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: list[nn.Parameter] = field(default_factory=list)
     brought_in_place: set[str] = field(default_factory=set)

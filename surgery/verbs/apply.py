@@ -145,7 +145,7 @@ def apply_surgery(
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        plans, notes = [*adopted.plans, *grafts], adopted.factorisation | notes
+        plans, notes = [*adopted.plans, *plans], adopted.factorisation | notes
         operate(model, plans, plan.inspection, notes, finish, adopted.brought)
     return given
 

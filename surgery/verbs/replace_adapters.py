@@ -20,7 +20,7 @@ from surgery.verbs.apply import detach_all, operate
 
 def replace_adapters(
     model: nn.Module,
-    make: Callable[[], tuple[list[AdapterPlan], dict[str, dict[str, Any]]]],
+    make: Callable[[], tuple[list[AdapterPlan], dict[str, JsonObject]]],
     trained: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
     """Take all adapters off, make new ones on the intact model, and attach them; on any failure the old ones are back.

@@ -29,20 +29,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.checks import check_flags
 from surgery.hosting.state import record_of, require_bases, unwrap
 from surgery.storage.adapter_config import STORED
 from surgery.storage.adapter_reader import read_adapter
 from surgery.storage.adapter_writer import AdapterContent, adapter_content
-from surgery.storage.format_migration import Config
 from surgery.storage.model_card import CARD, may_write
 from surgery.storage.saved_values import SavedValues
 from surgery.storage.trainer_files import CHECKPOINT, checkpoint_file, is_refusing
 from surgery.support.atomic_directory import Content, write_directory
 from surgery.support.distributed import by_first_process
-from surgery.support.untrusted_files import path_of
-from surgery.verbs.apply import Model, patient_of
+from surgery.support.progress_bar import wanted_on
+from surgery.support.untrusted_files import JsonObject, path_of
+from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
 from surgery.verbs.steer import get_coeff
 
@@ -73,12 +73,12 @@ def save_adapter(
     """
     model, path = unwrap(model), path_of(path, AdapterError)
     record_of(model)
-    check_flags(progress=progress)
+    bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
     coefficient = coefficient_entry(model)
     values = SavedValues(model)
-    content = adapter_content(model, values, coefficient, factors=factors, progress=progress)
+    content = adapter_content(model, values, coefficient, factors=factors, progress=bars)
     more = {CHECKPOINT: checkpoint_file(model, values)} if is_refusing(path) else {}  # of the adapter that is replaced
     by_first_process(model.parameters(), lambda: write_adapter(path, content, more))
     say_coefficient(coefficient, f"saved to {str(path)!r}")
@@ -98,7 +98,7 @@ def write_adapter(path: Path, content: AdapterContent, more: Mapping[str, Conten
         raise AdapterError(f"cannot write an adapter to {str(path)!r}: {error}; what was there is unchanged") from error
 
 
-def coefficient_entry(model: nn.Module) -> Config:
+def coefficient_entry(model: nn.Module) -> JsonObject:
     """What a file says of a coefficient that is not 1."""
     coeff = get_coeff(model)
     if isinstance(coeff, dict):
@@ -108,7 +108,7 @@ def coefficient_entry(model: nn.Module) -> Config:
     return {} if coeff == 1.0 else {"coeff": coeff}
 
 
-def say_coefficient(config: Config, what: str) -> None:
+def say_coefficient(config: JsonObject, what: str) -> None:
     """Warn that an adapter was saved at another coefficient than the one that it has after loading."""
     if (coeff := config.get("coeff")) is not None:
         shown = f"{coeff:g}" if isinstance(coeff, int | float) else "not one number for all rows"
@@ -145,7 +145,7 @@ def load_adapter(
     bars = wanted_on(progress)
     (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
-    loaded = read_adapter(model, path, progress=progress)
+    loaded = read_adapter(model, path, progress=bars)
     replace_adapters(model, lambda: (loaded.plans, loaded.notes), loaded.trained)
     say_coefficient(loaded.config, f"in {str(path)!r} saved")
     return given

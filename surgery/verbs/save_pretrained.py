@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from surgery.storage.trainer_files import (
     trained_names,
 )
 from surgery.support.distributed import by_first_process, is_sharded
-from surgery.support.untrusted_files import path_of
+from surgery.support.untrusted_files import JsonObject, path_of
 from surgery.verbs.save_load import coefficient_entry, say_coefficient, write_adapter
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -54,7 +53,7 @@ class SavesAdapter(RootMixin):
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        state_dict: Mapping[str, Any] | None = None,
+        state_dict: JsonObject | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
         **kwargs: Any,
@@ -89,7 +88,7 @@ class SavesAdapter(RootMixin):
                 push_adapter(path, push.pop("repo_id", path.name), **push)
         return None
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: JsonObject, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``load_state_dict``; of a checkpoint of what was trained, the base is not missing."""
         model: Any = self
         result = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
@@ -98,7 +97,7 @@ class SavesAdapter(RootMixin):
         return result
 
 
-def _save(model: nn.Module, path: Path, state_dict: Mapping[str, Any] | None, limit: float) -> None:
+def _save(model: nn.Module, path: Path, state_dict: JsonObject | None, limit: float) -> None:
     if _is_base_folder(model, path):
         raise AdapterError(
             f"{str(path)!r} is the folder of the base model, which the adapter needs: save to another one, or merge "
@@ -118,7 +117,7 @@ def _save(model: nn.Module, path: Path, state_dict: Mapping[str, Any] | None, li
     say_coefficient(optional, f"saved to {str(path)!r}")
 
 
-def _check_arguments(kwargs: dict[str, Any], *, push_to_hub: bool) -> dict[str, Any]:
+def _check_arguments(kwargs: JsonObject, *, push_to_hub: bool) -> JsonObject:
     """Refuse arguments that mean nothing for an adapter; gives those of a push."""
     push = {name: kwargs.pop(given) for given, name in OF_PUSH.items() if given in kwargs}
     push |= {"token": token} if (token := kwargs.pop("token", None)) is not None else {}
@@ -150,7 +149,7 @@ def _is_base_folder(model: nn.Module, path: Path) -> bool:
     return bool(source) and Path(source).is_dir() and Path(source).resolve() == path.resolve()
 
 
-def _note_checkpoint(model: nn.Module, given: Mapping[str, Any], result: Any) -> None:
+def _note_checkpoint(model: nn.Module, given: JsonObject, result: Any) -> None:
     """Of a checkpoint that ``save_pretrained`` wrote, take the frozen base off the missing keys.
 
     What it has of parameters that are frozen here was trained nevertheless, and is saved again.
