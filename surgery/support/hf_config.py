@@ -8,6 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from passes.errors import InputError
+from passes.ir.forward_context import quiet
 from surgery.support.untrusted_files import read_json
 
 COUNTS = re.compile(r"(layers?|depths?|blocks|stages|experts)$|^(n|num)_layer")  # each is a module, or a list of them
@@ -24,19 +25,46 @@ def hub_config(source: str) -> Any:
     """
     import transformers
 
+    check_source(source)
     try:
         file = Path(source) / "config.json"
         content = read_json(file, finite=False) if file.is_file() else None
         if content is None:
-            content, _ = transformers.PretrainedConfig.get_config_dict(source)
+            with quiet("huggingface_hub"):  # it tells of each attempt
+                content, _ = transformers.PretrainedConfig.get_config_dict(source)
         for name, value in _numbers(content):
             if value > (MOST_LABELS if name == "num_labels" else MOST if COUNTS.search(name) else 2**63):
                 raise ValueError(f"{name} is {value:,}")
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers validates in many ways
+        if Path(source).is_dir():
+            raise InputError(f"the config.json in {source!r} gives no model: {first_line(error)}") from error
         raise InputError(
-            f"cannot find a model named {source!r} (a hub id, or a directory with a config.json): {first_line(error)}"
+            f"there is no folder {source!r}, and the Hub gives no model of that name: {first_line(error)}"
         ) from error
+
+
+def check_source(source: str) -> None:
+    """Refuse what names neither a folder with a model nor a model on the Hub, before anything is looked up.
+
+    Raises:
+        InputError: says which of the two it is not.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "config.json").exists():
+            return
+        found = "an adapter, and no model" if (folder / "adapter_config.json").exists() else "no model"
+        raise InputError(f"the folder {source!r} holds {found}; expected one with a config.json")
+    if folder.exists():
+        raise InputError(f"{source!r} is a file; expected a folder with a config.json, or a hub id")
+    if not HUB_ID.fullmatch(source):
+        raise InputError(f"there is no folder {source!r}, and no model on the Hub can have that name")
+
+
+def on_hub(path: Path) -> bool:
+    """Whether a path that is not there reads as owner/name."""
+    return "/" in str(path) and HUB_ID.fullmatch(str(path)) is not None
 
 
 def model_class(config: Any, default: Any) -> Any:
