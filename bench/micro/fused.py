@@ -2,11 +2,14 @@
 
 Three contenders take turns in one process: the plain base, its operated graph with all folded, and the same graph with
 ``fuse``. Decoding is one token of one row, prefill many. Outputs are checked before anything is timed, and ratios are
-of pairs of neighbours; "fused over folded" pairs these two with one another.
+of pairs of neighbours; "fused over folded" pairs these two with one another. What is timed is the processor's time of
+one thread, which other programs of the machine disturb less than they do a clock.
 """
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from bench.common.load_model import inputs_for, load
 from bench.common.paired_timing import repeated
 from bench.common.result_provenance import environment
 from bench.common.results_store import Store, lines
-from bench.common.timing import Run, milliseconds, paired, quartiles
+from bench.common.timing import Run, quartiles, settled
 from passes.ir.forward_context import Call
 from passes.ir.torch_internals import tree_iter
 from surgery import apply_surgery, pipeline, sites, undo_surgery
@@ -60,19 +63,33 @@ def first(output: Any) -> Tensor:
     return next(leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor))
 
 
+@settled()
 def timed(found: dict[str, Any], mode: str, repeats: int) -> dict[str, list[list[float]]]:
     """Milliseconds of the contenders beside the base, and of the fused graph beside the folded one."""
     runs: dict[str, Run] = {}
     for name, (model, args, kwargs) in found.items():
         prepared = model if mode == "eager" else torch.compile(model, dynamic=False)
         runs[name] = forward(prepared, args, kwargs)
-    for run in runs.values():
+    for run in (*runs.values(), *runs.values()):
         run()
     loops = max(1, round(SAMPLE_MS / milliseconds(runs["base"])))
     runs = {name: repeated(run, loops) for name, run in runs.items()}
-    against_base = paired({"base again": runs["base"], **runs}, repeats)
-    pairs = paired({"base": runs["folded"], "fused over folded": runs["fused"]}, repeats)
-    return {name: [[a / loops, b / loops] for a, b in both] for name, both in (against_base | pairs).items()}
+    names = [("base again", "base"), ("folded", "base"), ("fused", "base"), ("fused over folded", "folded")]
+    samples: dict[str, list[list[float]]] = {name: [] for name, _ in names}
+    for i in range(repeats):
+        for name, beside in names if i % 2 else reversed(names):
+            pair = [runs["base" if name == "base again" else name.partition(" ")[0]], runs[beside]]
+            found_ms = [milliseconds(run) / loops for run in (pair if i % 2 else reversed(pair))]
+            samples[name].append(found_ms if i % 2 else found_ms[::-1])
+    return samples
+
+
+def milliseconds(run: Run) -> float:
+    """Processor time of one run."""
+    gc.collect()
+    started = time.process_time()
+    run()
+    return 1000 * (time.process_time() - started)
 
 
 def forward(model: Any, args: Any, kwargs: Any) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class ReadWeight(Host):
         if parametrize.is_parametrized(owner, self.weight_name):
             return owner.parametrizations[self.weight_name].original  # type: ignore[no-any-return]
         return owner.get_parameter(self.weight_name)  # type: ignore[no-any-return]
+
+    def table(self) -> Mapping[str, torch.Tensor | None]:
+        """That of the parametrisation."""
+        owner: Any = self.owner
+        return owner.parametrizations[self.weight_name]._parameters  # type: ignore[no-any-return]
 
     def bias(self) -> torch.Tensor | None:
         """The bias, of a part its entries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -37,11 +38,8 @@ def hub_config(source: str) -> Any:
                 raise ValueError(f"{name} is {value:,}")
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers validates in many ways
-        if Path(source).is_dir():
-            raise InputError(f"the config.json in {source!r} gives no model: {first_line(error)}") from error
-        raise InputError(
-            f"there is no folder {source!r}, and the Hub gives no model of that name: {first_line(error)}"
-        ) from error
+        known = "its config.json gives none" if os.path.isdir(source) else "there is no such folder, and on the Hub"
+        raise InputError(f"cannot find a model named {source!r}: {known}: {first_line(error)}") from error
 
 
 def check_source(source: str) -> None:
@@ -50,16 +48,16 @@ def check_source(source: str) -> None:
     Raises:
         InputError: says which of the two it is not.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        if (folder / "config.json").exists():
-            return
-        found = "an adapter, and no model" if (folder / "adapter_config.json").exists() else "no model"
-        raise InputError(f"the folder {source!r} holds {found}; expected one with a config.json")
-    if folder.exists():
-        raise InputError(f"{source!r} is a file; expected a folder with a config.json, or a hub id")
-    if not HUB_ID.fullmatch(source):
-        raise InputError(f"there is no folder {source!r}, and no model on the Hub can have that name")
+    why, there, is_folder = "", os.path.exists(source), os.path.isdir(source)
+    if is_folder and not os.path.exists(os.path.join(source, "config.json")):
+        what = "an adapter, and no model" if os.path.exists(os.path.join(source, "adapter_config.json")) else "no model"
+        why = f"the folder holds {what}; expected one with a config.json"
+    elif there and not is_folder:
+        why = "it is a file; expected a folder with a config.json, or a hub id"
+    elif not there and not HUB_ID.fullmatch(source):
+        why = "there is no such folder, and no model on the Hub can have that name"
+    if why:
+        raise InputError(f"cannot find a model named {source!r}: {why}")
 
 
 def on_hub(path: Path) -> bool:
