@@ -153,7 +153,7 @@ class Adapter(InlinedAdapter):
         """What is added to the product of x, (..., d_out); of a weight that is read, the changed weight."""
         if not self.host.changes_weight:
             return self.adapter_term(x, whole=self.form == "residual")
-        return self.cache.get_for(WEIGHT, x, self._with_change) if self._reuses(x) else self._with_change(x)
+        return self.cache.get_for(WEIGHT, x, self._with_change) if self.reuses(x) else self._with_change(x)
 
     def _with_change(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight with the change of the site, which may be some of its rows."""
@@ -162,7 +162,7 @@ class Adapter(InlinedAdapter):
         start, stop = self.rows
         return torch.cat([weight[:start], self.changed_weight(weight[start:stop]), weight[stop:]])
 
-    def _reuses(self, weight: torch.Tensor) -> bool:
+    def reuses(self, weight: torch.Tensor) -> bool:
         """Whether the changed weight may be that of an earlier read: the root has checked it, and nothing traces."""
         core, steering = self._modules["core"], self._steering[0]
         assert isinstance(core, Core)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import surgery
 from surgery import apply_surgery, refresh, report, set_coeff, sites, steer, to_graph
@@ -194,6 +195,16 @@ def test_autocast_does_not_stay_in_a_cached_weight():
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             model(X)
+        assert_close(model(X), expected(model, X), torch.float32)
+
+
+def test_within_torchs_own_cache_coeff_has_its_effect():
+    model = operated()
+    with torch.no_grad(), parametrize.cached():
+        assert_close(model(X), expected(model, X), torch.float32)
+        with steer(model, -0.5):
+            assert_close(model(X), expected(model, X), torch.float32)
+        model.train()
         assert_close(model(X), expected(model, X), torch.float32)
 
 
