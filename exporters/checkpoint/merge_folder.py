@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from exporters.checkpoint.folder import INDEX, other_files
+from exporters.checkpoint.folder import INDEX, SINGLE, other_files
 from exporters.checkpoint.hf_names import Group
 from exporters.checkpoint.journal import Journal, resumable
 from exporters.checkpoint.plan import MergePlan, plan_merge
@@ -29,7 +29,7 @@ from surgery.hosting.checks import check_flags
 from surgery.modules.adapter import Adapter
 from surgery.modules.detached import detached_adapter
 from surgery.modules.merged_weight import merged_weight
-from surgery.storage.adapter_file import AdapterFile, open_adapter
+from surgery.storage.adapter_file import AdapterFile, is_adapter, is_checkpoint, open_adapter
 from surgery.storage.site_entry import base_of, read_parts
 from surgery.support.progress_bar import track, wanted_on
 from surgery.support.untrusted_files import path_of
@@ -69,6 +69,7 @@ def merge_checkpoint(
     check_flags(untie=untie)
     bars = wanted_on(progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
+    _check_order(base, adapter)
     with open_adapter(adapter) as file:
         plan = plan_merge(base, adapter, file.config, coeff, untie)
         with resumable(out, plan.digest) as (files, journal):
@@ -77,6 +78,17 @@ def merge_checkpoint(
     details = {"sites": len(plan.sites), "rewritten": touched}
     worst = max(journal.done.values(), default=0.0)
     return ExportReport("dense", out, tuple(out / name for name in names), worst, details)
+
+
+def _check_order(base: Path, adapter: Path) -> None:
+    """Refuse the folders in another order, of which each would be refused for what it lacks."""
+    order = "the order is base_dir, adapter_dir, out_dir"
+    if is_checkpoint(adapter):
+        if is_adapter(base):
+            raise ExportError(f"{str(base)!r} is an adapter and {str(adapter)!r} a checkpoint: {order}; swap the two")
+        raise ExportError(f"adapter_dir={str(adapter)!r} is a model's checkpoint and no adapter: {order}")
+    if is_adapter(base) and not (base / SINGLE).exists() and not (base / INDEX).exists():
+        raise ExportError(f"base_dir={str(base)!r} is an adapter and no checkpoint: {order}")
 
 
 def _write(plan: MergePlan, tensors: AdapterFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:

@@ -34,7 +34,8 @@ from passes.infra.tolerance import RELATIVE
 from passes.ir.forward_context import quiet
 from surgery.errors import ExportError, VariantError, WeightError
 from surgery.modules.adapter import Adapter
-from surgery.verbs.apply import restore_base
+from surgery.modules.merged_weight import why_not_finite
+from surgery.verbs.apply import undo_surgery
 from surgery.verbs.steer import sites
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _factors(key: str, site: Adapter, dtype: torch.dtype, options: Options) -> L
             raise type(error)(f"site {key!r}: {error}") from error
         A = site.factors.Vh.to(torch.float64)
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-            raise ExportError(f"site {key!r}: the change of its weight is not finite; lower coeff or the gains")
+            raise ExportError(f"site {key!r}: {why_not_finite(site, 'the change of its weight overflows float64')}")
         made = low_rank(B, A, dtype, options.max_rank, options.prune_tol)
     if not (torch.isfinite(made.B).all() and torch.isfinite(made.A).all()):
         raise ExportError(f"site {key!r}: its factors overflow {dtype}; use a wider dtype")

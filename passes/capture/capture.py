@@ -29,7 +29,15 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from passes.errors import InputError
-from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
+from passes.ir.forward_context import (
+    Call,
+    copied,
+    inference_mode_of,
+    keep_forward,
+    partial_graph_unprinted,
+    quiet,
+    state_kept,
+)
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
 from passes.ir.parameter_names import name_placeholders
@@ -123,7 +131,7 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
     Args:
         dynamic: leave every size of the inputs free that the model leaves free; else all are those of the inputs.
     """
-    with inference_mode_of(model), keep_forward(model), state_kept(model), torch.no_grad():
+    with inference_mode_of(model), keep_forward(model), state_kept(model), torch.no_grad(), partial_graph_unprinted():
         if not is_pretrained(model):
             args, kwargs = copied(call)
             shapes = all_dynamic(keyword_inputs(model, call)) if dynamic else None

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -122,3 +123,21 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def partial_graph_unprinted() -> Iterator[None]:
+    """Keep ``torch.export`` from printing the graph that it has where it fails; all else that is printed still is."""
+    logger, written, graph = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO(), ""
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = str(vars(error).get("partial_fx_graph", ""))
+        raise
+    finally:
+        logger.setLevel(level)
+        text = written.getvalue()
+        print(text.replace(f"{graph}\n", "") if graph else text, end="", file=sys.stderr)

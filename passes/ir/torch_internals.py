@@ -41,6 +41,9 @@ function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
 
+# The frames of a module's call, by which one sees that a thread is in it.
+MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` runs: Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for always true."""

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from passes.errors import SurgeryError
-from surgery.variants import DEFAULT, REGISTRY, Variant
+from surgery.hosting.checks import check_form
+from surgery.variants import DEFAULT, REGISTRY, Variant, resolve_variant
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,7 +67,9 @@ def inspect(
     variant: str = typer.Option(DEFAULT, help="The variant to choose sites for."),
     r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
     target_modules: str | None = typer.Option(
-        None, help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas.'
+        None,
+        help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas '
+        '("q_proj,").',
     ),
     exclude_modules: str | None = typer.Option(None, help="Sites to leave out, written like target_modules."),
     every: bool = typer.Option(False, "--all", help="One row per site, and not one for like sites of all layers."),
@@ -79,6 +82,8 @@ def inspect(
     """Print the sites of a model: shape, operation, what reads the same input, role, ties, chosen or why not."""
     from surgery.cli.inspect import choose, load_model, write_text
 
+    resolve_variant(variant, r)  # what is wrong is refused before a model is built
+    check_form(form)
     loaded, inputs = load_model(model)
     targets = {"target_modules": patterns(target_modules), "exclude_modules": patterns(exclude_modules)}
     choice = choose(loaded, variant, r, inputs, **targets)
@@ -126,8 +131,8 @@ def pull(
 
 
 def patterns(text: str | None) -> str | list[str] | None:
-    """A pattern of the command line as ``apply_surgery`` takes it: with commas, a list of suffixes."""
-    return [part.strip() for part in text.split(",")] if text and "," in text else text
+    """A pattern of the command line as ``apply_surgery`` takes it: with a comma, a list of suffixes."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text and "," in text else text
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -34,9 +35,9 @@ class Staleness:
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Adapter] | None = None
+        self.sites: dict[str, Any] | None = None
         self.tables: list[Mapping[str, torch.Tensor | None]] = []
-        self.nested: list[Core] = []
+        self.nested: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         self.versions: list[int] = []
         self.steps = -1
@@ -52,10 +53,10 @@ class Staleness:
         self.forget()
         self.sites, self.steering = sites, steering
         for site in sites.values():
-            core, factors, owner = site.core, site.factors, site.host.owner
+            core, factors = site.core, site.factors
             self.tables += [core._parameters, core._buffers, factors._buffers]
-            if site.host.name == "module":
-                self.tables.append(owner._parameters)
+            if not site.host.inlined:  # a graph reads its weights by itself
+                self.tables.append(site.host.table())
             self.nested += [core] if core._modules else []  # parametrised
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from surgery.hosting.other_threads import check_idle
 from surgery.hosting.state import STATE, shared_tensors
 from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
@@ -32,7 +33,11 @@ def transaction(model: nn.Module, *, forwards: bool = True) -> Iterator[None]:
 
     Args:
         forwards: whether the model may run in the block, which may write to any of its buffers: they are copied.
+
+    Raises:
+        SurgeryError: another thread is running the model.
     """
+    check_idle(model)
     state = Snapshot(model, forwards=forwards)
     try:
         yield

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 PREPARED = "prepared"
+WEIGHT = "weight"  # of a site that is a weight which is read
 COUNTER = itertools.count(1)
 SITES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -46,6 +47,18 @@ class WeightCache:
             with torch.inference_mode(False):
                 self._cached[name] = make(site)
         return self._cached[name]
+
+    def get_for(self, name: str, read: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What ``make(read)`` gives within a call of the root, as long as it is asked for the same tensor.
+
+        It is handed out as a weight, which somebody may write to: then it is made anew.
+        """
+        held: tuple[torch.Tensor, torch.Tensor, int] | None = self._cached.get(name)
+        if held is None or held[0] is not read or held[1]._version != held[2]:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(read.device.type, enabled=False):
+                made = make(read)
+            self._cached[name] = held = (read, made, made._version)
+        return held[1]
 
     def clear(self, *, steered: bool = False) -> None:
         """Drop it all.

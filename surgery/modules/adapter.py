@@ -16,7 +16,7 @@ from torch import nn
 from passes.ir.torch_internals import is_exporting
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY, Schedule, step
 from surgery.lowerings._cost_model import schedule_of
-from surgery.lowerings._weight_cache import PREPARED, WeightCache
+from surgery.lowerings._weight_cache import PREPARED, WEIGHT, WeightCache
 from surgery.modules.base_weights import BaseWeight
 from surgery.modules.coefficients import shaped_like
 from surgery.modules.core import Core, Factors
@@ -153,10 +153,24 @@ class Adapter(InlinedAdapter):
         """What is added to the product of x, (..., d_out); of a weight that is read, the changed weight."""
         if not self.host.changes_weight:
             return self.adapter_term(x, whole=self.form == "residual")
+        return self.cache.get_for(WEIGHT, x, self._with_change) if self.reuses(x) else self._with_change(x)
+
+    def _with_change(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the change of the site, which may be some of its rows."""
         if self.rows is None or self.host.inlined:
-            return self.changed_weight(x)
+            return self.changed_weight(weight)
         start, stop = self.rows
-        return torch.cat([x[:start], self.changed_weight(x[start:stop]), x[stop:]])
+        return torch.cat([weight[:start], self.changed_weight(weight[start:stop]), weight[stop:]])
+
+    def reuses(self, weight: torch.Tensor) -> bool:
+        """Whether the changed weight may be that of an earlier read: the root has checked it, and nothing traces."""
+        core, steering = self._modules["core"], self._steering[0]
+        assert isinstance(core, Core)
+        if torch.compiler.is_compiling() or self.host.inlined or not steering.armed or not core.plain():
+            return False
+        if core.trains() or (weight.requires_grad and torch.is_grad_enabled()):
+            return False
+        return type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
 
     def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What the site should give for an input and its product, by the forward that the in-place host runs."""

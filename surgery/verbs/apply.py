@@ -10,12 +10,11 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
-from passes.capture.inspect_model import Inspection, inspect_model
+from passes.capture.inspect_model import Inspection
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
 from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place
 from surgery.hosting.checks import check_options
-from surgery.hosting.choose import is_product
 from surgery.hosting.graph_surgery import graph_state, restore_state
 from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
@@ -24,7 +23,7 @@ from surgery.hosting.transaction import transaction
 from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
-from surgery.planning.surgery_plan import known_inspection, make_plan
+from surgery.planning.surgery_plan import inspection_of, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.progress_bar import wanted_on
 from surgery.support.untrusted_files import JsonObject
@@ -231,5 +230,5 @@ def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None)
     Raises:
         InputError: the model does not run on the example inputs.
     """
-    _, model = resolve_model(model, example_inputs)
-    return known_inspection(model) or inspect_model(model, example_inputs, is_product)
+    _, model = patient_of(model, example_inputs)
+    return inspection_of(model, example_inputs)

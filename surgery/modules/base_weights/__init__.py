@@ -195,17 +195,28 @@ def base_weight_of(
     """The base weight of a site, of the kind that accepts its parameter.
 
     Raises:
-        WeightError: no kind does: it is sharded, quantised, or another tensor subclass.
+        WeightError: no kind does: it is sharded, quantised, complex, or another tensor subclass.
     """
     parameter = reader.parameter()
     kind = kind_of(parameter, layout, matrix_shape, rows)
     if kind is not None:
         return kind(reader, layout, matrix_shape, rows)
-    data = parameter.data if type(parameter) is nn.Parameter else parameter
-    reason = f"its weight is a {type(data).__name__} of {parameter.dtype}, quantised; {SUPPORTED}"
+    raise WeightError(f"site {key!r}: {_why_of_no_kind(parameter)}")
+
+
+def _why_of_no_kind(parameter: torch.Tensor) -> str:
+    """Why a parameter is of no kind that there is."""
     if parameter.is_meta or is_sharded(parameter):
-        reason = _ON_META if parameter.is_meta else _SHARDED
-    raise WeightError(f"site {key!r}: {reason}")
+        return _ON_META if parameter.is_meta else _SHARDED
+    data = parameter.data if type(parameter) is nn.Parameter else parameter
+    if type(data) not in (torch.Tensor, nn.Parameter):
+        where = f"{type(data).__module__}.{type(data).__qualname__}"
+        return f"its weight is a {type(data).__name__} of {parameter.dtype}, a tensor subclass ({where}); {SUPPORTED}"
+    if parameter.is_complex():
+        return f"its weight holds complex numbers ({parameter.dtype}), which have no adapter; {SUPPORTED}"
+    if parameter.is_floating_point():
+        return f"its weight is of {parameter.dtype}, in which no product can be factorised; {SUPPORTED}"
+    return f"its weight is a Tensor of {parameter.dtype}, quantised; {SUPPORTED}"
 
 
 class _InModel:
