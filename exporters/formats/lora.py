@@ -35,7 +35,7 @@ from passes.ir.forward_context import quiet
 from surgery.errors import ExportError, VariantError, WeightError
 from surgery.modules.adapter import Adapter
 from surgery.modules.merged_weight import why_not_finite
-from surgery.verbs.apply import undo_surgery
+from surgery.verbs.apply import restore_base
 from surgery.verbs.steer import sites
 
 if TYPE_CHECKING:

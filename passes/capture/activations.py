@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.analysis.linear_sites import Site
-from passes.ir.torch_internals import TorchDispatchMode, storage_address
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode, storage_address
 
 aten = torch.ops.aten
 See = Callable[[str, torch.Tensor], None]

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, set_mode, state_kept
-from passes.ir.torch_internals import TorchDispatchMode, tree_iter
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode, tree_iter
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from surgery.modules.adapter import Adapter
-from surgery.modules.core import Core
 from surgery.modules.steering import Steering
 from surgery.support.change_detection import version_of
+from surgery.support.untrusted_files import JsonObject
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
@@ -35,7 +35,7 @@ class Staleness:
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Any] | None = None
+        self.sites: JsonObject | None = None
         self.tables: list[Mapping[str, torch.Tensor | None]] = []
         self.nested: list[Any] = []
         self.tensors: list[torch.Tensor] = []

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
-from passes.ir.torch_internals import TorchDispatchMode
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode
 from surgery.lowerings import ALWAYS, REGISTRY, Schedule, Size, Work
 from surgery.lowerings._site import LinearSite
 from surgery.variants import Variant

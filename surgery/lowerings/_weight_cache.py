@@ -32,7 +32,7 @@ class WeightCache:
         number = next(COUNTER)
         self.handle = torch.tensor(number)
         self._site = weakref.ref(site)
-        self._cached: dict[str, object] = {}
+        self._cached: dict[str, Any] = {}
         SITES[number] = site
 
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
@@ -53,7 +53,7 @@ class WeightCache:
 
         It is handed out as a weight, which somebody may write to: then it is made anew.
         """
-        held: tuple[torch.Tensor, torch.Tensor, int] | None = self._cached.get(name)
+        held = self._cached.get(name)
         if held is None or held[0] is not read or held[1]._version != held[2]:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(read.device.type, enabled=False):
                 made = make(read)

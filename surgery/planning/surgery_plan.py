@@ -49,7 +49,7 @@ def known_inspection(model: nn.Module) -> Inspection | None:
     return state.inspection if state else None
 
 
-def inspection_of(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspection_of(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Inspection:
     """The inspection of a model, operated on or not; what belongs to PEFT is no site.
 
     Raises:

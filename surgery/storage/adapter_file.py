@@ -27,9 +27,9 @@ from safetensors.torch import save as to_safetensors
 
 from surgery.errors import AdapterError
 from surgery.storage.adapter_config import FORMAT, checked
-from surgery.storage.format_migration import SEPARATE, Config
+from surgery.storage.format_migration import SEPARATE
 from surgery.support.hf_config import on_hub
-from surgery.support.untrusted_files import LIMIT, open_regular, parse_json, read_json
+from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, parse_json, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 UNSIGNED = "0" * 64

@@ -230,5 +230,5 @@ def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None)
     Raises:
         InputError: the model does not run on the example inputs.
     """
-    _, model = patient_of(model, example_inputs)
+    _, model = resolve_model(model, example_inputs)
     return inspection_of(model, example_inputs)
