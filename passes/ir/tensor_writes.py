@@ -183,4 +183,4 @@ class _Before:
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
