@@ -105,6 +105,40 @@ def storage_address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a wrapper of tensors holds, such as a ``DTensor``; none for any other tensor."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Look at tensors of subclasses past what these make of it."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[return-value]
+
+
+def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
+    """Let tensors count as written to so many times: for those whose values were put back."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+def tensor_hooks(tensor: torch.Tensor) -> tuple[object, ...]:
+    """The hooks of a tensor's gradient."""
+    tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return tuple(None if table is None else dict(table) for table in tables)
+
+
+def put_tensor_hooks(tensor: torch.Tensor, hooks: tuple[Any, ...]) -> None:
+    """Give a tensor the hooks that it had."""
+    for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
+        now: Any = getattr(tensor, name)
+        if before is None and now is not None:
+            setattr(tensor, name, None)
+        elif before is not None and list(now.items()) != list(before.items()):
+            now.clear()
+            now.update(before)
+
+
 def is_fake(value: object) -> TypeGuard[FakeTensor]:
     """Whether a value is a fake tensor."""
     from torch._subclasses import FakeTensor

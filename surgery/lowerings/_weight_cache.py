@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from surgery.support.untrusted_files import JsonObject
+
 PREPARED = "prepared"
 WEIGHT = "weight"  # of a site that is a weight which is read
 COUNTER = itertools.count(1)
@@ -32,7 +34,7 @@ class WeightCache:
         number = next(COUNTER)
         self.handle = torch.tensor(number)
         self._site = weakref.ref(site)
-        self._cached: dict[str, Any] = {}
+        self._cached: JsonObject = {}
         SITES[number] = site
 
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
