@@ -76,8 +76,10 @@ def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
     owner, shape = model.get_submodule(path), site.factors.shape
     if not path:
         return "its weight is a parameter of the model itself, and PEFT wraps modules inside a model"
-    if isinstance(owner, CONVOLUTIONS) and local == "weight" and owner.groups == 1 and site.factors.stack is None:
-        return PeftTarget(path)
+    if isinstance(owner, CONVOLUTIONS) and local == "weight":
+        if owner.groups == 1 and site.factors.stack is None:
+            return PeftTarget(path)
+        return f"its {owner.groups} groups have factors each, and PEFT gives a convolution one pair"
     stored = shape if site.layout == "out_in" else (*shape[:-2], shape[-1], shape[-2])
     if tuple(site.weight.shape) != stored:
         return f"its product sees a weight of shape {tuple(site.weight.shape)} as {tuple(shape)}, and PEFT does not"
@@ -175,8 +177,8 @@ def fill(layer: LoraLayer, target: PeftTarget, factors: LowRankProduct) -> None:
     if A.dim() == 3:  # experts: (stack * r, d_in), and (d_out, r * stack) with the stack running fastest
         A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     for linear, factor in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
-        extra = linear.weight.dim() - factor.dim()  # of a 1x1 convolution
-        factor = factor.reshape(*factor.shape, *[1] * extra) if extra > 0 else factor
+        if linear.weight.dim() > 2 and linear.weight.numel() == factor.numel():  # a convolution, and one of 1x1
+            factor = factor.reshape(linear.weight.shape)
         if linear.weight.shape != factor.shape:
             raise ExportError(
                 f"PEFT's layer of {target.name!r} has factors of shape {tuple(linear.weight.shape)}, "

@@ -42,6 +42,7 @@ class SiteCore(Protocol):
 class LinearSite(Protocol):
     """A linear module that is called, ``y = x W^T + b + delta(x Vh^T) U^T``."""
 
+    key: str
     form: str
     cache: Any
 

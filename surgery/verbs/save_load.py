@@ -30,7 +30,7 @@ from torch import nn
 
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
-from surgery.hosting.checks import check_flags
+from surgery.hosting.checks import check_flags, check_there
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, STORED, mirror
@@ -87,6 +87,7 @@ def save_adapter(
     tensors: dict[str, torch.Tensor] = {}
     trained = 0
     for key, site in track(list(present.items()), "saving", enabled=progress):
+        check_there(key, site)
         seed = notes.get(key, {}).get("seed", 0)
         weight, bias = parameter_names(paths, site)
         saved_key = names.saved_key(key, weight)
