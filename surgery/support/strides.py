@@ -7,7 +7,7 @@ import torch
 
 def laid_out_like(made: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """A tensor with the strides of another of its shape, whose entries do not overlap; a copy unless it has them."""
-    if stored.is_neg():  # such as an imaginary part of a conjugate: what is multiplied is a copy with other strides
+    if not torch.compiler.is_compiling() and stored.is_neg():  # a conjugate's imaginary part: a copy is multiplied
         stored = stored.resolve_neg()
     if made.stride() == stored.stride():
         return made
