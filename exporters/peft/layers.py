@@ -71,21 +71,32 @@ def peft_targets(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Pe
 def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
     if site.host.inlined:
         return "is inlined in a graph, which has no module to wrap; export the model that the graph was made of"
-    if site.host.name == "module":
-        return PeftTarget(key)
     if site.rows:
         return "is a part of a packed weight, which PEFT adapts whole"
     path, _, local = parameter_names(module_paths(model), site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
+    if isinstance(owner, CONVOLUTIONS) and local == "weight" and path:
+        return _why_no_convolution(owner) or PeftTarget(path)
+    if site.host.name == "module":
+        return PeftTarget(key)
     if not path:
         return "its weight is a parameter of the model itself, and PEFT wraps modules inside a model"
-    if isinstance(owner, CONVOLUTIONS) and local == "weight" and owner.groups == 1 and site.factors.stack is None:
-        return PeftTarget(path)
     stored = shape if site.layout == "out_in" else (*shape[:-2], shape[-1], shape[-2])
     if tuple(site.weight.shape) != stored:
         return f"its product sees a weight of shape {tuple(site.weight.shape)} as {tuple(shape)}, and PEFT does not"
     turned = site.factors.stack is not None and getattr(owner, "is_transposed", False)
     return PeftTarget(path, local, flipped=(site.layout == "in_out") != bool(turned))
+
+
+def _why_no_convolution(owner: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    """Why PEFT's pair of convolutions, which have kernel, stride and padding of their own, is not that of a site."""
+    if owner.groups != 1:
+        return f"its {owner.groups} groups have factors each, and PEFT gives a convolution one pair"
+    if any(gap != 1 and size != 1 for gap, size in zip(owner.dilation, owner.kernel_size, strict=True)):
+        return f"its kernel is dilated by {owner.dilation}, and PEFT's is not"
+    if owner.padding_mode != "zeros" and (isinstance(owner.padding, str) or any(owner.padding)):
+        return f"its padding is {owner.padding_mode!r}, and PEFT pads with zeros"
+    return None
 
 
 def lora_config(
@@ -189,8 +200,8 @@ def fill(layer: LoraLayer, target: PeftTarget, factors: LowRankProduct) -> None:
     if A.dim() == 3:  # experts: (stack * r, d_in), and (d_out, r * stack) with the stack running fastest
         A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     for linear, factor in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
-        extra = linear.weight.dim() - factor.dim()  # of a 1x1 convolution
-        factor = factor.reshape(*factor.shape, *[1] * extra) if extra > 0 else factor
+        if linear.weight.dim() > 2 and linear.weight.numel() == factor.numel():  # a convolution, and one of 1x1
+            factor = factor.reshape(linear.weight.shape)
         if linear.weight.shape != factor.shape:
             raise ExportError(
                 f"PEFT's layer of {target.name!r} has factors of shape {tuple(linear.weight.shape)}, "

@@ -78,7 +78,7 @@ def _run(model: nn.Module, call: Call) -> None:
     model(*args, **kwargs)
 
 
-class _Recorder(TorchDispatchMode):
+class ModuleStack(TorchDispatchMode):
     """Sees every ATen operation while a forward runs, and keeps the stack of modules that are being called.
 
     Neither hooks on the modules nor a torch-function mode would do: PyTorch leaves its fast paths where it finds them.
@@ -90,13 +90,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.called: set[str] = set()
-        self.read: set[str] = set()
         self.stack: list[nn.Module] = []
-        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in model.named_modules():
-            for local, parameter in module.named_parameters(recurse=False):
-                name = f"{path}.{local}".lstrip(".")
-                self.owners.setdefault(id(parameter), []).append((module, name))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -118,6 +112,19 @@ class _Recorder(TorchDispatchMode):
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if self.stack:
             self.stack.pop()
+
+
+class _Recorder(ModuleStack):
+    """Notes which parameters are used outside of their modules' calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.read: set[str] = set()
+        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in model.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{local}".lstrip(".")
+                self.owners.setdefault(id(parameter), []).append((module, name))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None

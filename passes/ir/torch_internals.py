@@ -45,6 +45,18 @@ Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transpose
 MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
 
+def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve as a module does, padding of any mode included, by another weight and without a bias."""
+    return module._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+
+
+def convolves_as_ever(module: nn.Module) -> bool:
+    """Whether a convolution of one group is computed by torch's own code, whatever subclass it is of."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = [kind for kind in kinds if isinstance(module, kind) and type(module)._conv_forward is kind._conv_forward]
+    return any(type(module).forward is kind.forward for kind in own)
+
+
 def is_exporting() -> bool:
     """Whether ``torch.export`` runs: Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for always true."""
     return torch.compiler._is_exporting_flag

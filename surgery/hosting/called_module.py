@@ -10,6 +10,7 @@ from torch import nn
 
 from passes.errors import SurgeryError
 from passes.ir.linear_modules import layout_of_forward
+from passes.ir.torch_internals import Convolution
 from surgery.hosting.subclasses import Pickles, put_on, take_off
 from surgery.modules.host import Host
 
@@ -79,6 +80,7 @@ class CalledModule(Host):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner, "weight", None if getattr(owner, "bias", None) is None else "bias")
         self.exact = layout_of_forward(type(owner).forward) is not None
+        self.convolves = isinstance(owner, Convolution)
 
     def parameter(self) -> torch.Tensor:
         """The base weight."""

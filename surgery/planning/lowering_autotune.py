@@ -39,7 +39,8 @@ def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, pr
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if example_inputs is None:
         raise InputError("lowering='measure' needs example_inputs to time the lowerings on")
-    sites = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    called = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    sites = {key: site for key, site in called.items() if not site.host.convolves}  # which have one form
     kinds: dict[object, list[tuple[Adapter, torch.Tensor]]] = {}
     for site, x in _inputs(model, list(sites.values()), forward_call(example_inputs)):
         shape = (tuple(site.weight.shape), tuple(site.factors.U.shape), x.shape, x.dtype, x.device)

@@ -10,6 +10,7 @@ from torch import nn
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
 from surgery.hosting.beside_cores import beside_cores
+from surgery.hosting.checks import check_there
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, mirror
@@ -60,6 +61,7 @@ def adapter_content(
     tensors: dict[str, torch.Tensor] = {}
     size = 0
     for key, site in track(list(present.items()), "saving", enabled=progress):
+        check_there(key, site)
         seed = notes.get(key, {}).get("seed", 0)
         weight, bias = parameter_names(paths, site)
         saved_key = names.saved_key(key, weight)

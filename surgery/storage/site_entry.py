@@ -178,7 +178,12 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
     stored = stored if base.holds_entries else tuple(base.shape)
     shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
     fits = list(shape) == wanted and len(stored) == 2
-    if host == "weight" and len(stored) >= 2 and len(wanted) in (2, 3) and (len(stored), len(wanted)) != (2, 2):
+    if (
+        (host == "weight" or base.kind == "convolution")
+        and len(stored) >= 2
+        and len(wanted) in (2, 3)
+        and (len(stored), len(wanted)) != (2, 2)
+    ):
         fits = is_shape and math.prod(wanted) == math.prod(stored)
     if not fits or not base.comparable(entry):
         raise AdapterError(

@@ -13,7 +13,7 @@ from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import ExampleInputs, outside_inference_mode
 from surgery.factors.statistics_file import Statistics
 from surgery.hosting.attach import AdapterPlan, plan_of
-from surgery.hosting.checks import check_flags, check_seed, check_whole
+from surgery.hosting.checks import check_flags, check_seed, check_there, check_whole
 from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, unwrap
 from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
@@ -107,6 +107,7 @@ def recalibrate(
     found = adapters_of(inner)
     for key, site in found.items():
         check_whole(key, site.base_weight)
+        check_there(key, site)
         if not reset and is_trained(key, site, record.factorisation.get(key, {}).get("seed", 0)):
             raise SurgeryError(
                 f"site {key!r}: its core is not at its initial value, and would mean nothing in another basis; save or "

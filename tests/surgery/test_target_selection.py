@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import warnings
 
 import pytest
@@ -210,9 +211,61 @@ def test_a_pattern_that_matches_nothing_shows_near_misses_and_what_exists(target
     assert "model.layers.*.mlp.down_proj" in str(caught.value)
 
 
-def test_a_product_that_is_no_site_says_why():
-    with pytest.raises(surgery.TargetError, match="projection' is no site: conv2d with a parameter: its kernel of 8x8"):
-        select("vit", target_modules=["projection"])
+class Named(nn.Module):
+    """Parts that a user may name, and that are no sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.proj = nn.ConvTranspose1d(4, 4, 1), nn.Linear(4, 4)
+        self.table, self.norm, self.scale = nn.Embedding(4, 4), nn.LayerNorm(4), nn.Parameter(torch.ones(4, 4))
+        self.block = nn.ModuleDict({"proj": nn.ConvTranspose1d(4, 4, 1), "inner": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x.T[None])[0].T
+        y = self.block["inner"](self.block["proj"](y.T[None])[0].T)
+        return self.norm(self.proj(y)) * self.scale[0] + self.table.weight[0]
+
+
+ASKED = {
+    "up": "'up' is no site: conv_transpose1d with a parameter: a transposed convolution",
+    "up.weight": "'up' is no site: conv_transpose1d",
+    "table": "'table' is no site: it is a module of class Embedding and no product itself",
+    "norm": "'norm' is no site: it is a module of class LayerNorm",
+    "scale": r"'scale' is no site: this parameter \(4x4\) was found in no product",
+    "norm.weight": r"'norm.weight' is no site: this parameter \(4\) was found in no product",
+    "block": "'block' is no site: it is a module of class ModuleDict and no product itself, but contains block.inner",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_name_that_is_no_site_is_answered_with_the_reason(name):
+    for target in ([name], re.escape(name)):
+        with pytest.raises(surgery.TargetError, match=ASKED[name]):
+            surgery.apply_surgery(
+                Named(), "antipasto", target_modules=target, example_inputs=torch.randn(3, 4), progress=False
+            )
+    with pytest.warns(UserWarning, match=ASKED[name]):
+        model = surgery.apply_surgery(
+            Named(), "antipasto", target_modules=["inner", name], example_inputs=torch.randn(3, 4), progress=False
+        )
+    assert list(surgery.sites(model)) == ["block.inner"]
+
+
+def test_a_name_that_also_names_what_is_no_site_warns():
+    with pytest.warns(UserWarning, match="'proj' also names 'block.proj', which is no site: conv_transpose1d"):
+        model = surgery.apply_surgery(
+            Named(), "antipasto", target_modules=["proj"], example_inputs=torch.randn(3, 4), progress=False
+        )
+    assert list(surgery.sites(model)) == ["proj"]
+
+
+def test_a_name_in_a_model_without_sites_is_answered_with_the_reason():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 1), nn.LayerNorm(5))
+    for name, reason in {"0": "a transposed convolution", "1": "a module of class LayerNorm"}.items():
+        with pytest.raises(surgery.TargetError, match=f"'{name}' is no site: .*{reason}"):
+            surgery.apply_surgery(
+                model, "antipasto", target_modules=[name], example_inputs=torch.randn(2, 4, 5), progress=False
+            )
 
 
 def test_a_list_that_matches_in_part_warns_where_it_was_called():
@@ -244,8 +297,8 @@ def test_a_choice_that_leaves_nothing_names_its_arguments(options):
 
 
 def test_a_model_without_linear_operations_says_so():
-    model = nn.Sequential(nn.ReLU(), nn.Conv1d(2, 2, 3))
-    with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation with a parameter .*conv1d"):
+    model = nn.Sequential(nn.ReLU(), nn.ConvTranspose1d(2, 2, 3))
+    with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation .*conv_transpose1d"):
         surgery.apply_surgery(model, "antipasto", example_inputs=torch.randn(1, 2, 3), progress=False)
 
 
