@@ -129,7 +129,6 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make)
     restore_flags(inner, flags)
-    record_of(inner).brought_in_place = record.brought_in_place
     write_coefficient(record_of(inner), coefficient)
     return given
 
