@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from passes.ir.module_utils import private_module
 from surgery.hosting.state import Replaced, State, adapters_of, module_paths, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.support.fingerprint import cast_fingerprints, fingerprint
@@ -114,11 +115,13 @@ def present(one: Replaced) -> torch.Tensor:
 
 
 def bring(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> list[Replaced]:
-    """Put tensors in the place of a model's own parameters and buffers, by name; one under several names is tied."""
-    replaced = []
+    """Put tensors in the place of a root's own parameters and buffers, by name; one under several names is tied."""
+    replaced, original = [], record_of(model).original
     for name, tensor in trained.items():
         path, _, local = name.rpartition(".")
         owner = model.get_submodule(path)
+        if original is not None:  # a module that a graph calls may be another model's too
+            owner = private_module(model, path, original.modules)
         table = _table(owner, tensor)
         before = table[local]
         if before is not None and before is not tensor:  # a module may have several paths

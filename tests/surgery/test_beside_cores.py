@@ -221,6 +221,29 @@ def test_running_statistics_that_training_moves_are_saved(dtype, tmp_path):
         undo_surgery(model)
 
 
+def test_a_graph_brings_it_into_modules_of_its_own(tmp_path):
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval()
+
+    model = layers()
+    randomise(apply_surgery(model, "antipasto", r=4, example_inputs=X, progress=False), 0.3)
+    model[1].bias.requires_grad_(True)
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    shared = layers()
+    graph, before, base = torch.fx.symbolic_trace(shared), state_of(shared), run(shared)
+    load_adapter(graph, save_adapter(model, tmp_path), progress=False)
+    assert torch.allclose(run(graph), run(model), atol=1e-5)
+    assert not torch.allclose(run(graph), base, atol=1e-2)
+    assert torch.equal(run(shared), base)
+    save_adapter(graph, tmp_path / "again")
+    assert configuration(tmp_path / "again")["trained"] == {"1.bias": []}
+    undo_surgery(graph)
+    assert state_of(shared) == before
+    assert torch.equal(run(graph), base)
+
+
 def refused(model: nn.Module, path: Path) -> str:
     before = state_of(model)
     with pytest.raises(surgery.AdapterError) as caught:
