@@ -29,7 +29,7 @@ STATE = "_surgery"
 
 @dataclass
 class Replaced:
-    """A parameter that a load has brought, and the one that it stands for.
+    """A parameter or buffer that a load has brought, and the one that it stands for.
 
     Attributes:
         owner: the module that registers it, under ``name``.
@@ -40,8 +40,8 @@ class Replaced:
 
     owner: nn.Module
     name: str
-    before: nn.Parameter
-    brought: nn.Parameter
+    before: torch.Tensor
+    brought: torch.Tensor
     dtype: torch.dtype
 
 
@@ -58,8 +58,9 @@ class State:
         coefficient: what was set, where it is more than a number; see :mod:`surgery.hosting.coefficient`.
         number: the coefficient that was set, as it was given.
         staleness: finds out whether a core was written to.
-        replaced: the parameters that a load brought, with those that they stand for.
+        replaced: what a load brought, with what it stands for.
         brought_in_place: names of frozen parameters that a checkpoint of what was trained has written to.
+        buffers: fingerprints of the small persistent buffers at surgery, by name.
         captured_call: of a graph, what ``to_graph`` captured it with.
     """
 
@@ -73,6 +74,7 @@ class State:
     staleness: Staleness = field(default_factory=Staleness)
     replaced: list[Replaced] = field(default_factory=list)
     brought_in_place: set[str] = field(default_factory=set)
+    buffers: dict[str, set[str]] = field(default_factory=dict)
     captured_call: Call | None = None
 
 

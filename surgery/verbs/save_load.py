@@ -15,6 +15,9 @@ Its tensors are ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``, or where
 and its tensors have one more dimension in front. A site that is a part of a packed weight has ``rows``, ``[first, one
 after the last]``. Everything is checked before the model is touched.
 
+Optional fields: ``trained``, what was trained beside the cores (see ``surgery.storage.trained_parameters``); ``coeff``,
+a coefficient that was not 1; ``base_config``, the configuration of a ``transformers`` model, of ``save_pretrained``.
+
 ``adapter_config.json`` mirrors the configuration for people and other libraries, ``README.md`` is a model card; neither
 is read.
 """
@@ -46,11 +49,16 @@ from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
 from surgery.verbs.steer import get_coeff
 
+MOST_NOTED = 2**12  # coefficients in a header
+
 
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool | None = None
 ) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
+
+    Parameters outside the cores that require gradients are saved with them, and so are small buffers that training has
+    written to, as running statistics. A coefficient that is not 1 is noted, with a warning.
 
     Of a model in shards (``fully_shard``) every process has to call this; the first one writes.
 
@@ -102,13 +110,18 @@ def coefficient_entry(model: nn.Module) -> JsonObject:
     """What a file says of a coefficient that is not 1."""
     coeff = get_coeff(model)
     if isinstance(coeff, dict):
-        return {"coeff": {name: value.tolist() for name, value in coeff.items()}}
+        return {"coeff": {name: _as_noted(value) for name, value in coeff.items()}}
     if isinstance(coeff, torch.Tensor):
-        return {"coeff": coeff.tolist()}
+        return {"coeff": _as_noted(coeff)}
     return {} if coeff == 1.0 else {"coeff": coeff}
 
 
-def say_coefficient(config: JsonObject, what: str) -> None:
+def _as_noted(value: torch.Tensor) -> list[float] | str:
+    """Coefficients of rows or tokens in a header, which has to stay small."""
+    return value.tolist() if value.numel() <= MOST_NOTED else f"a tensor of shape {list(value.shape)}"
+
+
+def say_coefficient(config: Config, what: str) -> None:
     """Warn that an adapter was saved at another coefficient than the one that it has after loading."""
     if (coeff := config.get("coeff")) is not None:
         shown = f"{coeff:g}" if isinstance(coeff, int | float) else "not one number for all rows"
@@ -136,6 +149,7 @@ def load_adapter(
         progress: show a progress bar where factors are recomputed; None: on a terminal.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
+    What was trained beside the cores takes the place of the model's own parameters, until ``undo_surgery``.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model, or recomputed factors come out
