@@ -81,7 +81,7 @@ def merge_command(
     out_dir: Path = typer.Argument(help="A new or empty folder."),
     coeff: float = typer.Option(1.0, help="The coefficient to merge at."),
     untie: bool = typer.Option(False, "--untie", help="Give tied weights tensors of their own."),
-    progress: bool = typer.Option(True, help="Show a progress bar."),
+    progress: bool | None = typer.Option(None, help="Show a progress bar; by default on a terminal."),
 ) -> None:
     """Merge an adapter into a checkpoint tensor by tensor, without loading the model; a killed run can be resumed."""
     report = merge_checkpoint(base_dir, adapter_dir, out_dir, coeff=coeff, untie=untie, progress=progress)

@@ -51,6 +51,7 @@ def variants() -> None:
         about.append(f"{trainable:,} trainable at r = {config.r}")
         about += ["needs calibration data"] * config.needs_calibration + ["cannot be merged"] * (not config.linear)
         about += [f"on {config.default_targets}"] * (config.default_targets != "all-linear")
+        about += ["in the middle third of the layers"] * config.middle_layers
         options = ", ".join(f"{o.name}={getattr(config, o.name)!r}" for o in fields(config) if o.name not in shared)
         summary = (getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0]
         typer.echo(f"{name:20}{summary}\n{'':20}{'; '.join(about)}" + (f"\n{'':20}{options}" if options else ""))

@@ -11,6 +11,7 @@ from torch import fx, nn
 from passes.analysis.linear_sites import Site
 from passes.errors import CaptureError, InputError
 from passes.ir.module_utils import private_module
+from passes.ir.torch_internals import Convolution
 from passes.transforms.insert import Insert
 from passes.transforms.propagate_metadata import Annotate
 from surgery.errors import TargetError, WeightError
@@ -22,8 +23,10 @@ from surgery.hosting.root import share_steering
 from surgery.hosting.state import adapters_of, own_tensors, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.modules.base_weights import base_weight_in, base_weight_of
+from surgery.modules.convolution_adapter import ConvolutionAdapter
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
+from surgery.support.strides import overlaps
 from surgery.variants import Variant
 
 
@@ -70,7 +73,14 @@ def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphSt
 def make_adapter(host: Host, site: Site, variant: Variant, factors: Factors, core: Core) -> Adapter:
     """An adapter for a host, not yet attached."""
     base = base_weight_of(site.key, host, site.layout, factors.shape, site.rows)
-    return Adapter(site.key, host, base, variant, factors, core)
+    if host.changes_weight and overlaps(host.parameter()):
+        raise WeightError(
+            f"site {site.key!r}: entries of its weight overlap in memory (strides {host.parameter().stride()}), which "
+            "those of a changed weight cannot; give it memory of its own with .contiguous(), or leave it out with "
+            "exclude_modules"
+        )
+    kind = ConvolutionAdapter if host.convolves else Adapter
+    return kind(site.key, host, base, variant, factors, core)
 
 
 def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
@@ -110,7 +120,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
     host: CalledModule | ReadWeight
     if plan.host == "weight":
         host = ReadWeight(owner, local, bias)
-    elif plan.form == "residual":
+    elif plan.form == "residual" and not isinstance(owner, Convolution):
         host = ResidualModule(owner, shared=(owners or owners_of(model))[id(owner._parameters["weight"])] > 1)
     else:
         host = CalledModule(owner)

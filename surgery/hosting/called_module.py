@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from passes.errors import SurgeryError
 from passes.ir.linear_modules import layout_of_forward
+from passes.ir.torch_internals import Convolution
 from surgery.hosting.subclasses import Pickles, put_on, take_off
 from surgery.modules.host import Host
 
@@ -31,7 +32,7 @@ class Called(Pickles):
         forward: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
         return site.lower(x, lambda: forward(*args, **kwargs))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[misc]
         self._modules[ATTRIBUTE].converted()  # type: ignore[attr-defined]
         return self
@@ -58,11 +59,11 @@ class CalledResidual(Called):
         elif param is not host.set_aside:
             raise SurgeryError("the weight of a site in residual form cannot be replaced: undo surgery or merge first")
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         self.sspace.host.finalised = False  # type: ignore[attr-defined]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         site: Adapter = self.sspace  # type: ignore[attr-defined]
         host: Any = site.host
         before, W_res = host.weight_dtype, site.get_buffer("W_res")
@@ -79,6 +80,7 @@ class CalledModule(Host):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner, "weight", None if getattr(owner, "bias", None) is None else "bias")
         self.exact = layout_of_forward(type(owner).forward) is not None
+        self.convolves = isinstance(owner, Convolution)
 
     def parameter(self) -> torch.Tensor:
         """The base weight."""

@@ -33,10 +33,9 @@ class ReadWeight(Host):
 
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the base weight."""
-        owner: Any = self.owner
-        if parametrize.is_parametrized(owner, self.weight_name):
-            return owner.parametrizations[self.weight_name].original  # type: ignore[no-any-return]
-        return owner.get_parameter(self.weight_name)  # type: ignore[no-any-return]
+        if parametrize.is_parametrized(self.owner, self.weight_name):
+            return self.owner.get_parameter(f"parametrizations.{self.weight_name}.original")
+        return self.owner.get_parameter(self.weight_name)
 
     def table(self) -> Mapping[str, torch.Tensor | None]:
         """That of the parametrisation."""

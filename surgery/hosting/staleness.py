@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from surgery.modules.adapter import Adapter
+from surgery.modules.steering import Steering
 from surgery.support.change_detection import version_of
+from surgery.support.untrusted_files import JsonObject
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
@@ -32,7 +35,7 @@ class Staleness:
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Any] | None = None
+        self.sites: JsonObject | None = None
         self.tables: list[Mapping[str, torch.Tensor | None]] = []
         self.nested: list[Any] = []
         self.tensors: list[torch.Tensor] = []
@@ -42,7 +45,7 @@ class Staleness:
         self.coeff_version = -1
         self.value: float | None = None
 
-    def watch(self, sites: dict[str, Any], steering: Any) -> None:
+    def watch(self, sites: dict[str, Adapter], steering: Steering) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
         if not _HOOKED[0]:
             _HOOKED[0] = True
@@ -59,7 +62,7 @@ class Staleness:
     def check(self) -> None:
         """Drop what the sites have cached if anything was written to since the last check."""
         assert self.sites is not None
-        now: list[Any] = [t for table in self.tables for t in table.values() if t is not None]
+        now: list[torch.Tensor] = [t for table in self.tables for t in table.values() if t is not None]
         for core in self.nested:
             now += [*core.parameters(), *core.buffers()]
         self._check_coefficient()
@@ -94,7 +97,7 @@ class Staleness:
     def __deepcopy__(self, memo: dict[int, object]) -> Staleness:
         return Staleness()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Staleness, ()
 
 

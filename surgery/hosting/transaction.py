@@ -92,7 +92,7 @@ class Snapshot:
         torch.backends.mha.set_fastpath_enabled(self.fused)
 
 
-def _objects(model: nn.Module) -> Iterator[Any]:
+def _objects(model: nn.Module) -> Iterator[object]:
     """The model's modules, and what else a verb writes to: the record, what it was before, its configuration."""
     record = vars(model).get(STATE)
     original = getattr(record, "original", None)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
-from passes.ir.torch_internals import TorchDispatchMode
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode
 from surgery.lowerings import ALWAYS, REGISTRY, Schedule, Size, Work
 from surgery.lowerings._site import LinearSite
 from surgery.variants import Variant
@@ -126,7 +126,9 @@ def core_launches(variant: Variant, r: int) -> int:
 class _Launches(TorchDispatchMode):
     count: int = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 

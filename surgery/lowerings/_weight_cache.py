@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from surgery.support.untrusted_files import JsonObject
+
 PREPARED = "prepared"
 WEIGHT = "weight"  # of a site that is a weight which is read
 COUNTER = itertools.count(1)
@@ -32,7 +34,7 @@ class WeightCache:
         number = next(COUNTER)
         self.handle = torch.tensor(number)
         self._site = weakref.ref(site)
-        self._cached: dict[str, Any] = {}
+        self._cached: JsonObject = {}
         SITES[number] = site
 
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
@@ -53,7 +55,7 @@ class WeightCache:
 
         It is handed out as a weight, which somebody may write to: then it is made anew.
         """
-        held: tuple[torch.Tensor, torch.Tensor, int] | None = self._cached.get(name)
+        held = self._cached.get(name)
         if held is None or held[0] is not read or held[1]._version != held[2]:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(read.device.type, enabled=False):
                 made = make(read)
@@ -75,7 +77,7 @@ class WeightCache:
         """What is cached under a name, or None."""
         return self._cached.get(name)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         """All that is cached."""
         return list(self._cached.values())
 
@@ -85,5 +87,5 @@ class WeightCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the site makes one of its own
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(None), ()

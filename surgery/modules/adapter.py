@@ -7,7 +7,7 @@ that is read, or a place in a graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ class Adapter(InlinedAdapter):
         """Drop what is derived from the core."""
         self.cache.clear()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
@@ -192,16 +192,16 @@ class Adapter(InlinedAdapter):
         if self.schedule is not None and self.lowering == "auto" and not self.factors.U.is_meta:
             self.reschedule()
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """Change the mode, and drop what is cached."""
         self.forget()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cache = WeightCache(self)
 
@@ -213,7 +213,7 @@ class Adapter(InlinedAdapter):
         return f"{self.variant.name}, {sizes}, host={self.host.name}{scale}"
 
 
-def prepare(site: Adapter) -> Any:
+def prepare(site: Adapter) -> CoreView:
     """The tensors of a site's core and what its variant prepares from them."""
     with torch.no_grad():
         return CoreView(site.core.tensors() | site.variant.prepare(site.core))  # type: ignore[arg-type]

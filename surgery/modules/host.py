@@ -20,6 +20,7 @@ class Host:
             its nodes are being looked up.
         inlined: whether the adapter's operations are nodes of a graph.
         changes_weight: whether the adapter gives a changed weight, and not a term that is added to a product.
+        convolves: whether the owner is a convolution that is called.
         exact: whether the base's own forward is that of ``nn.Linear`` or ``Conv1D`` to the letter, so that its output
             may be added to in place.
         owner: the module that has the weight; of a graph, the graph module.
@@ -36,6 +37,7 @@ class Host:
     in_place: Literal["module", "weight"] | None
     inlined = False
     changes_weight = False
+    convolves = False
     exact = False
     keeps_base = True
     set_aside: nn.Parameter | None = None

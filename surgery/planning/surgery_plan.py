@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products, inspect_model
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import VariantError
 from surgery.hosting.attach import check_not_operated
 from surgery.hosting.checks import check_loaded, check_weight
@@ -49,7 +49,7 @@ def known_inspection(model: nn.Module) -> Inspection | None:
     return state.inspection if state else None
 
 
-def inspection_of(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspection_of(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Inspection:
     """The inspection of a model, operated on or not; what belongs to PEFT is no site.
 
     Raises:
@@ -66,7 +66,7 @@ def make_plan(
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> Plan:
     """Choose sites as the arguments of ``apply_surgery`` say.
 
@@ -82,7 +82,7 @@ def make_plan(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
-        default=config.default_targets,
+        config=config,
     )
     check_not_operated(model, chosen)
     ranks = site_ranks(chosen, config, rank_pattern)

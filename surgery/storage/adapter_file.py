@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,16 +27,32 @@ from safetensors.torch import save as to_safetensors
 
 from surgery.errors import AdapterError
 from surgery.storage.adapter_config import FORMAT, checked
-from surgery.storage.format_migration import SEPARATE, Config
+from surgery.storage.format_migration import SEPARATE
 from surgery.support.hf_config import on_hub
-from surgery.support.untrusted_files import LIMIT, open_regular, parse_json, read_json
+from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, parse_json, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 UNSIGNED = "0" * 64
 CHUNK = 2**22
 
 
-def encode(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[Config, list[bytes | memoryview]]:
+class StoredSlice(Protocol):
+    """A tensor of a file before it is read."""
+
+    def get_shape(self) -> list[int]: ...
+
+
+class StoredTensors(Protocol):
+    """The tensors of a safetensors file by name."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> StoredSlice: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[JsonObject, list[bytes | memoryview]]:
     """The content of an adapter's file; the same adapter gives the same bytes.
 
     Returns:
@@ -71,11 +87,11 @@ class AdapterFile:
     """
 
     folder: Path
-    config: Config
+    config: JsonObject
     _held: BinaryIO
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Any]:
+    def opened(self) -> Iterator[StoredTensors]:
         """Open it by safetensors: by the descriptor where that has a name, and else by the name of the file.
 
         Raises:
@@ -129,7 +145,7 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
             return
 
 
-def _config_of(folder: Path, held: BinaryIO) -> Config:
+def _config_of(folder: Path, held: BinaryIO) -> JsonObject:
     """The checked configuration of the file that is held."""
     file = folder / TENSORS
     try:
@@ -147,7 +163,7 @@ def _config_of(folder: Path, held: BinaryIO) -> Config:
     return config
 
 
-def _separate_config(folder: Path, held: BinaryIO) -> Config:
+def _separate_config(folder: Path, held: BinaryIO) -> JsonObject:
     """The configuration beside the file, as formats 1 and 2 have it."""
     file = folder / CONFIG
     where = repr(str(file))

@@ -75,7 +75,7 @@ def model_class(config: Any, default: Any) -> Any:
     return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else default
 
 
-def base_model_name(model: Any) -> str | None:
+def base_model_name(model: object) -> str | None:
     """What a base model is called in files: its hub id, or the last name of the folder it came from, never a path.
 
     None for a model that does not say where it came from.
@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
     """All integers of a JSON value, each with the last key above it."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield name, value

@@ -22,8 +22,11 @@ from passes.errors import SurgeryError
 LIMIT = 64 * 2**20
 VALUES, DEPTH = 2**22, 64
 
+JsonObject = dict[str, Any]
+"""A JSON object; what its keys hold is checked where they are read."""
 
-def path_of(path: Any, error: type[SurgeryError]) -> Path:
+
+def path_of(path: str | os.PathLike[str], error: type[SurgeryError]) -> Path:
     """A path that was given as an argument.
 
     Raises:
@@ -108,9 +111,13 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     text = text.decode() if isinstance(text, bytes) else text
     if sum(map(text.count, ",[{")) > VALUES:
         raise ValueError(f"it has more than {VALUES:,} values")
-    numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text, object_pairs_hook=_once, **numbers)
+        value = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_no_number if finite else None,
+            parse_float=_finite if finite else None,
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
@@ -121,7 +128,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     table = dict(pairs)
     if len(table) < len(pairs):
         seen: set[str] = set()

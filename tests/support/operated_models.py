@@ -56,7 +56,8 @@ def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Modu
         for key, site in sites(found.model).items():
             U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
             delta = U * (S * F.elu(coeff * site.core.g.double())) @ Vh
-            parameters.get(key, parameters.get(f"{key}.weight")).add_(delta if site.layout == "out_in" else delta.T)
+            weight = parameters.get(key, parameters.get(f"{key}.weight"))
+            weight.add_((delta if site.layout == "out_in" else delta.T).reshape(weight.shape))
     return base
 
 

@@ -176,7 +176,7 @@ def vit() -> tuple[nn.Module, Any]:
 
     config = t.ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
-        initializer_range=0.2,
+        initializer_range=0.2, num_labels=12,
     )  # fmt: skip
     return t.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 
