@@ -59,9 +59,9 @@ class ReadWeight(Host):
                     if isinstance(other, Adapter):  # an earlier one, which knows the order before surgery
                         self.order = other.host.order
         parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
-        setattr(
-            type(self.owner), self.weight_name, _property(self.weight_name, vars(type(self.owner))[self.weight_name])
-        )
+        cls = type(self.owner)
+        its = vars(cls)[self.weight_name]
+        setattr(cls, self.weight_name, its if isinstance(its, Quick) else Quick(self.weight_name, its))
 
     def detach(self) -> None:
         """Remove the parametrisation; parameters are in the order that they had."""
@@ -69,6 +69,8 @@ class ReadWeight(Host):
         hosted = owner.parametrizations[self.weight_name]
         if len(hosted) > 1:  # other parts of the weight
             del hosted[next(i for i, other in enumerate(hosted) if other is self.adapter)]
+            if not any(isinstance(other, Adapter) for other in hosted):
+                setattr(type(owner), self.weight_name, vars(type(owner))[self.weight_name].its)
             return
         cls = type(
             owner
@@ -93,19 +95,24 @@ class ReadWeight(Host):
             owner._parameters[name] = parameter
 
 
-def _property(name: str, its: property) -> property:
+class Quick(property):
     """The property of a parametrised weight, whose read is as quick as that of a parameter where the weight is cached.
 
     PyTorch's own takes tens of microseconds, and within ``parametrize.cached()`` it gives the weight of an old
     coefficient.
+
+    Attributes:
+        its: PyTorch's own.
     """
 
-    def read(owner: nn.Module) -> torch.Tensor:
-        hosted: Any = owner._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        if not torch.compiler.is_compiling() and len(hosted._modules) == 1:
-            adapter, original = hosted._modules["0"], hosted._parameters["original"]
-            if adapter.reuses(original):
-                return adapter.forward(original)  # type: ignore[no-any-return]
-        return hosted()  # type: ignore[no-any-return]
+    def __init__(self, name: str, its: property) -> None:
+        def read(owner: nn.Module) -> torch.Tensor:
+            hosted: Any = owner._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+            if not torch.compiler.is_compiling() and len(hosted._modules) == 1:
+                adapter, original = hosted._modules["0"], hosted._parameters["original"]
+                if isinstance(adapter, Adapter) and adapter.reuses(original):
+                    return adapter.forward(original)
+            return hosted()  # type: ignore[no-any-return]
 
-    return property(read, its.fset)
+        super().__init__(read, its.fset)
+        self.its = its
