@@ -121,7 +121,7 @@ def _as_noted(value: torch.Tensor) -> list[float] | str:
     return value.tolist() if value.numel() <= MOST_NOTED else f"a tensor of shape {list(value.shape)}"
 
 
-def say_coefficient(config: Config, what: str) -> None:
+def say_coefficient(config: JsonObject, what: str) -> None:
     """Warn that an adapter was saved at another coefficient than the one that it has after loading."""
     if (coeff := config.get("coeff")) is not None:
         shown = f"{coeff:g}" if isinstance(coeff, int | float) else "not one number for all rows"
