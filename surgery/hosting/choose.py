@@ -49,12 +49,12 @@ def why_not_called(owner: nn.Module, layout: str) -> str | None:
         return "it is parametrised"
     if hasattr(owner, ATTRIBUTE):
         return f"it has an attribute {ATTRIBUTE!r}"
-    if layout_of_forward(type(owner).forward) == layout:
-        return None
     try:
         subclass_of(type(owner), Called)
     except TypeError as error:
         return f"its class cannot be subclassed: {error}"
+    if layout_of_forward(type(owner).forward) == layout:
+        return None
     return _differs(owner, layout)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from surgery.hosting.subclasses import change_class
+from passes.ir.torch_internals import parametrised_class
+from surgery.errors import WeightError
+from surgery.hosting.subclasses import change_class, parts_of, rebuilt
 from surgery.modules.adapter import Adapter
 from surgery.modules.host import Host
 
@@ -37,6 +40,13 @@ class ReadWeight(Host):
             return owner.parametrizations[self.weight_name].original  # type: ignore[no-any-return]
         return owner.get_parameter(self.weight_name)  # type: ignore[no-any-return]
 
+    def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """The parametrisation holds it."""
+        owner: Any = self.owner
+        if not parametrize.is_parametrized(owner, self.weight_name):
+            return super().place()
+        return owner.parametrizations[self.weight_name]._parameters, "original"
+
     def bias(self) -> torch.Tensor | None:
         """The bias, of a part its entries."""
         if self.bias_name is None:
@@ -53,7 +63,17 @@ class ReadWeight(Host):
                 for other in others:
                     if isinstance(other, Adapter):  # an earlier one, which knows the order before surgery
                         self.order = other.host.order
-        parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
+        new = not parametrize.is_parametrized(self.owner)
+        try:
+            parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
+        except TypeError as error:
+            raise WeightError(
+                f"site {adapter.key!r}: its weight is read without a call of a plain linear module, and "
+                f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
+            ) from error
+        _never_cached(type(self.owner), self.weight_name)
+        if new:
+            _picklable(type(self.owner))
 
     def detach(self) -> None:
         """Remove the parametrisation; parameters are in the order that they had."""
@@ -83,3 +103,37 @@ class ReadWeight(Host):
             owner.parametrizations[name].original = parameter  # type: ignore[index,operator,union-attr]
         else:
             owner._parameters[name] = parameter
+
+
+def _never_cached(cls: type[nn.Module], name: str) -> None:
+    """Let a parametrised class compute a weight at each read, also within ``parametrize.cached()``.
+
+    That keeps a weight for the length of its block, whatever is written to the coefficient and the core meanwhile.
+    """
+
+    def read(module: Any) -> torch.Tensor:
+        found: torch.Tensor = module.parametrizations[name]()
+        return found
+
+    setattr(cls, name, property(read, vars(cls)[name].fset))
+
+
+def _picklable(cls: type[Any]) -> None:
+    """Let a parametrised class that was made for an adapter be pickled whole, which ``parametrize`` refuses."""
+    del cls.__getstate__
+
+    def reduce(module: Any, protocol: Any) -> Any:
+        hosted = [name for name, parts in module.parametrizations.items() if any(isinstance(p, Adapter) for p in parts)]
+        base, mixins = parts_of(type(module).__bases__[0])
+        return _unpickled, (base, mixins, list(module.parametrizations), hosted), module.__getstate__()
+
+    setattr(cls, "__reduce_ex__", reduce)  # noqa: B010
+
+
+def _unpickled(cls: type[Any], mixins: tuple[type[Any], ...], names: list[str], hosted: list[str]) -> Any:
+    module = rebuilt(cls, mixins)
+    parametrised_class(module, names)
+    for name in hosted:
+        _never_cached(type(module), name)
+    _picklable(type(module))
+    return module

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
-from passes.ir.torch_internals import REPLICA, pass_over
+from passes.ir.torch_internals import REPLICA, function_transforms, pass_over
 from surgery.hosting.coefficient import Coefficient
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
@@ -77,7 +77,10 @@ def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.T
     steering, staleness = state.steering, state.staleness
     before = None
     sites_of(root, state)
-    staleness.check()
+    if function_transforms() is None:  # whose tensors have no values to compare; sites then use nothing that is cached
+        staleness.check()
+    if staleness.offloaded:
+        vars(steering)["brought"] = [(part, *_brought_in(part)) for part in staleness.offloaded]
     if state.coefficient is not None:
         value, second = state.coefficient.of_call(root, args, kwargs, generating=steering.generating)
         like = steering.coeff
@@ -96,6 +99,19 @@ def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.T
     return before
 
 
+def _brought_in(part: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hold the tensors of a core or of factors that accelerate has offloaded, since nobody calls these modules.
+
+    Returns:
+        The parameters and buffers that stood for them, which :func:`_end` puts back.
+    """
+    tensors: dict[str, Any] = part()
+    before = dict(part._parameters), dict(part._buffers)
+    for table in (part._parameters, part._buffers):
+        table.update({name: tensors[name] for name in table if name in tensors})
+    return before
+
+
 def _refuse_rows(state: State) -> None:
     if state.coefficient is not None:
         raise InputError("nn.DataParallel splits the batch, so that it takes no coeff for each row: use a number")
@@ -106,6 +122,9 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
     """Disarm the sites."""
     steering = state.steering
     vars(steering).update(armed=False, caller=None)
+    for part, parameters, buffers in vars(steering).pop("brought", ()):
+        part._parameters.update(parameters)
+        part._buffers.update(buffers)
     if before is not None:
         steering._buffers.update(before)
         steering.refresh_copies()
@@ -117,7 +136,13 @@ def make_root(model: nn.Module, state: State) -> None:
     vars(model)[STATE] = state
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
     if not isinstance(model, fx.GraphModule):
-        put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        try:
+            put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        except TypeError as error:
+            raise SurgeryError(
+                f"{type(model).__name__} cannot be a root, as its class cannot be subclassed ({error}): put it into "
+                "another module, as nn.Sequential(model), and operate on that"
+            ) from error
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
 

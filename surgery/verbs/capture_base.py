@@ -142,6 +142,7 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         d_in, d_out = site.features
         place = Site(key, weight, bias, site.layout, d_out, d_in, stack=factors.stack, rows=site.rows)
         node = graph_adapter(host, place, site.variant, factors, core)
+        node.record = site.record.for_copy(site.host.registered())
         found.append(node.train(graph.training))
     if missing:
         warnings.warn(

@@ -31,7 +31,15 @@ from torch import nn
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
 from surgery.hosting.checks import check_flags
-from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
+from surgery.hosting.state import (
+    adapters_of,
+    check_weights,
+    module_paths,
+    parameter_names,
+    record_of,
+    require_bases,
+    unwrap,
+)
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, STORED, mirror
 from surgery.storage.adapter_file import CONFIG, TENSORS, encode
@@ -79,6 +87,7 @@ def save_adapter(
     check_flags(progress=progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
+    check_weights(model)
     present = adapters_of(model)
     first = next(iter(present.values())).variant
     paths = module_paths(model)
@@ -152,6 +161,7 @@ def _entry(key: str, site: Adapter, seed: int, names: tuple[str, str | None]) ->
     }
     entry |= dropped if fixed else site.base_weight.known_by()
     entry |= {} if site.rows is None else {"rows": list(site.rows)}
+    entry |= {"trained": True} if site.record.trained else {}
     return entry | ({} if site.core.scale is None else {"scale": float(site.core.scale)})
 
 
