@@ -170,7 +170,6 @@ def insert_residual(
     build = _NodeBuilder(node, point, "residual", x, added)
     readers = list(node.users)
     assert adapter.base is not None
-    assert adapter.base is not None
     graph, wide, narrow = node.graph, adapter.get_buffer(adapter.base).dtype, adapter.weight_dtype
     with graph.inserting_before(node.next):
         x = build.cast(x, narrow, wide)

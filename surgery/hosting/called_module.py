@@ -109,7 +109,7 @@ class CalledModule(Host):
     name = in_place = "module"
 
     def __init__(self, owner: nn.Module) -> None:
-        super().__init__(owner, "weight", None if getattr(owner, "bias", None) is None else "bias")
+        super().__init__(owner, "weight", None if owner._parameters.get("bias") is None else "bias")
         self.exact = layout_of_forward(type(owner).forward) is not None
 
     def parameter(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class ReadWeight(Host):
         new = not parametrize.is_parametrized(self.owner)
         try:
             parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
-        except TypeError as error:
+        except Exception as error:  # the user's class may refuse to be subclassed, or to be given an attribute
             raise WeightError(
                 f"site {adapter.key!r}: its weight is read without a call of a plain linear module, and "
                 f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
@@ -82,6 +83,7 @@ class ReadWeight(Host):
         if len(hosted) > 1:  # other parts of the weight
             del hosted[next(i for i, other in enumerate(hosted) if other is self.adapter)]
             return
+        _bring_back(hosted)
         cls = type(
             owner
         )  # a deep copy shares it: without a class of its own, removal would delete the original's property
@@ -103,6 +105,12 @@ class ReadWeight(Host):
             owner.parametrizations[name].original = parameter  # type: ignore[index,operator,union-attr]
         else:
             owner._parameters[name] = parameter
+
+
+def _bring_back(module: nn.Module) -> None:
+    """Undo what accelerate's offloading has done to a module that is about to go, with the weight in it."""
+    if "_hf_hook" in vars(module):
+        sys.modules["accelerate.hooks"].remove_hook_from_module(module)
 
 
 def _never_cached(cls: type[nn.Module], name: str) -> None:

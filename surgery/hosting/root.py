@@ -132,7 +132,16 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
 
 
 def make_root(model: nn.Module, state: State) -> None:
-    """Give a model its state, and make its class that of a root."""
+    """Give a model its state, and make its class that of a root.
+
+    Raises:
+        SurgeryError: it has an attribute of that name, or its class cannot be subclassed.
+    """
+    if STATE in vars(model):
+        raise SurgeryError(
+            f"{type(model).__name__} has an attribute {STATE!r} of its own, which surgery would take: put it into "
+            "another module, as nn.Sequential(model), and operate on that"
+        )
     vars(model)[STATE] = state
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
     if not isinstance(model, fx.GraphModule):

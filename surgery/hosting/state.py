@@ -59,8 +59,9 @@ def unwrap(model: Any) -> Any:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of a root, or None."""
-    return vars(model).get(STATE)
+    """The state of a root, or None; a user's module may have anything under the same name."""
+    found = vars(model).get(STATE)
+    return found if isinstance(found, State) else None
 
 
 def record_of(model: nn.Module) -> State:
