@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from passes.ir.torch_internals import parametrised_class
 from surgery.errors import WeightError
-from surgery.hosting.subclasses import change_class, parts_of, rebuilt
+from surgery.hosting.subclasses import bare_instance, change_class, class_and_mixins
 from surgery.modules.adapter import Adapter
 from surgery.modules.host import Host
 
@@ -67,7 +67,7 @@ class ReadWeight(Host):
         new = not parametrize.is_parametrized(self.owner)
         try:
             parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
-        except Exception as error:  # the user's class may refuse to be subclassed, or to be given an attribute
+        except (TypeError, AttributeError) as error:  # it may refuse to be subclassed, or to be given an attribute
             raise WeightError(
                 f"site {adapter.key!r}: its weight is read without a call of a plain linear module, and "
                 f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
@@ -132,14 +132,14 @@ def _picklable(cls: type[Any]) -> None:
 
     def reduce(module: Any, protocol: Any) -> Any:
         hosted = [name for name, parts in module.parametrizations.items() if any(isinstance(p, Adapter) for p in parts)]
-        base, mixins = parts_of(type(module).__bases__[0])
+        base, mixins = class_and_mixins(type(module).__bases__[0])
         return _unpickled, (base, mixins, list(module.parametrizations), hosted), module.__getstate__()
 
     setattr(cls, "__reduce_ex__", reduce)  # noqa: B010
 
 
 def _unpickled(cls: type[Any], mixins: tuple[type[Any], ...], names: list[str], hosted: list[str]) -> Any:
-    module = rebuilt(cls, mixins)
+    module = bare_instance(cls, mixins)
     parametrised_class(module, names)
     for name in hosted:
         _never_cached(type(module), name)

@@ -72,10 +72,10 @@ class Pickles:
         made = super().__reduce_ex__(protocol)
         if MIXIN not in vars(type(self)) or not isinstance(made, tuple):  # a subclass that others have made of ours
             return made
-        return (rebuilt, parts_of(type(self)), *made[2:])
+        return (bare_instance, class_and_mixins(type(self)), *made[2:])
 
 
-def parts_of(cls: type[Any]) -> tuple[type[Any], tuple[type[Any], ...]]:
+def class_and_mixins(cls: type[Any]) -> tuple[type[Any], tuple[type[Any], ...]]:
     """A class without our mixins, and these, in the order that they were put on."""
     mixins = [vars(c)[MIXIN] for c in cls.__mro__ if MIXIN in vars(c)]
     for mixin in mixins:
@@ -83,7 +83,7 @@ def parts_of(cls: type[Any]) -> tuple[type[Any], tuple[type[Any], ...]]:
     return cls, tuple(reversed(mixins))
 
 
-def rebuilt(cls: type[Any], mixins: tuple[type[Any], ...]) -> Any:
+def bare_instance(cls: type[Any], mixins: tuple[type[Any], ...]) -> Any:
     """An instance of a class with mixins, without its state."""
     for mixin in mixins:
         cls = subclass_of(cls, mixin)

@@ -180,7 +180,7 @@ class Adapter(InlinedAdapter):
         self.cache.clear()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self.record.converting(self.host.registered(), told_after=self.host.name == "module")
+        self.record.converting(self, self.host.registered(), told_after=self.host.name == "module")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
@@ -202,7 +202,7 @@ class Adapter(InlinedAdapter):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"record": self.record.for_copy(self.host.registered())}
+        return vars(self) | {"record": self.record.for_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -50,14 +50,14 @@ class OutsideRead(torch.Tensor):
                 f"site {key!r}: its weight is written ({name}) while the model runs, where it stands for the base "
                 "weight and the adapter's change; write to it outside of the model's forward"
             )
-        args, kwargs = tree_map_only(OutsideRead, lambda read: changed(read.site), (args, kwargs))
+        args, kwargs = tree_map_only(OutsideRead, lambda read: with_change(read.site), (args, kwargs))
         return func(*args, **kwargs)
 
 
 def outside_read(site: Adapter, weight: torch.Tensor) -> torch.Tensor:
     """What stands for the weight of a site where its module is not called."""
     if torch.compiler.is_compiling():  # where the dtype alone is asked for, nothing is computed
-        return changed(site)
+        return with_change(site)
     if not site.base_weight.holds_entries:
         weight = torch.empty((), dtype=weight.dtype, device=weight.device).expand(site.base_weight.matrix_shape)
     found = weight.as_subclass(OutsideRead)
@@ -65,7 +65,7 @@ def outside_read(site: Adapter, weight: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def changed(site: Adapter) -> torch.Tensor:
+def with_change(site: Adapter) -> torch.Tensor:
     """``W + dW`` in the layout of the weight, with the gradient of the core.
 
     Raises:

@@ -33,23 +33,24 @@ class WeightRecord:
             for that.
     """
 
-    def __init__(self, fingerprint: str | None = None, *, trained: bool = False, trusted: bool = False) -> None:
+    def __init__(self, fingerprint: str | None = None, *, trained: bool = False) -> None:
         self.fingerprint, self.trained = fingerprint, trained
-        self._trusted = trusted  # what is seen first is the recorded weight: a copy of one that had not changed
+        self._dtype: torch.dtype | None = None  # that the fingerprint is of
+        self._is_converted = False  # from a weight that had not changed
         self._required_grad = False  # since it was last compared
-        self._seen: tuple[torch.Tensor, int, int, torch.dtype] | None = None
+        self._seen: tuple[torch.Tensor, int, int] | None = None
         self._factors: Versions | None = None
 
     def adopt(self, site: Adapter, weight: torch.Tensor) -> None:
         """Take what is there for the weight that the factors belong to."""
-        self._trusted, self._required_grad = False, False
-        self._seen = (weight, version_of(weight), address_of(weight), weight.dtype)
-        self._factors = _versions(site)
+        self._is_converted, self._required_grad, self._dtype = False, False, weight.dtype
+        self._seen, self._factors = (weight, version_of(weight), address_of(weight)), _versions(site)
 
-    def for_copy(self, weight: torch.Tensor | None) -> WeightRecord:
-        """The record of a copy of the site, whose weight is this one's."""
-        same = weight is not None and self._unchanged(weight)
-        return WeightRecord(self.fingerprint, trained=self.trained, trusted=same)
+    def for_copy(self) -> WeightRecord:
+        """The record of a copy of the site; its weight is compared when it is first seen."""
+        found = WeightRecord(self.fingerprint, trained=self.trained)
+        found._dtype = self._dtype
+        return found
 
     def copied(self, site: Adapter) -> None:
         """In a copy of a site: what is written to its factors from now on is seen."""
@@ -65,7 +66,7 @@ class WeightRecord:
             SurgeryError: it is another one.
         """
         if weight is None or weight.is_meta or is_sharded(weight):  # not there, or compared by the verbs alone
-            self._seen, self._trusted = None, False
+            self._seen = None
             return
         if weight.requires_grad:
             self._required_grad = True
@@ -91,37 +92,41 @@ class WeightRecord:
 
     def forget(self, weight: torch.Tensor | None) -> None:
         """Compare the weight again, also where nothing that can be seen has changed."""
-        self._seen, self._trusted = None, False
+        self._seen = None
         if weight is not None:
             forget_fingerprints(weight)
 
-    def converting(self, weight: torch.Tensor | None, *, told_after: bool) -> None:
+    def converting(self, site: Adapter, weight: torch.Tensor | None, *, told_after: bool) -> None:
         """Before the model is moved or cast: what comes of a weight that has not changed is the recorded one.
 
         Args:
             told_after: whether :meth:`converted` follows. Else the next comparison asks whether the factors fit.
         """
-        if self._seen is None or weight is None:
+        if weight is None or weight.is_meta or is_sharded(weight):
             return
-        same = weight is self._seen[0] and version_of(weight) == self._seen[1]  # tied, it may have been moved already
-        if not (same or self._unchanged(weight)):
-            return
-        self._trusted = told_after
-        if not told_after:
+        if self._seen is None:  # of a copy; where it is tied, it may have been cast already
+            same = self._dtype != weight.dtype or site.base_weight.fingerprint() == self.fingerprint
+            self.fingerprint = None if self._dtype != weight.dtype else self.fingerprint
+        else:
+            same = (weight is self._seen[0] and version_of(weight) == self._seen[1]) or self._unchanged(weight)
+        if same and (not told_after or self.fingerprint is None):
             self._seen, self.fingerprint = None, None
+        elif same:
+            self._is_converted = True
 
     def converted(self, site: Adapter, weight: torch.Tensor | None) -> None:
         """After that."""
-        if self._trusted and self._seen is not None and weight is not None and not weight.is_meta:
-            if self._seen[3] != weight.dtype:
+        if self._is_converted and weight is not None and not weight.is_meta:
+            if self._dtype != weight.dtype:
                 self.fingerprint = None
             self.adopt(site, weight)
+        self._is_converted = False
 
     def _unchanged(self, weight: torch.Tensor) -> bool:
         """Whether nothing has written to the weight since it was seen, as far as versions and addresses tell."""
         if self._seen is None:
-            return self._trusted
-        seen, version, address, _ = self._seen
+            return False
+        seen, version, address = self._seen
         if version_of(weight) != version or address_of(weight) != address:
             return False
         return weight is seen or (address != 0 and _alike(weight, seen))  # as a detached one that is put in its place

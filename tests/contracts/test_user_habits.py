@@ -18,21 +18,7 @@ import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, undo_surgery
 from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-
-X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-
-
-class Net(nn.Module):
-    """Two linear modules and a weight that is read."""
-
-    def __init__(self, first: nn.Module | None = None) -> None:
-        super().__init__()
-        self.a = nn.Linear(8, 8) if first is None else first
-        self.b = nn.Linear(8, 8)
-        self.w = nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(torch.tanh(self.a(x))) @ self.w
+from tests.support.user_models import Net, X, operated, run
 
 
 class WantsKeyword(nn.Linear):
@@ -184,21 +170,6 @@ def tied() -> nn.Module:
     made = Net()
     made.b.weight = made.a.weight
     return made
-
-
-def operated(model: nn.Module) -> nn.Module:
-    model.eval()
-    apply_surgery(model, "antipasto", r=4, target_modules="all-linear", example_inputs=X, progress=False)
-    with torch.no_grad():
-        for site in sites(model).values():
-            site.core.g.add_(torch.linspace(-0.4, 0.5, len(site.core.g)))
-    return model
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(X)
-    return found
 
 
 def expected_of(model: nn.Module, base: nn.Module) -> torch.Tensor:

@@ -138,6 +138,11 @@ def test_copies_know_their_weight(write: str) -> None:
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     WRITES[write](model, another_base())
     twins.append(copy.deepcopy(model))
+    twins.append(copy.deepcopy(twins[0]))
+    WRITES[write](twins[3], another_base())
+    twins.append(copy.deepcopy(twins[0]))
+    WRITES[write](twins[4], another_base())
+    twins[4].to(torch.bfloat16).to(torch.float32)
     for twin in twins[:2]:
         assert torch.equal(run(twin), expected)
         WRITES[write](twin, another_base())

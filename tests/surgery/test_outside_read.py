@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,43 +12,15 @@ import surgery
 from surgery import apply_surgery, merge, sites, steer
 from tests.support.lowering_models import shake
 from tests.support.tolerance import assert_close
-
-X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-
-
-class Own(nn.Linear):
-    """A forward of its own, which is the product."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class TwoPaths(nn.Module):
-    """Calls its head, or reads the weight of it; asks for the weight's dtype on both paths."""
-
-    def __init__(self, kind: type[nn.Linear] = nn.Linear) -> None:
-        super().__init__()
-        self.head = kind(8, 6)
-
-    def forward(self, x: torch.Tensor, read: bool = False, penalty: bool = False) -> torch.Tensor:
-        x = x.to(self.head.weight.dtype)[:, : self.head.weight.shape[1]]
-        y = x @ self.head.weight.T + self.head.bias if read else self.head(x)
-        return y + self.head.weight.norm() if penalty else y
-
-
-def model_of(kind: type[nn.Linear] = nn.Linear, variant: Any = "antipasto", **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = TwoPaths(kind).eval()
-    options = {"r": 4, "target_modules": "all-linear", "example_inputs": X, "progress": False, **options}
-    return apply_surgery(model, variant, **options)
+from tests.support.user_models import Own, TwoPaths, X, two_paths
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Own])
 @pytest.mark.parametrize("form", ["delta", "residual"])
 @pytest.mark.parametrize("training", [False, True])
 def test_both_paths_compute_one_function(kind: type[nn.Linear], form: str, training: bool) -> None:
-    model = model_of(kind, form=form)
-    base = model_of(kind)
+    model = two_paths(kind, form=form)
+    base = two_paths(kind)
     assert torch.equal(model(X, read=True), base(X, read=True))
     shake(model).train(training)
     site = sites(model)["head"]
@@ -74,7 +44,7 @@ def test_both_paths_compute_one_function(kind: type[nn.Linear], form: str, train
 
 
 def test_outside_of_a_call_the_weight_is_the_parameter_itself() -> None:
-    model = model_of()
+    model = two_paths()
     parameter = model.head._parameters["weight"]
     model(X, read=True)
     assert model.head.weight is parameter
@@ -85,7 +55,7 @@ def test_outside_of_a_call_the_weight_is_the_parameter_itself() -> None:
 
 
 def test_what_asks_for_the_dtype_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made = shake(model_of()), []
+    model, made = shake(two_paths()), []
     site = sites(model)["head"]
     plain = type(site).changed_weight
     monkeypatch.setattr(type(site), "changed_weight", lambda s, w: (made.append(1), plain(s, w))[1])
@@ -98,8 +68,8 @@ def test_what_asks_for_the_dtype_computes_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_be_right_is_a_typed_error() -> None:
-    model = shake(model_of())
-    rows = steer(model, torch.linspace(-1, 1, 5))
+    model = shake(two_paths())
+    rows = steer(model, torch.linspace(-1, 1, 3))
     with rows, pytest.raises(surgery.InputError, match=r"site 'head': its weight is read without a call"):
         model(X, read=True)
 
@@ -116,7 +86,7 @@ def test_what_cannot_be_right_is_a_typed_error() -> None:
 
 def test_a_variant_that_is_not_linear_says_so() -> None:
     data = surgery.Contrast([X + 1], [X - 1])
-    model = model_of(variant="sspace", calibration=data)
+    model = two_paths(variant="sspace", calibration=data)
     assert torch.isfinite(model(X)).all()
     with pytest.raises(surgery.VariantError, match=r"site 'head': its weight is read .* sspace is not linear"):
         model(X, read=True)

@@ -17,8 +17,8 @@ from torch import nn
 
 import surgery
 from surgery import apply_surgery, load_adapter, merge, save_adapter, set_coeff, sites, steer, undo_surgery
-from tests.contracts.test_user_habits import Net, X, operated, run
 from tests.support.adapter_files import configuration
+from tests.support.user_models import Net, X, operated, run, two_paths
 
 CPU = torch.device("cpu")
 
@@ -119,7 +119,7 @@ def test_keys_of_a_model_in_ddp_are_those_of_the_plain_one(gloo: None, tmp_path:
     save_adapter(holder, tmp_path / "parts")
     assert set(configuration(tmp_path / "parts")["sites"]) == {"inner.a", "inner.b"}
     undo_surgery(wrapped)
-    assert torch.equal(run(wrapped), run(made()))
+    assert torch.equal(run(model), run(made()))  # DDP itself fails where the buffers that it saw have gone
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -150,17 +150,14 @@ def test_a_sublayer_that_is_compiled(when: str, how: str, tmp_path: Path) -> Non
 
 
 def test_a_weight_that_compiled_code_reads_elsewhere_has_the_change() -> None:
-    from tests.surgery.test_outside_read import X as x
-    from tests.surgery.test_outside_read import model_of
-
-    model = model_of()
+    model = two_paths()
     with torch.no_grad():
         sites(model)["head"].core.g.add_(0.3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for read in (False, True):
-        assert torch.allclose(compiled(x, read=read), model(x, read=read), atol=1e-6)
+        assert torch.allclose(compiled(X, read=read), model(X, read=read), atol=1e-6)
         with torch.no_grad(), steer(model, -0.5):
-            assert torch.allclose(compiled(x, read=read), model(x, read=read), atol=1e-6)
+            assert torch.allclose(compiled(X, read=read), model(X, read=read), atol=1e-6)
 
 
 def test_token_embeddings_are_resized_after_surgery() -> None:
