@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
@@ -229,6 +229,19 @@ def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
 def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
+
+
+def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module that has no state yet the class that ``register_parametrization`` gives it, for these tensors."""
+    torch.nn.utils.parametrize._inject_new_class(module)
+    for name in names:
+        torch.nn.utils.parametrize._inject_property(module, name)
+
+
+def plainly(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of tensors without ``__torch_function__`` of their subclasses."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
 
 
 _ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")

@@ -17,6 +17,7 @@ from passes.capture.inspect_model import Inspection
 from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
 from passes.ir.torch_internals import uncompiled
+from surgery.errors import WeightError
 from surgery.hosting.called_module import ATTRIBUTE
 from surgery.hosting.coefficient import Coefficient
 from surgery.hosting.staleness import Staleness
@@ -84,8 +85,9 @@ def unwrap(model: Any) -> Any:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of a root, or None."""
-    return vars(model).get(STATE)
+    """The state of a root, or None; a user's module may have anything under the same name."""
+    found = vars(model).get(STATE)
+    return found if isinstance(found, State) else None
 
 
 def record_of(model: nn.Module) -> State:
@@ -168,6 +170,26 @@ def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     states = [state for state in map(state_of, model.modules()) if state is not None]
     tensors += [one.before for state in states for one in state.replaced]
     return {id(tensor): tensor for tensor in tensors if tensor is not None}
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse base weights that are not those that the factors were made for; of a sharded model in every process.
+
+    Raises:
+        SurgeryError: names the first site, and says what to do.
+        WeightError: its tensors are offloaded.
+    """
+    for key, site in adapters_of(model).items():
+        if any(
+            t is not None and t.is_meta
+            for t in (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
+        ):
+            raise WeightError(
+                f"site {key!r}: its tensors are offloaded, and on the meta device between calls; bring them back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        if site.host.keeps_base:
+            site.record.require(site)
 
 
 def require_bases(model: nn.Module) -> None:

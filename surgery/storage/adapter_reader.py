@@ -153,4 +153,4 @@ def _read_site(
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
-    return AdapterPlan(site, host, variant, factors, core), names
+    return AdapterPlan(site, host, variant, factors, core, trained=entry.get("trained", False)), names

@@ -13,7 +13,16 @@ from surgery.errors import TargetError
 from surgery.hosting.attach import AdapterPlan, plan_of
 from surgery.hosting.beside_cores import beside_cores, brought_by_name, put_back, trained_in_place
 from surgery.hosting.root import unmake_root
-from surgery.hosting.state import State, adapters_of, module_paths, record_of, require_bases, restore_flags, state_of
+from surgery.hosting.state import (
+    State,
+    adapters_of,
+    check_weights,
+    module_paths,
+    record_of,
+    require_bases,
+    restore_flags,
+    state_of,
+)
 from surgery.support.untrusted_files import JsonObject
 
 
@@ -70,6 +79,7 @@ def adopt_roots(model: nn.Module) -> Adopted:
                 f"{path!r} is a graph that was operated on: merge or undo it before surgery on its parent"
             )
         require_bases(root)
+        check_weights(root)
         found = adapters_of(root)
         adopted.plans += [plan_of(paths, f"{path}.{key}", site) for key, site in found.items()]
         adopted.factorisation |= {f"{path}.{key}": note for key, note in state.factorisation.items()}

@@ -34,7 +34,7 @@ from torch import nn
 
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.state import record_of, require_bases, unwrap
+from surgery.hosting.state import check_weights, record_of, require_bases, unwrap
 from surgery.storage.adapter_config import STORED
 from surgery.storage.adapter_reader import read_adapter
 from surgery.storage.adapter_writer import AdapterContent, adapter_content
@@ -84,6 +84,7 @@ def save_adapter(
     bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
+    check_weights(model)
     coefficient = coefficient_entry(model)
     values = SavedValues(model)
     content = adapter_content(model, values, coefficient, factors=factors, progress=bars)
