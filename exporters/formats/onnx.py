@@ -72,12 +72,9 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
     operated = bool(sites(reference))
     if mode != "merged" and not operated:
         raise ExportError(f"mode={mode!r} needs an adapter, and {type(model).__name__} carries none")
-    subject = _subject(reference, named_inputs(reference, example_inputs), use_cache=options.use_cache)
-    rows = (
-        1
-        if mode == "merged"
-        else steerable_rows(reference, lambda: subject.run(reference, subject.inputs), subject.inputs)
-    )
+    inputs = named_inputs(reference, example_inputs)
+    subject = _subject(reference, inputs, use_cache=options.use_cache)
+    rows = 1 if mode == "merged" else steerable_rows(reference, inputs)
     steering = [] if mode == "merged" else [coefficient_input(reference, rows)]
     cores = core_inputs(reference) if mode == "swappable" else []
     source = merge(working_copy(model), untie=True) if mode == "merged" and operated else reference

@@ -19,6 +19,7 @@ from passes.ir.forward_context import Call
 from passes.ir.torch_internals import uncompiled
 from surgery.hosting.called_module import ATTRIBUTE
 from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.row_record import RowRecord
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
@@ -40,6 +41,7 @@ class State:
         coefficient: what was set, where it is more than a number; see :mod:`surgery.hosting.coefficient`.
         number: the coefficient that was set, as it was given.
         staleness: finds out whether a core was written to.
+        rows: where the rows of a batch lie in the inputs of the sites.
         captured_call: of a graph, what ``to_graph`` captured it with.
     """
 
@@ -51,6 +53,7 @@ class State:
     coefficient: Coefficient | None = None
     number: float = 1.0
     staleness: Staleness = field(default_factory=Staleness)
+    rows: RowRecord = field(default_factory=RowRecord)
     captured_call: Call | None = None
 
 
