@@ -34,12 +34,18 @@ __all__ = [
     "tree_map_only",
 ]
 
+NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"  # names that DistributedDataParallel asks a module for
 REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for its devices
 # Asked in each forward, so without a function of our own around them.
 script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
 function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside of ``vmap``, ``grad`` and their like
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
+
+
+def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let writes to a tensor go uncounted: what was derived from its value is still right after them."""
+    return torch.autograd._unsafe_preserve_version_counter(tensor)
 
 
 def is_exporting() -> bool:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
-from passes.ir.torch_internals import REPLICA, pass_over
+from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, pass_over
 from surgery.hosting.coefficient import Coefficient, Sequences
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
@@ -65,6 +65,19 @@ class GeneratingRoot(Root):
             state.steering.generating = before
 
 
+def _not_broadcast(root: nn.Module) -> list[str]:
+    """Names of the tensors that DistributedDataParallel is to leave alone: the user's, and all buffers of adapters."""
+    given = vars(root).get(NOT_BROADCAST) or getattr(super(Root, root), NOT_BROADCAST, ())
+    adapters = [(path, module) for path, module in root.named_modules() if isinstance(module, Adapter)]
+    return [*given, *(f"{path}.{name}" for path, adapter in adapters for name, _ in adapter.named_buffers())]
+
+
+def _name_not_broadcast(root: nn.Module, names: Iterable[str]) -> None:
+    vars(root)[NOT_BROADCAST] = names
+
+
+# it would overwrite them with those of the first rank, before each forward
+setattr(Root, NOT_BROADCAST, property(_not_broadcast, _name_not_broadcast))
 pass_over(Root.__call__)
 
 
@@ -228,6 +241,7 @@ def share_steering(model: nn.Module, state: State, coming: Iterable[Adapter] = (
         coeff = state.steering.coeff
         if coeff.dtype != wide or coeff.device not in devices:
             state.steering._buffers["coeff"] = coeff.to(devices[0], wide)
+            state.steering.remember()
         state.steering.spread(devices)
 
 

@@ -80,10 +80,10 @@ class Staleness:
 
     def _check_coefficient(self) -> None:
         """Drop what was derived from another coefficient; what follows from the core alone stays."""
+        self.steering.write_back()
         coeff = self.steering.coeff
         if coeff.dim():
             return  # nothing is derived from the coefficients of rows and tokens
-        self.steering.write_back()
         version = version_of(coeff)
         if coeff is self.coeff and version == self.coeff_version:
             return
