@@ -45,7 +45,7 @@ Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transpose
 
 def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Let writes to a tensor go uncounted: what was derived from its value is still right after them."""
-    return torch.autograd._unsafe_preserve_version_counter(tensor)
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
 
 
 def is_exporting() -> bool:

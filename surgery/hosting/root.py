@@ -67,7 +67,7 @@ class GeneratingRoot(Root):
 
 def _not_broadcast(root: nn.Module) -> list[str]:
     """Names of the tensors that DistributedDataParallel is to leave alone: the user's, and all buffers of adapters."""
-    given = vars(root).get(NOT_BROADCAST) or getattr(super(Root, root), NOT_BROADCAST, ())
+    given = vars(root).get(NOT_BROADCAST) or getattr(super(Root, root), NOT_BROADCAST, None) or ()
     adapters = [(path, module) for path, module in root.named_modules() if isinstance(module, Adapter)]
     return [*given, *(f"{path}.{name}" for path, adapter in adapters for name, _ in adapter.named_buffers())]
 

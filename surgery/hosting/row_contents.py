@@ -52,8 +52,8 @@ class Vocabulary:
         """
         at = torch.searchsorted(values, row)
         ordinary = (at < len(values)) & (values[at.clamp(max=len(values) - 1)] == row)
-        if not ordinary.any():
-            return row
+        if not ordinary.any():  # the beginning of a text that is to be generated
+            return torch.full_like(row, int(values[steps % len(values)]))
         new = values[(at + steps) % len(values)]
         return torch.where(ordinary, new[ordinary][0] if same else new, row)
 

@@ -3,7 +3,7 @@
 The model runs on rows that are unlike, and again with one row changed at a time. Divisibility would not do: of a
 sequence-first input with as many tokens as rows, or of tokens that were routed, nothing in the sizes tells whose they
 are. An entry counts as moved where it changes by more than rounding: experts are given other numbers of tokens then,
-and round the tokens of other rows in another way. Where a row moves nothing by more than that, whatever it moves counts.
+and round the tokens of other rows in another way. Where a row moves nothing by so much, whatever it moves counts.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_it_computes_what_the_definition_says(dtype):
     for size in ((1, 3, 12), (6, 1, 12)):
         other = torch.randn(size).to(dtype)
         assert_close(run(set_coeff(graph, 0.5), other), reference(model, other, torch.tensor(0.5)), dtype)
-    with pytest.raises(surgery.InputError, match="coeff has 3 rows.*batch of 4"):
+    with pytest.raises(surgery.InputError, match=r"coeff has 3 rows.*batch of 4"):
         run(set_coeff(graph, torch.ones(3)), x)
 
 
