@@ -42,6 +42,8 @@ class Vocabulary:
         own = [v for v in x.unique().tolist() if v >= 0 and v not in self.special]
         if len(own) < VALUES and (not own or own[-1] < self.size):
             own += [v for v in range(self.size) if v not in self.special and v not in own][: VALUES - len(own)]
+        if len(own) == 1:  # a time step, or a class
+            own.append(own[0] - 1 if own[0] else 1)
         return torch.tensor(sorted(own), dtype=x.dtype, device=x.device)
 
     def shifted(self, row: torch.Tensor, values: torch.Tensor, steps: int, *, same: bool = False) -> torch.Tensor:
@@ -69,7 +71,7 @@ def noisy(row: torch.Tensor, scale: float, seed: int, *, same: bool = False) -> 
     return noise.to(row).expand_as(row) if same else row + noise.to(row)
 
 
-def scale_of(x: torch.Tensor) -> float:
+def noise_scale(x: torch.Tensor) -> float:
     """The standard deviation of a tensor's finite entries; their mean size where they are all alike, or 1."""
     finite = x[x.isfinite()].to(torch.float64)
     if not finite.numel():

@@ -16,7 +16,7 @@ from torch import nn
 from passes.ir.forward_context import Call, copied
 from passes.ir.torch_internals import tree_flatten_with_path
 from surgery.hosting.coefficient import CACHES, DECODER, Sequences
-from surgery.hosting.row_contents import Vocabulary, noisy, scale_of
+from surgery.hosting.row_contents import Vocabulary, noise_scale, noisy
 
 ROWS = 3
 LENGTHS = (8, 5)
@@ -91,7 +91,7 @@ class TrialMaker:
         elif found.of_hub:
             content = sequences or keys[-1] in ("labels", *DECODER)
         else:
-            content = sequences or (x.dtype != torch.bool and x.dim() > 1 and not says_where)
+            content = sequences or (x.dtype != torch.bool and not says_where)
         positions: dict[int, int] = {}
         for sequence, longer in ((found.main, 0), (found.encoder, 2)):  # of unlike lengths, so that they stay apart
             if sequence is None or sequence.dim() <= 1 - self.dim:
@@ -147,7 +147,7 @@ class TrialMaker:
         filled = x.clone().movedim(leaf.dim, 0)
         values, scale = self.vocabulary.values(x) if not x.is_floating_point() else None, 0.0
         if values is None:
-            scale = scale_of(x)
+            scale = noise_scale(x)
         elif not len(values):
             return x
         for row in range(len(filled)):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +27,9 @@ from surgery.modules.steering import Steering
 
 Layouts = frozenset[RowLayout]
 Seen = dict[nn.Module, list[torch.Tensor]]  # what each adapter was given in a run, projected on a few directions
-Run = Callable[[Call, Callable[[nn.Module, torch.Tensor], None]], None]
+See = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+Run = Callable[[Call, See], None]
+KINDS: tuple[Literal["entries", "blocks", "cycles"], ...] = ("entries", "blocks", "cycles")
 DIRECTIONS = 4
 ROUNDING = 10  # times what the same operations in another order may differ by
 ROUTED = (
@@ -56,6 +60,7 @@ def measure_rows(
     """
     failed: Exception | None = None
     with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        _mute(model)
         for way in TrialMaker(model, call, dim).ways():
             try:
                 found = [_measured(trial, run, steering) for trial in way()]
@@ -70,30 +75,86 @@ def measure_rows(
     ) from failed
 
 
+def _mute(model: nn.Module) -> None:
+    """Let no hook of the user's see the runs, within a block that keeps the state: those that gather shards go on."""
+    for module in model.modules():
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = vars(module)[name]
+            if hooks:
+                vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_of_a_library(hook))
+
+
+def _is_of_a_library(hook: object) -> bool:
+    origin = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return origin.startswith(("torch.", "accelerate.", "deepspeed."))
+
+
 def _measured(trial: Trial, run: Run, steering: Steering) -> dict[nn.Module, Layouts | str]:
     base = _observed(trial.call, run, steering)
     changed = {row: _observed(call, run, steering) for row, call in trial.changed.items()}
     sites = dict.fromkeys([*base, *(site for seen in changed.values() for site in seen)])
-    return {
+    found = {
         site: _layouts(base.get(site, []), {row: seen.get(site, []) for row, seen in changed.items()}, trial.batch)
         for site in sites
     }
+    return found | _followed(trial, base, found, run, steering)
 
 
-def _observed(call: Call, run: Run, steering: Steering) -> Seen:
-    """What each adapter is given in one run of the base."""
+def _followed(
+    trial: Trial, base: Seen, found: Mapping[nn.Module, Layouts | str], run: Run, steering: Steering
+) -> dict[nn.Module, Layouts | str]:
+    """The layouts of sites whose inputs are alike in all rows, as of a time step, by what follows from their outputs.
+
+    Where one dimension is as long as the batch, what is added to one of its entries has to move that row of the sites
+    whose rows are known, and no other.
+    """
+    dims: dict[nn.Module, int] = {}
+    for site in (site for site, one in found.items() if one == UNMOVED):
+        fit = [{d for d, size in enumerate(x.shape[:-1]) if size == trial.batch} for x in base[site]]
+        if len(common := set.intersection(*fit)) == 1:
+            dims[site] = common.pop()
+    if not dims:
+        return {}
+    known = {site: one for site, one in found.items() if not isinstance(one, str)}
+    for row in trial.changed:
+        seen = _observed(trial.call, run, steering, {site: (dim, row) for site, dim in dims.items()})
+        moved = []
+        for site, layouts in known.items():
+            if [x.shape for x in seen.get(site, [])] != [x.shape for x in base[site]]:
+                return {}
+            masks = [mask for x, y in zip(base[site], seen[site], strict=True) if bool((mask := _moved(x, y)).any())]
+            moved += [any(_are_of(mask, layout, row, trial.batch) for layout in layouts) for mask in masks]
+        if not moved or not all(moved):
+            return {}
+    return {site: frozenset(RowLayout(dim, kind) for kind in KINDS) for site, dim in dims.items()}
+
+
+def _observed(
+    call: Call, run: Run, steering: Steering, added: Mapping[nn.Module, tuple[int, int]] | None = None
+) -> Seen:
+    """What each adapter is given in one run of the base.
+
+    Args:
+        added: adapters that add noise to one entry of a dimension, with both.
+    """
     seen: Seen = {}
     directions: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
 
-    def see(site: nn.Module, x: torch.Tensor) -> None:
+    def see(site: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        d = torch.zeros_like(x)
         if threading.get_ident() != steering.caller:
-            return  # a call of another thread
+            return d  # a call of another thread
         wide = torch.promote_types(x.dtype, torch.float32)
         key = x.shape[-1], x.device, wide
         if key not in directions:
             made = torch.randn(key[0], DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             directions[key] = made.to(x.device, wide)
-        seen.setdefault(site, []).append((x.to(wide) @ directions[key]).to(x.dtype if wide != x.dtype else wide))
+        seen.setdefault(site, []).append((x.to(wide) @ directions[key]).to(x.dtype))
+        if added and site in added:
+            part = d.select(*added[site])
+            noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            part.copy_(noise * (float(x.abs().mean()) or 1.0))
+        return d
 
     torch.manual_seed(0)
     random.seed(0)
@@ -103,7 +164,7 @@ def _observed(call: Call, run: Run, steering: Steering) -> Seen:
 
 
 @contextmanager
-def _probing(steering: Steering, see: Callable[[nn.Module, torch.Tensor], None]) -> Iterator[None]:
+def _probing(steering: Steering, see: See) -> Iterator[None]:
     """Let adapters be the base's, and tell what they are given."""
     before = dict(steering._buffers)
     was = {name: vars(steering)[name] for name in ("armed", "caller", "probe")}
@@ -135,19 +196,22 @@ def _of_call(x: torch.Tensor, changed: Mapping[int, torch.Tensor], batch: int) -
         return UNMOVED
     if bool((torch.stack(list(moved.values())).sum(0) > 1).any()):
         return MIXED
-    found = set()
-    for dim, size in enumerate(x.shape[:-1]):
-        if size % batch:
-            continue
-        at = {row: mask.movedim(dim, 0).reshape(size, -1).any(1).nonzero().flatten() for row, mask in moved.items()}
-        share = size // batch
-        if all(bool((index // share == row).all()) for row, index in at.items()):
-            found.add(RowLayout(dim, "blocks"))
-        if all(bool((index % batch == row).all()) for row, index in at.items()):
-            found.add(RowLayout(dim, "cycles"))
-        if share == 1 and RowLayout(dim, "blocks") in found:
-            found.add(RowLayout(dim, "entries"))
+    found = {
+        layout
+        for dim, size in enumerate(x.shape[:-1])
+        for layout in (
+            RowLayout(dim, kind) for kind in KINDS if size % batch == 0 and (size == batch or kind != "entries")
+        )
+        if all(_are_of(mask, layout, row, batch) for row, mask in moved.items())
+    }
     return frozenset(found) or IRREGULAR
+
+
+def _are_of(mask: torch.Tensor, layout: RowLayout, row: int, batch: int) -> bool:
+    """Whether all marked entries are those of a row."""
+    size = mask.shape[layout.dim]
+    index = mask.movedim(layout.dim, 0).reshape(size, -1).any(1).nonzero().flatten()
+    return bool((index % batch == row).all() if layout.kind == "cycles" else (index // (size // batch) == row).all())
 
 
 def _moved(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

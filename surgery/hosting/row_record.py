@@ -154,7 +154,7 @@ class _Interpreter(fx.Interpreter):
             if not site.host.changes_weight:
                 self.readers.setdefault(source if source in names else outs[source], []).append(site)
 
-    def call(self, call: Call, see: Callable[[nn.Module, torch.Tensor], None]) -> None:
+    def call(self, call: Call, see: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         """Run the graph."""
         signature = inspect.signature(self.root.forward)
         known = {name: value for name, value in call[1].items() if name in signature.parameters}

@@ -123,7 +123,7 @@ class Adapter(InlinedAdapter):
             return self.variant.delta(h, S, self._prepared(), coeff)
         steering = self._steering[0]
         if steering.probe is not None:
-            steering.probe(self, h)
+            return steering.probe(self, h)
         layout = ROWS_FIRST if self.host.inlined else self.row_layout
         view = by_rows(coeff, h, layout, rows=steering.rows, known=steering.armed, key=self.key)
         d = self.variant.delta(view.h, S, self._prepared(), view.coeff)

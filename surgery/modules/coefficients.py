@@ -29,7 +29,7 @@ class RowLayout(NamedTuple):
     kind: Literal["entries", "blocks", "cycles"]
 
 
-class View(NamedTuple):
+class RowsFirst(NamedTuple):
     """An input with its coefficients.
 
     Attributes:
@@ -45,7 +45,7 @@ class View(NamedTuple):
 
 def by_rows(
     coeff: torch.Tensor, h: torch.Tensor, layout: RowLayout | str | None, *, rows: str, known: bool, key: str
-) -> View:
+) -> RowsFirst:
     """See an input with one leading entry for each value of a coefficient of rows or tokens.
 
     Args:
@@ -61,7 +61,7 @@ def by_rows(
         InputError: the coefficient does not fit, or the rows of the site are not known.
     """
     if coeff.shape == (1,):
-        return View(h, coeff.reshape([1] * h.dim()), None)
+        return RowsFirst(h, coeff.reshape([1] * h.dim()), None)
     if isinstance(layout, str):
         raise InputError(f"site {key!r}: {layout}; {WAY_OUT}")
     if coeff.dim() == 2:
@@ -87,7 +87,7 @@ def by_rows(
         seen, restore = _first(h.unflatten(dim, (share, count)), dim + 1, dim)
     else:
         seen, restore = _first(h.unflatten(dim, (count, share)), dim, dim)
-    return View(seen, coeff.reshape(-1, *[1] * (seen.dim() - 1)), restore)
+    return RowsFirst(seen, coeff.reshape(-1, *[1] * (seen.dim() - 1)), restore)
 
 
 def _first(h: torch.Tensor, dim: int, flat: int | None = None) -> tuple[torch.Tensor, Restore]:
@@ -114,7 +114,7 @@ def _fits(count: int, h: torch.Tensor, layout: RowLayout, rows: str, known: bool
     return rows != ("tile" if layout.kind == "blocks" else "repeat")
 
 
-def _by_tokens(coeff: torch.Tensor, h: torch.Tensor, layout: RowLayout | None, key: str) -> View:
+def _by_tokens(coeff: torch.Tensor, h: torch.Tensor, layout: RowLayout | None, key: str) -> RowsFirst:
     """See an input (batch, positions, ...), (positions, batch, ...), or one of both flattened, with one leading entry
     for each token.
     """
@@ -122,15 +122,15 @@ def _by_tokens(coeff: torch.Tensor, h: torch.Tensor, layout: RowLayout | None, k
     if layout is not None and layout.dim == 1 and h.dim() >= 3:
         seen, each, restore = _by_tokens(coeff, h.transpose(0, 1), RowLayout(0, layout.kind), key)
         assert restore is not None
-        return View(seen, each, lambda d: restore(d).transpose(0, 1))
+        return RowsFirst(seen, each, lambda d: restore(d).transpose(0, 1))
     if h.dim() == 2 and 1 not in coeff.shape and h.shape[0] == batch * positions:
         in_turn = layout is not None and layout.kind == "cycles"
-        return View(h, (coeff.T if in_turn else coeff).reshape(-1, 1), None)
+        return RowsFirst(h, (coeff.T if in_turn else coeff).reshape(-1, 1), None)
     fits = h.dim() >= 3 and (layout is None or layout == (0, "entries"))
     if fits and (h.shape[0] == batch or batch == 1) and (h.shape[1] == positions or positions == 1):
         lead = h.shape[:2]
         each = coeff.expand(lead).reshape(-1, *[1] * (h.dim() - 2))
-        return View(h.flatten(0, 1), each, lambda d: d.unflatten(0, lead))
+        return RowsFirst(h.flatten(0, 1), each, lambda d: d.unflatten(0, lead))
     raise InputError(
         f"site {key!r}: coeff is given for {batch} rows of {positions} positions in this call, but its input has shape "
         f"{(*h.shape[:-1], 'd_in')}; leave the site out with exclude_modules"

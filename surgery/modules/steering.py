@@ -28,7 +28,8 @@ class Steering(nn.Module):
         caller: the thread whose rows or tokens ``coeff`` holds for the length of its call of the root; others wait.
         generating: True inside of the root's ``generate``.
         rows: how rows relate to a batch, "exact", "repeat" or "tile".
-        probe: sees what each site is given while it is measured which entries belong to which row; else None.
+        probe: while it is measured which entries belong to which row, sees what each site is given and says what its
+            core adds; else None.
         requires_grad: flags of the root's parameters before surgery, for copies of its parts.
         root: a weak reference to the model; a copy of a part has none, and is a root of its own from its first verb on.
     """
@@ -43,7 +44,7 @@ class Steering(nn.Module):
         self.register_buffer("second", None, persistent=False)
         self.armed, self.generating, self.rows = False, False, "exact"
         self.caller: int | None = None
-        self.probe: Callable[[nn.Module, torch.Tensor], None] | None = None
+        self.probe: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
         self.root: Callable[[], nn.Module | None] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}

@@ -100,7 +100,9 @@ def test_what_is_not_linear_has_no_weight(name):
         check_model(model, held, torch.float32, 1.0)
         fold(model, freeze_core=True, freeze_coeff=False)
         for coeff in COEFFS:
-            check_model(set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat"), held, torch.float32, coeff)
+            check_model(
+                set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat"), held, torch.float32, coeff
+            )
 
 
 @pytest.mark.parametrize("folded", [False, True])

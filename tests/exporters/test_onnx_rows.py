@@ -39,5 +39,5 @@ def test_a_graph_whose_rows_are_not_known_takes_one_coefficient(name: str, tmp_p
     with torch.no_grad(), steer(model, -0.5):
         expected = model(x)
     assert relative_error(run(path, x, np.array(-0.5, np.float32)), expected) < ELSEWHERE[torch.float32]
-    with pytest.raises(Exception, match="coeff|shape|dimension|broadcast"):
+    with pytest.raises(Exception, match=r"coeff|shape|dimension|broadcast"):
         run(path, x, np.linspace(-1, 1, 4, dtype=np.float32))

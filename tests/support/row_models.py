@@ -111,6 +111,31 @@ class Positions(Pair):
         return self.a(x)[..., :WIDTH] + self.b(where)[:, None]
 
 
+class Conditioned(Pair):
+    """One site is given what is alike in all rows, as a time step is, and what it gives is added to each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = torch.linspace(-1, 1, 12, dtype=x.dtype).expand(len(x), 12)
+        return self.a(x + self.given(self.b(step))[:, None])
+
+    def given(self, steps: torch.Tensor) -> torch.Tensor:
+        return steps
+
+
+class Turned(Conditioned):
+    """What is alike goes to the rows in another order."""
+
+    def given(self, steps: torch.Tensor) -> torch.Tensor:
+        return steps.flip(0)
+
+
+class Shared(Conditioned):
+    """What is alike is there as often as there are rows, and goes to all of them together."""
+
+    def given(self, steps: torch.Tensor) -> torch.Tensor:
+        return steps.mean(0, keepdim=True)
+
+
 LAYOUTS: dict[str, tuple[type[Pair], int, tuple[int, str]]] = {
     "sequence_first": (SequenceFirst, 0, (1, "entries")),
     "flattened": (Flattened, 0, (0, "blocks")),
@@ -124,6 +149,8 @@ REFUSED: dict[str, tuple[type[Pair], str]] = {
     "sorted": (Sorted, "mixes the rows"),
     "across_rows": (AcrossRows, "mixes the rows"),
     "positions": (Positions, "does not depend on what a row"),
+    "turned": (Turned, "does not depend on what a row"),
+    "shared": (Shared, "does not depend on what a row"),
 }
 
 

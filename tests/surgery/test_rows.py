@@ -18,6 +18,7 @@ from tests.support.row_models import (
     REFUSED,
     WIDTH,
     AcrossRows,
+    Conditioned,
     Flattened,
     Interleaved,
     Pair,
@@ -114,6 +115,15 @@ def test_a_site_without_rows_of_its_own_is_named(name: str, length: int) -> None
         assert disagreement(found, one_by_one(left_out, ROWS, lambda m: m(x.double()))) is None
 
 
+@pytest.mark.parametrize("length", [1, 3, 6])
+@torch.no_grad()
+def test_what_is_alike_in_all_rows_is_followed_to_where_it_goes(length: int) -> None:
+    model, x = operated(Conditioned), inputs(3, length)
+    with steer(model, ROWS):
+        assert disagreement(model(x), one_by_one(model, ROWS, lambda m: m(x.double()))) is None
+    assert sites(model)["b"].row_layout == RowLayout(0, "entries")
+
+
 @torch.no_grad()
 def test_rows_of_the_same_content_are_told_apart() -> None:
     model, x = operated(SequenceFirst), inputs(1, 3).expand(3, 3, WIDTH)
@@ -154,6 +164,9 @@ def test_the_measurement_leaves_no_trace() -> None:
     with steer(expected, 1.0):
         expected(x)
     torch.set_rng_state(numbers)
+    heard: list[torch.Tensor] = []
+    model.drop.register_forward_hook(lambda module, given, out: heard.append(out))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     with steer(model, torch.ones(3)):
         model(x)  # one forward, and not one more
     assert model.training
@@ -162,7 +175,8 @@ def test_the_measurement_leaves_no_trace() -> None:
     assert model.last is x
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert float(model.count) == float(before["count"]) + 1
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert len(heard) == 1
     again = torch.get_rng_state()
     torch.set_rng_state(numbers)
     expected(x)
