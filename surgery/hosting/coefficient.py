@@ -16,6 +16,7 @@ Rows = Literal["exact", "repeat", "tile"]
 ROWS = ("exact", "repeat", "tile")
 ENCODER = ("input_ids", "inputs_embeds", "input_features", "input_values", "attention_mask")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+NO_WAY = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")  # change no way through a model
 CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
@@ -152,7 +153,8 @@ class Sequences:
 
     def kind(self) -> tuple[object, ...]:
         """What is alike in calls that take the same way through a model, whatever the sizes and the contents."""
-        return tuple(sorted((name, *_kind(value)) for name, value in self.given.items() if value is not None))
+        given = ((name, value) for name, value in self.given.items() if value is not None and name not in NO_WAY)
+        return tuple(sorted((name, *_kind(value)) for name, value in given))
 
 
 def _kind(value: object) -> tuple[str, str]:

@@ -47,12 +47,14 @@ class _Leaf:
         positions: dimensions that grow with the number of positions, and what that number becomes for one of the
             main sequence.
         content: whether it says what a row is about.
+        mask: whether it says, for all rows alike, which positions count.
     """
 
     tensor: torch.Tensor
     dim: int | None
     positions: dict[int, int]
     content: bool
+    mask: bool
 
 
 class TrialMaker:
@@ -68,7 +70,10 @@ class TrialMaker:
         names = [name for name, _ in zip(found.given, args, strict=False)]
         if any(found.given.get(name) is not None for name in CACHES):  # without the cache the call is its own text
             args = tuple(None if name in CACHES else value for name, value in zip(names, args, strict=True))
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHES and "mask" not in name}
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHES}
+            if found.first is not None and found.first.dim() > 1:  # a mask of what is in the cache too does not fit
+                length = found.first.shape[1 - dim]
+                kwargs = {k: v for k, v in kwargs.items() if "mask" not in k or v is None or v.shape[-1] == length}
             found = Sequences(model, args, kwargs)
         self.vocabulary, self.main = Vocabulary.of(model), found.first
         self.dim, self.batch = dim, 0 if found.first is None else found.first.shape[dim]
@@ -101,7 +106,9 @@ class TrialMaker:
             for d in range(x.dim()):
                 if d not in (dim, last) and x.shape[d] == length:
                     positions.setdefault(d, longer)
-        return _Leaf(x.detach(), dim, positions, content and dim is not None)
+        alike = x.dim() == 2 and not x.is_floating_point() and x.numel() > 0 and bool((x == x[0, 0]).all())
+        mask = alike and dim is not None and "mask" in keys[-1]
+        return _Leaf(x.detach(), dim, positions, content and dim is not None, mask)
 
     def ways(self) -> Iterator[Callable[[], list[Trial]]]:
         """Ways to measure, the cheapest first: a model that refuses one of them may take the next."""
@@ -142,6 +149,8 @@ class TrialMaker:
         Args:
             again: the row that gets the same content at all positions where it is changed.
         """
+        if leaf.mask and seed and leaf.dim is not None:
+            return _cut_short(x, leaf.dim)
         if not leaf.content or leaf.dim is None or not x.numel():
             return x
         filled = x.clone().movedim(leaf.dim, 0)
@@ -157,6 +166,14 @@ class TrialMaker:
             elif other or row + seed:
                 filled[row] = noisy(filled[row], scale, 1000 * seed + 2 * row + other, same=same)
         return filled.movedim(0, leaf.dim)
+
+
+def _cut_short(mask: torch.Tensor, dim: int) -> torch.Tensor:
+    """A mask whose rows are of unlike lengths, as they are where what counts is packed."""
+    rows = mask.clone().movedim(dim, 0)
+    for i in range(1, min(len(rows), rows.shape[1] - 1)):
+        rows[i, -i:] = ~rows[i, -i:] if mask.dtype == torch.bool else 1 - rows[i, -i:].clamp(0, 1)
+    return rows.movedim(0, dim)
 
 
 def _taken(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:

@@ -86,6 +86,16 @@ class Called(Pair):
         return flat[:, :WIDTH].index_add(0, to, self.b(torch.tanh(flat[to]))).unflatten(0, x.shape[:2])
 
 
+class Packed(Pair):
+    """The tokens that count, of all rows in one sequence."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        counts = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        out = torch.zeros_like(x)
+        out[counts] = self.both(x[counts])
+        return out
+
+
 class Sorted(Pair):
     """All tokens in an order that reads them."""
 

@@ -21,6 +21,7 @@ from tests.support.row_models import (
     Conditioned,
     Flattened,
     Interleaved,
+    Packed,
     Pair,
     Recurrent,
     SequenceFirst,
@@ -113,6 +114,16 @@ def test_a_site_without_rows_of_its_own_is_named(name: str, length: int) -> None
         found = left_out(x)
     if kind is not AcrossRows:  # in which the rows of the base are not independent
         assert disagreement(found, one_by_one(left_out, ROWS, lambda m: m(x.double()))) is None
+
+
+@torch.no_grad()
+def test_packed_tokens_are_refused_also_where_all_rows_are_of_one_length() -> None:
+    model, x = operated(Packed), inputs(3, 6)
+    with steer(model, ROWS), pytest.raises(surgery.InputError, match=r"site 'a'.*exclude_modules"):
+        model(x, torch.ones(3, 6, dtype=torch.bool))
+    model = operated(Packed)
+    with steer(model, ROWS):
+        assert disagreement(model(x), one_by_one(model, ROWS, lambda m: m(x.double()))) is None
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
