@@ -34,6 +34,7 @@ __all__ = [
     "tree_map_only",
 ]
 
+NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"  # names that DistributedDataParallel asks a module for
 REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for its devices
 # Asked in each forward, so without a function of our own around them.
 script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
@@ -55,6 +56,11 @@ def convolves_as_ever(module: nn.Module) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     own = [kind for kind in kinds if isinstance(module, kind) and type(module)._conv_forward is kind._conv_forward]
     return any(type(module).forward is kind.forward for kind in own)
+
+
+def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let writes to a tensor go uncounted: what was derived from its value is still right after them."""
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
 
 
 def is_exporting() -> bool:

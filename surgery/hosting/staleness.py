@@ -19,10 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
 from surgery.support.change_detection import address_of, version_of
+from surgery.support.untrusted_files import JsonObject
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
-Table = dict[str, Any]
+Table = JsonObject
 
 
 def _count(*_: object) -> None:
@@ -102,10 +103,10 @@ class Staleness:
 
     def _check_coefficient(self) -> None:
         """Drop what was derived from another coefficient; what follows from the core alone stays."""
+        self.steering.write_back()
         coeff = self.steering.coeff
         if coeff.dim():
             return  # nothing is derived from the coefficients of rows and tokens
-        self.steering.write_back()
         version = version_of(coeff)
         if coeff is self.coeff and version == self.coeff_version:
             return

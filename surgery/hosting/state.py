@@ -20,6 +20,7 @@ from passes.ir.torch_internals import uncompiled
 from surgery.errors import WeightError
 from surgery.hosting.called_module import ATTRIBUTE
 from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.row_record import RowRecord
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
@@ -62,6 +63,7 @@ class State:
         replaced: what a load brought, with what it stands for.
         brought_in_place: names of frozen parameters that a checkpoint of what was trained has written to.
         buffers: fingerprints of the small persistent buffers at surgery, by name.
+        rows: where the rows of a batch lie in the inputs of the sites.
         captured_call: of a graph, what ``to_graph`` captured it with.
     """
 
@@ -76,6 +78,7 @@ class State:
     replaced: list[Replaced] = field(default_factory=list)
     brought_in_place: set[str] = field(default_factory=set)
     buffers: dict[str, set[str]] = field(default_factory=dict)
+    rows: RowRecord = field(default_factory=RowRecord)
     captured_call: Call | None = None
 
 

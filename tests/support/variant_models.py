@@ -176,7 +176,8 @@ def captured_outputs(form: str, dtype: torch.dtype, folded: bool) -> list[tuple[
     outputs = []
     for coeff in COEFFS:
         with torch.no_grad():
-            found = set_coeff(model, torch.tensor(coeff, dtype=torch.float64))(batch(dtype)).split(sizes, dim=-1)
+            set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat")  # several rows for each
+            found = model(batch(dtype)).split(sizes, dim=-1)
         outputs.append((coeff, dict(zip(TOGETHER, found, strict=True))))
     return outputs
 
