@@ -21,6 +21,7 @@ from tests.support.cost_runs import HERE, measured, run
 from tests.support.forked_commands import ForkedCommand, run_forked
 
 
+@pytest.mark.long
 def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:
     """The second run measures only what the first did not."""
     out = tmp_path / "out"
