@@ -11,9 +11,10 @@ from surgery import (
 )
 from surgery.variants import REGISTRY
 from tests.support.checkpoints import disturb
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
+@built_once
 def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
     p = patient(name, dtype)
     options.setdefault("calibration", [p.inputs] if REGISTRY[variant]().needs_calibration else None)
