@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
+from passes.capture.inspect_model import graph_products
 from surgery.errors import AdapterError, WeightError
 from surgery.hosting.attach import AdapterPlan
 from surgery.hosting.choose import why_not_called
+from surgery.hosting.graph_surgery import original_graph
+from surgery.hosting.state import adapters_of, module_paths, parameter_names
 from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
@@ -21,19 +24,10 @@ from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import JsonObject
 
 
-def read_adapter(
-    model: nn.Module,
-    path: Path,
-    hosted: Mapping[str, torch.Tensor],
-    products: Collection[str],
-    *,
-    progress: bool = False,
-) -> tuple[list[AdapterPlan], JsonObject]:
+def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[AdapterPlan], JsonObject]:
     """Read an adapter into the adapter states of a model's sites.
 
     Args:
-        hosted: the weights of the model that adapters host, by the names that they had before surgery.
-        products: of a graph, keys of those that an adapter can be written beside.
         progress: show a progress bar where factors are recomputed.
 
     Returns:
@@ -42,8 +36,15 @@ def read_adapter(
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    parameters: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **hosted}
+    present = adapters_of(model)
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    paths = module_paths(model)
+    for site in present.values():  # a hosted weight is named as it was before surgery
+        parameters[parameter_names(paths, site)[0]] = site.host.parameter()
+    products: Collection[str] = ()
     names_of = SavedNames(model, parameters)
+    if isinstance(model, fx.GraphModule):
+        products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
         expected: set[str] = set()
         plans: list[AdapterPlan] = []

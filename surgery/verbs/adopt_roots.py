@@ -55,8 +55,8 @@ def adopt_roots(model: nn.Module) -> Adopted:
             raise SurgeryError(
                 f"{path!r} is a graph that was operated on: merge or undo it before surgery on its parent"
             )
+        require_bases(root)
         found = adapters_of(root)
-        require_bases(found)
         adopted.plans += [plan_of(paths, f"{path}.{key}", site) for key, site in found.items()]
         adopted.factorisation |= {f"{path}.{key}": note for key, note in state.factorisation.items()}
         for site in found.values():

@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
-from passes.capture.graph_products import Products
 from passes.capture.inspect_model import Inspection, inspect_model
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
@@ -21,7 +20,6 @@ from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
 from surgery.hosting.state import State, adapters_of, record_of, require_bases, restore_flags, state_of, unwrap
 from surgery.hosting.transaction import transaction
-from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
@@ -145,8 +143,7 @@ def apply_surgery(
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        notes = adopted.factorisation | notes
-        operate(model, [*adopted.plans, *plans], plan.inspection, plan.products, notes, finish)
+        operate(model, [*adopted.plans, *plans], plan.inspection, adopted.factorisation | notes, finish)
     return given
 
 
@@ -154,25 +151,25 @@ def operate(
     model: nn.Module,
     plans: Iterable[AdapterPlan],
     inspection: Inspection | None,
-    products: Products,
     notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish; within a transaction, which undoes what is done if it fails."""
-    if state_of(model) is None:
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        make_root(model, State(flags, inspection, {}, graph_state(model, products)))
-        model.requires_grad_(False)
-    state = record_of(model)
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-        attach_all(model, plans, state.original, products)
-        share_steering(model, state)
-    state.factorisation.update(notes)
-    finish()
-    dropped = {plan.site.key for plan in plans if not plan.keep_base}
-    for key, site in adapters_of(model).items() if dropped else ():
-        if key in dropped and site.host.set_aside is not None:
-            site.host.drop_base(site.base_weight.fingerprint())
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    with transaction(model, forwards=False):  # a forward in it is in the caller's
+        if state_of(model) is None:
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            make_root(model, State(flags, inspection, {}, graph_state(model)))
+            model.requires_grad_(False)
+        state = record_of(model)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+            attach_all(model, plans, state.original)
+            share_steering(model, state)
+        state.factorisation.update(notes)
+        finish()
+        dropped = {plan.site.key for plan in plans if not plan.keep_base}
+        for key, site in adapters_of(model).items():
+            if key in dropped and site.host.set_aside is not None:
+                site.host.drop_base(site.base_weight.fingerprint())
 
 
 def undo_surgery(model: Model) -> Model:
@@ -183,23 +180,18 @@ def undo_surgery(model: Model) -> Model:
     """
     for root in roots_of(model):
         state = record_of(root)
-        found = adapters_of(root)
-        require_bases(found)
+        require_bases(root)
         with transaction(root, forwards=False):
-            detach_all(root, found)
+            detach_all(root)
             restore_flags(root, state.requires_grad)
             unmake_root(root)
     return model
 
 
-def detach_all(model: nn.Module, found: Mapping[str, Adapter]) -> None:
-    """Take every adapter off an operated model.
-
-    Args:
-        found: the adapters.
-    """
+def detach_all(model: nn.Module) -> None:
+    """Take every adapter off an operated model."""
     state = record_of(model)
-    for site in found.values():
+    for site in adapters_of(model).values():
         if not site.host.inlined:
             site.host.detach()
     if state.original is not None:

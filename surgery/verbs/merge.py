@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from surgery.hosting.checks import check_flags, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.root import roots_of, unmake_root
 from surgery.hosting.state import (
-    adapters_in,
     adapters_of,
     module_paths,
     own_tensors,
@@ -60,10 +58,9 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 
 
 def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> None:
-    state, paths = record_of(model), module_paths(model)
-    found = adapters_in(paths)
+    state, found = record_of(model), adapters_of(model)
     nodes = {key: site for key, site in found.items() if site.host.inlined}
-    shared = _shared(model, paths, found)
+    shared = _shared(model, found)
     for key, site in found.items():
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
@@ -73,6 +70,7 @@ def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> 
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; untie=True gives the site a weight of its own"
             )
+    paths = module_paths(model)
     bases = [(parameter_names(paths, site)[0], _base(site)) for site in found.values()]
     if verify is not False and verify is not None and not nodes:
         raise InputError("verify= compares a graph before and after; this model is no graph: use to_graph first")
@@ -121,9 +119,9 @@ def _base(site: Adapter) -> torch.Tensor:
     return site.host.parameter() if site.host.set_aside is None else site.host.set_aside
 
 
-def _shared(model: nn.Module, paths: Mapping[nn.Module, str], found: dict[str, Adapter]) -> dict[str, list[str]]:
+def _shared(model: nn.Module, found: dict[str, Adapter]) -> dict[str, list[str]]:
     """What else has or reads the weight of a site, by the site's key."""
-    owners, shared = _owners(paths), {}
+    owners, shared = _owners(model), {}
     for key, site in found.items():
         if site.host.inlined:
             continue
@@ -135,10 +133,10 @@ def _shared(model: nn.Module, paths: Mapping[nn.Module, str], found: dict[str, A
     return {key: names for key, names in shared.items() if names}
 
 
-def _owners(paths: Mapping[nn.Module, str]) -> dict[int, set[str]]:
+def _owners(model: nn.Module) -> dict[int, set[str]]:
     """Paths of the modules that register each parameter, by the parameter's identity."""
     owners: dict[int, set[str]] = {}
-    for module, path in paths.items():
+    for path, module in model.named_modules():
         for parameter in own_tensors(module):
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(path.partition(".parametrizations.")[0])

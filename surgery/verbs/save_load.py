@@ -31,8 +31,7 @@ from passes.capture.capture import is_pretrained
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
 from surgery.hosting.checks import check_flags
-from surgery.hosting.graph_surgery import products_of
-from surgery.hosting.state import adapters_in, module_paths, parameter_names, record_of, require_bases, unwrap
+from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, STORED, mirror
 from surgery.storage.adapter_file import CONFIG, TENSORS, encode
@@ -80,9 +79,9 @@ def save_adapter(
     check_flags(progress=progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
-    paths = module_paths(model)
-    present = adapters_in(paths)
+    present = adapters_of(model)
     first = next(iter(present.values())).variant
+    paths = module_paths(model)
     names = SavedNames(model, ())
     entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -185,10 +184,7 @@ def load_adapter(
     given: Model
     check_flags(progress=progress)
     (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
-    paths = module_paths(model)
-    present, products = adapters_in(paths), products_of(model)
-    require_bases(present)
-    named = {parameter_names(paths, site)[0]: site.host.parameter() for site in present.values()}
-    loaded = read_adapter(model, path, named, products, progress=progress)
-    replace_adapters(model, present, products, lambda: loaded)
+    require_bases(model)
+    loaded = read_adapter(model, path, progress=progress)
+    replace_adapters(model, lambda: loaded)
     return given
