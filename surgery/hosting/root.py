@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
-from passes.ir.torch_internals import REPLICA, pass_over
+from passes.ir.torch_internals import REPLICA, pass_over, sequence_number
 from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.staleness import CoreSnapshot
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
+from surgery.modules.setting import Setting
 from surgery.modules.steering import Steering
 
 _CALLS = threading.RLock()  # coefficients of rows and tokens are written for the length of a call
@@ -35,17 +38,18 @@ class Root(Pickles):
         if vars(self).get(REPLICA):  # of nn.DataParallel, whose threads share what is cached
             _refuse_rows(state)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        before = _begin(self, state, args, kwargs)
+        call, output = _begin(self, state, args, kwargs), None
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return output
         finally:
-            _end(state, before)
+            _end(state, call, output)
 
     def __setstate__(self, values: dict[str, object]) -> None:
         super().__setstate__(values)  # type: ignore[misc]
         state: State | None = vars(self).get(STATE)
         if state is not None:
-            state.steering.root = weakref.ref(self)  # type: ignore[assignment]
+            _hold(state, self)  # type: ignore[arg-type]
 
 
 class GeneratingRoot(Root):
@@ -67,33 +71,58 @@ class GeneratingRoot(Root):
 pass_over(Root.__call__)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None] | None:
-    """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
+@dataclass
+class _Call:
+    """A call of the root.
 
-    Returns:
-        The buffers that the call has replaced, which :func:`_end` puts back.
+    Attributes:
+        before: the buffers that the call has replaced.
+        recalled: of a call within a backward, what was in force before.
+        since: of a call that autograd records, the number of its first node.
     """
-    steering, staleness = state.steering, state.staleness
-    before = None
+
+    before: dict[str, torch.Tensor | None] | None = None
+    recalled: Setting | None = None
+    since: int | None = None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begin(root: Any, state: State, args: Any, kwargs: Any) -> _Call:
+    """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call."""
+    steering, staleness, call = state.steering, state.staleness, _Call()
+    recalled = steering.recall()
+    if recalled is not None:
+        call.recalled = now = recalled.now
+        if isinstance(now.given, Coefficient):
+            value, second = _of_call(now.given, steering, root, args, kwargs)
+            recalled.set(Setting(value, second, {}, now.rows, known=True, given=now.given))
+        return call
     sites_of(root, state)
     staleness.check()
+    if root.training or torch.is_grad_enabled():  # the forward of reentrant checkpointing runs without gradients
+        steering.record(staleness.snapshot())
+        call.since = sequence_number()
     if state.coefficient is not None:
-        value, second = state.coefficient.of_call(root, args, kwargs, generating=steering.generating)
-        like = steering.coeff
-        value = value.to(like.device, like.dtype)
-        second = None if second is None else second.to(like.device, like.dtype)
+        value, second = _of_call(state.coefficient, steering, root, args, kwargs)
         _CALLS.acquire()  # until _end
-        before = dict(steering._buffers)
-        steering._buffers.update(coeff=value, second=second)
         vars(steering)["caller"] = threading.get_ident()
         try:
-            steering.refresh_copies()
+            call.before = steering.begin_call(value, second)
         except BaseException:
-            _end(state, before)
+            vars(steering)["caller"] = None
+            _CALLS.release()
             raise
     vars(steering)["armed"] = True
-    return before
+    return call
+
+
+def _of_call(
+    given: Coefficient, steering: Steering, root: nn.Module, args: Any, kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The coefficients of rows or tokens for one call, as the model's own are kept."""
+    value, second = given.of_call(root, args, kwargs, generating=steering.generating)
+    like = steering.coeff
+    return value.to(like.device, like.dtype), None if second is None else second.to(like.device, like.dtype)
 
 
 def _refuse_rows(state: State) -> None:
@@ -102,24 +131,53 @@ def _refuse_rows(state: State) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
+def _end(state: State, call: _Call, output: object) -> None:
     """Disarm the sites."""
     steering = state.steering
+    if call.recalled is not None:
+        steering.set_setting(call.recalled)
+        return
+    if call.since is not None and steering.log is not None:
+        steering.log.hold(_recorded(output), call.since)
     vars(steering).update(armed=False, caller=None)
-    if before is not None:
-        steering._buffers.update(before)
-        steering.refresh_copies()
-        _CALLS.release()
+    if call.before is not None:
+        try:
+            steering.end_call(call.before)
+        finally:
+            _CALLS.release()
+
+
+def _recorded(output: object) -> list[torch.Tensor]:
+    """The tensors of an output that have a graph."""
+    if isinstance(output, torch.Tensor):
+        return [] if output.grad_fn is None else [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for value in values for tensor in _recorded(value)]
 
 
 def make_root(model: nn.Module, state: State) -> None:
     """Give a model its state, and make its class that of a root."""
     vars(model)[STATE] = state
-    state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
+    state.steering.requires_grad = state.requires_grad
+    _hold(state, model)
     if not isinstance(model, fx.GraphModule):
         put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
+
+
+def _hold(state: State, model: nn.Module) -> None:
+    """Let what steers a root know it, but not keep it alive."""
+    root = weakref.ref(model)
+
+    def look() -> CoreSnapshot:
+        found = root()
+        assert found is not None
+        sites_of(found, state)
+        state.staleness.check()
+        return state.staleness.snapshot()
+
+    state.steering.root, state.steering.look = root, look
 
 
 def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:

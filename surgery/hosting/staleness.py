@@ -3,24 +3,99 @@
 Identity and version of all cores and frozen tensors are compared in one pass over flat lists, since in each forward an
 attribute of a module costs a microsecond. Fused optimisers bump no version: every step of any optimiser counts as a
 write, by a hook of the process.
+
+What was compared also tells whether a core is still that of a forward, when the forward is recomputed in backward.
 """
 
 from __future__ import annotations
 
 import operator
+import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from passes.ir.torch_internals import REPLICA, backward_task
 from surgery.support.change_detection import version_of
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
 
 
-def _count(*_: object) -> None:
+class _Stepped:
+    """The parameters of an optimiser, which may be gone, and when it stepped them last, by the count of all steps.
+
+    Attributes:
+        at: of steps outside of any backward; 0 for none.
+        within: whether it ever stepped within a backward, where each core is stepped after its last use.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self.parameters = [weakref.ref(p) for p in parameters]
+        self.at, self.within = 0, False
+
+    def ids(self) -> set[int]:
+        return {id(p) for p in (ref() for ref in self.parameters) if p is not None}
+
+
+_OPTIMISERS: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Stepped] = weakref.WeakKeyDictionary()
+_STEPPED: list[_Stepped] = []
+
+
+def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:
     _STEPS[0] += 1
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = _OPTIMISERS.get(optimizer)
+    if found is None or len(found.parameters) != len(parameters):
+        _STEPPED[:] = [one for one in _STEPPED if one.ids()]
+        found = _OPTIMISERS[optimizer] = _Stepped(parameters)
+        _STEPPED.append(found)
+    if backward_task() == -1:
+        found.at = _STEPS[0]
+    else:
+        found.within = True
+
+
+class CoreSnapshot:
+    """Which tensors the cores of a root had at a call, and how often they had been written to."""
+
+    def __init__(self, tensors: list[torch.Tensor], versions: list[int], steps: int, cores: list[nn.Module]) -> None:
+        self.tensors, self.versions, self.steps, self.cores = tensors, versions, steps, cores
+        self._by_id: dict[int, int] | None = None
+
+    def changed(self, core: nn.Module | None) -> bool:
+        """Whether a core was written to since, or replaced; of None, any but those that a backward itself steps."""
+        if self._by_id is None:
+            self._by_id = dict(zip(map(id, self.tensors), self.versions, strict=True))
+        if core is not None:
+            return self._changed(core, self._stepped())
+        stepped = self._stepped()
+        within = {one for stepped_by in _STEPPED if stepped_by.within for one in stepped_by.ids()}
+        return any(self._changed(one, stepped, within) for one in self.cores)
+
+    def _changed(self, core: nn.Module, stepped: set[int], excepted: Collection[int] = ()) -> bool:
+        assert self._by_id is not None
+        if vars(core).get(REPLICA):  # of nn.DataParallel
+            return False
+        for p in core.parameters():
+            if type(p) is not nn.Parameter or id(p) in excepted:  # sharded: it is gathered anew for each forward
+                continue
+            version = self._by_id.get(id(p))
+            if version is None:
+                if all(type(t) is nn.Parameter for t in self.tensors if t.requires_grad):
+                    return True
+            elif version != version_of(p) or id(p) in stepped:
+                return True
+        return False
+
+    def _stepped(self) -> set[int]:
+        """The parameters that optimisers have stepped since; fused ones count no write."""
+        if _STEPS[0] == self.steps:
+            return set()
+        return {one for stepped in _STEPPED if stepped.at > self.steps for one in stepped.ids()}
 
 
 class Staleness:
@@ -40,6 +115,7 @@ class Staleness:
         self.coeff: torch.Tensor | None = None
         self.coeff_version = -1
         self.value: float | None = None
+        self._snapshot: CoreSnapshot | None = None
 
     def watch(self, sites: dict[str, Any], steering: Any) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
@@ -71,9 +147,16 @@ class Staleness:
             and all(map(operator.is_, now, self.tensors))
         ):
             return
-        self.tensors, self.versions, self.steps = now, versions, steps
+        self.tensors, self.versions, self.steps, self._snapshot = now, versions, steps, None
         for site in self.sites.values():
             site.forget()
+
+    def snapshot(self) -> CoreSnapshot:
+        """What was found at the last check."""
+        if self._snapshot is None:
+            cores = [site.core for site in (self.sites or {}).values()]
+            self._snapshot = CoreSnapshot(self.tensors, self.versions, self.steps, cores)
+        return self._snapshot
 
     def _check_coefficient(self) -> None:
         """Drop what was derived from another coefficient; what follows from the core alone stays."""

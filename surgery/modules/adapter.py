@@ -78,10 +78,12 @@ class Adapter(InlinedAdapter):
         if weight is None or weight.requires_grad:  # the base is trained too: it has to be in the product
             return ALWAYS
         assert self.schedule is not None
-        trains = core.trains()
-        steps = self.schedule.case(training=trains, rows=steering._buffers["coeff"].dim() > 0)  # type: ignore[union-attr]
+        learns, coeff = core.learns(), steering._buffers["coeff"]
+        if not torch.compiler.is_compiling() and steering.log is not None and (recalled := steering.log.recall()):
+            coeff = recalled.now.coeff
+        steps = self.schedule.case(training=learns, rows=coeff.dim() > 0)  # type: ignore[union-attr]
         name = step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
-        return name if trains or steering.armed or not REGISTRY[name].caches else ALWAYS
+        return name if learns or steering.armed or not REGISTRY[name].caches else ALWAYS
 
     def reschedule(self, lowering: str | None = None) -> None:
         """Decide which lowering runs when, for the dtype and the device that the site has now.
@@ -103,21 +105,19 @@ class Adapter(InlinedAdapter):
         Raises:
             InputError: it does not fit the input.
         """
-        steering, core = self._steering[0], self._modules["core"]
-        assert isinstance(core, Core)
-        coeff, scale = steering.value(self.stream, h.device), core._buffers["scale"]
+        coeff, scale, rows, known = self.steered(h.device)
         if scale is not None:
             coeff = coeff * scale.to(coeff.dtype)
-        coeff = coeff.to(core.dtype)
-        if coeff.dim() == 0:
-            return coeff
-        return shaped_like(coeff, h, rows=steering.rows, known=steering.armed, key=self.key)
+        coeff = coeff.to(self.core.dtype)
+        return coeff if coeff.dim() == 0 else shaped_like(coeff, h, rows=rows, known=known, key=self.key)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""
         coeff = self.coefficient(h)
         if torch.is_grad_enabled():
-            coeff = coeff.clone()  # it may be set before backward
+            coeff = coeff.clone()  # DDP writes to it
+            if not torch.compiler.is_compiling() and not self._steering[0].armed:
+                self._steering[0].record_part(self.core)
         return self.variant.delta(h, S.to(coeff.dtype), self._prepared(), coeff)
 
     def _prepared(self) -> Any:
