@@ -60,34 +60,31 @@ def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 class CoreSnapshot:
-    """Which tensors the cores of a root had at a call, and how often they had been written to."""
+    """Which parameters the cores of a root had at a call, and how often they had been written to."""
 
-    def __init__(self, tensors: list[torch.Tensor], versions: list[int], steps: int, cores: list[nn.Module]) -> None:
-        self.tensors, self.versions, self.steps, self.cores = tensors, versions, steps, cores
-        self._by_id: dict[int, int] | None = None
+    def __init__(self, cores: list[nn.Module], steps: int) -> None:
+        self.cores, self.steps = cores, steps
+        self.versions = {id(p): (p, version_of(p)) for core in cores for p in core.parameters()}
+        self.sharded = any(type(p) is not nn.Parameter for p, _ in self.versions.values())
 
     def changed(self, core: nn.Module | None) -> bool:
         """Whether a core was written to since, or replaced; of None, any but those that a backward itself steps."""
-        if self._by_id is None:
-            self._by_id = dict(zip(map(id, self.tensors), self.versions, strict=True))
         if core is not None:
             return self._changed(core, self._stepped())
-        stepped = self._stepped()
-        within = {one for stepped_by in _STEPPED if stepped_by.within for one in stepped_by.ids()}
+        within = {one for optimiser in _STEPPED if optimiser.within for one in optimiser.ids()}
+        stepped = self._stepped() - within
         return any(self._changed(one, stepped, within) for one in self.cores)
 
     def _changed(self, core: nn.Module, stepped: set[int], excepted: Collection[int] = ()) -> bool:
-        assert self._by_id is not None
         if vars(core).get(REPLICA):  # of nn.DataParallel
             return False
         for p in core.parameters():
             if type(p) is not nn.Parameter or id(p) in excepted:  # sharded: it is gathered anew for each forward
                 continue
-            version = self._by_id.get(id(p))
-            if version is None:
-                if all(type(t) is nn.Parameter for t in self.tensors if t.requires_grad):
-                    return True
-            elif version != version_of(p) or id(p) in stepped:
+            known = self.versions.get(id(p))
+            if known is None and not self.sharded:
+                return True
+            if known is not None and (known[1] != version_of(p) or id(p) in stepped):
                 return True
         return False
 
@@ -95,7 +92,7 @@ class CoreSnapshot:
         """The parameters that optimisers have stepped since; fused ones count no write."""
         if _STEPS[0] == self.steps:
             return set()
-        return {one for stepped in _STEPPED if stepped.at > self.steps for one in stepped.ids()}
+        return {one for optimiser in _STEPPED if optimiser.at > self.steps for one in optimiser.ids()}
 
 
 class Staleness:
@@ -154,8 +151,7 @@ class Staleness:
     def snapshot(self) -> CoreSnapshot:
         """What was found at the last check."""
         if self._snapshot is None:
-            cores = [site.core for site in (self.sites or {}).values()]
-            self._snapshot = CoreSnapshot(self.tensors, self.versions, self.steps, cores)
+            self._snapshot = CoreSnapshot([site.core for site in (self.sites or {}).values()], self.steps)
         return self._snapshot
 
     def _check_coefficient(self) -> None:

@@ -108,7 +108,9 @@ class Adapter(InlinedAdapter):
         coeff, scale, rows, known = self.steered(h.device)
         if scale is not None:
             coeff = coeff * scale.to(coeff.dtype)
-        coeff = coeff.to(self.core.dtype)
+        core = self._modules["core"]
+        assert isinstance(core, Core)
+        coeff = coeff.to(core.dtype)
         return coeff if coeff.dim() == 0 else shaped_like(coeff, h, rows=rows, known=known, key=self.key)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:

@@ -134,8 +134,9 @@ class Steering(nn.Module):
             for setting, core in itertools.product(self.log.settings(), cores):
                 setting.scales.setdefault(core, core._buffers["scale"])
         if anew:  # the coefficient goes on, as a tensor that may be written to
-            self._buffers.update({n: None if t is None else t.clone() for n, t in self._buffers.items()})
-            self.refresh_copies(anew=True)
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers.update({n: None if t is None else t.clone() for n, t in self._buffers.items()})
+                self.refresh_copies(anew=True)
             if self._written is not None:
                 self._written = self.coeff, self.coeff._version, self._written[2]
         return self.log is not None  # a factor may be older than the last change
@@ -178,6 +179,14 @@ class Steering(nn.Module):
     def recall(self) -> Recomputation | None:
         """What a forward within a backward is to use; None outside of any, where it is what the buffers say."""
         return None if self.log is None else self.log.recall()
+
+    def __getattr__(self, name: str) -> Any:
+        """The coefficient of the forward that is recomputed, to a graph, which reads it by its name."""
+        if name == "coeff" and not torch.compiler.is_compiling():
+            recalled = self.recall()
+            if recalled is not None:
+                return recalled.now.coeff
+        return super().__getattr__(name)
 
     def set_setting(self, setting: Setting) -> None:
         """Within a backward: let something else be in force for the rest of the recomputation."""

@@ -365,7 +365,7 @@ def test_what_is_remembered_does_not_grow() -> None:
         assert steering.log is not None
         return len(steering.log.lanes[0].entries), sum(isinstance(o, (Setting, Graph)) for o in gc.get_objects())
 
-    assert train(8) == train(8)
+    assert train(10) == train(10)
 
 
 def test_a_graph_that_is_left_keeps_its_coefficient() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import surgery
-from surgery import apply_surgery, sites, steer
+from surgery import apply_surgery, sites, steer, to_graph
 from tests.support.checkpointed_models import (
     COEFFICIENTS,
     KINDS,
@@ -120,3 +120,13 @@ def test_models_of_transformers_with_gradient_checkpointing(name: str, reentrant
         (losses[0] - 2 * losses[1]).backward()
         found.append([site.core.g.grad for site in sites(one).values()])
     assert apart(found[1], found[0]) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_is_recomputed_with_its_own_coefficient(kind: str) -> None:
+    model, x = checkpointed(None), inputs()
+    coefficients = COEFFICIENTS["scalar"] + COEFFICIENTS["rows"]
+    known = expected(model, [[c] * 3 for c in coefficients])
+    graph = to_graph(model, inputs().detach())
+    loss_of(outputs_of(graph, lambda y: KINDS[kind](graph, y), x, coefficients)).backward()
+    assert apart(gradients(graph, x), known) < CLOSE
