@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,6 +40,9 @@ REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for i
 # Asked in each forward, so without a function of our own around them.
 script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
 function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside of ``vmap``, ``grad`` and their like
+backward_task = torch._C._current_graph_task_id  # of the backward that this thread is in; -1 outside of any
+sequence_number = torch._C._autograd._get_sequence_nr  # of the node that this thread records next
+LEAF_NUMBER = 2**64 - 1  # the sequence number of what accumulates a gradient
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
 
@@ -66,6 +70,61 @@ def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None
 def is_exporting() -> bool:
     """Whether ``torch.export`` runs: Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for always true."""
     return torch.compiler._is_exporting_flag
+
+
+def node_in_backward() -> int:
+    """The sequence number of the node whose gradient this thread is computing, given to it in the forward."""
+    node = torch._C._current_autograd_node()
+    return LEAF_NUMBER if node is None else int(node._sequence_nr())
+
+
+def hold_during_backward(held: Callable[[], None]) -> None:
+    """Let the backward that this thread is in hold an object, which it lets go when it ends or fails."""
+    torch.autograd.Variable._execution_engine.queue_callback(held)
+
+
+def _checkpoint_hooks() -> list[dict[str, Any]]:
+    """What the saved-tensor hooks that are on in this thread close over, the innermost first."""
+    hooks, table = [], torch._C._autograd
+    while (top := table._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        table._pop_saved_tensors_default_hooks()
+    for pack, unpack in reversed(hooks):
+        table._push_saved_tensors_default_hooks(pack, unpack)
+    packs = [inspect.unwrap(pack) for pack, _ in hooks]
+    cells = [(p.__code__.co_freevars, p.__closure__ or ()) for p in packs if inspect.isfunction(p)]
+    return [{n: cell.cell_contents for n, cell in zip(names, found, strict=True)} for names, found in cells]
+
+
+def checkpoints_within() -> list[object]:
+    """The non-reentrant checkpoints whose forward this thread is in."""
+    return [found["frame"] for found in _checkpoint_hooks() if "frame" in found]
+
+
+def recomputed_checkpoint() -> object:
+    """The non-reentrant checkpoint that this thread recomputes, or None."""
+    refs = (found["target_frame_ref"] for found in _checkpoint_hooks() if "target_frame_ref" in found)
+    return next((ref() for ref in refs), None)
+
+
+def is_checkpointed_selectively() -> bool:
+    """Whether selective checkpointing counts the operations of this thread, to store or recall what they give."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils import checkpoint
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
+
+
+def unseen_by_checkpoints() -> contextlib.AbstractContextManager[object]:
+    """Run operations that a checkpointed function may do another number of times when it is recomputed."""
+    if not is_checkpointed_selectively():
+        return contextlib.nullcontext()
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def pass_over(function: Callable[..., object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,17 +11,15 @@ import torch
 from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
-from passes.ir.forward_context import Call
-from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, function_transforms, pass_over
-from surgery.hosting.coefficient import Coefficient, Sequences
+from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, pass_over
+from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.root_call import begin, end, is_within, refuse_rows
 from surgery.hosting.root_mixins import put_mixins_on, take_mixins_off
+from surgery.hosting.staleness import CoreSnapshot
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
-from surgery.support.untrusted_files import JsonObject
-
-_CALLS = threading.RLock()  # coefficients of rows and tokens are written for the length of a call
 
 
 class Root(Pickles):
@@ -33,22 +30,23 @@ class Root(Pickles):
         state: State | None = vars(self).get(STATE)
         if state is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if _is_within(state):
+        if is_within(state):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if vars(self).get(REPLICA):  # of nn.DataParallel, whose threads share what is cached
-            _refuse_rows(state)
+            refuse_rows(state)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        before = _begin(self, state, args, kwargs)
+        call, output = begin(self, state, args, kwargs), None  # type: ignore[arg-type]
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return output
         finally:
-            _end(state, before)
+            end(state, call, output)
 
     def __setstate__(self, values: dict[str, object]) -> None:
         super().__setstate__(values)  # type: ignore[misc]
         state: State | None = vars(self).get(STATE)
         if state is not None:
-            state.steering.root = weakref.ref(self)  # type: ignore[assignment]
+            _hold(state, self)  # type: ignore[arg-type]
 
 
 class GeneratingRoot(Root):
@@ -83,84 +81,6 @@ setattr(Root, NOT_BROADCAST, property(_not_broadcast, _name_not_broadcast))
 pass_over(Root.__call__)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin(
-    root: nn.Module, state: State, args: tuple[object, ...], kwargs: dict[str, object]
-) -> dict[str, torch.Tensor | None] | None:
-    """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
-
-    Returns:
-        The buffers that the call has replaced, which :func:`_end` puts back.
-    """
-    steering, staleness = state.steering, state.staleness
-    before = None
-    sites_of(root, state)
-    if function_transforms() is None:  # whose tensors have no values to compare; sites then use nothing that is cached
-        staleness.check()
-    if staleness.offloaded:
-        vars(steering)["brought"] = [(part, *_brought_in(part)) for part in staleness.offloaded]
-    if state.coefficient is not None:
-        _CALLS.acquire()  # until _end
-        before = dict(steering._buffers)
-        try:
-            _spread_over_rows(root, state, state.coefficient, (args, kwargs))
-        except BaseException:
-            _end(state, before)
-            raise
-    vars(steering)["armed"] = True
-    return before
-
-
-def _brought_in(part: nn.Module) -> tuple[JsonObject, JsonObject]:
-    """Hold the tensors of a core or of factors that accelerate has offloaded, since nobody calls these modules.
-
-    Returns:
-        The parameters and buffers that stood for them, which :func:`_end` puts back.
-    """
-    tensors: JsonObject = part()
-    before = dict(part._parameters), dict(part._buffers)
-    for table in (part._parameters, part._buffers):
-        table.update({name: tensors[name] for name in table if name in tensors})
-    return before
-
-
-def _spread_over_rows(root: nn.Module, state: State, coefficient: Coefficient, call: Call) -> None:
-    """Write the coefficients of the rows or tokens of a call."""
-    steering, sequences = state.steering, Sequences(root, *call)
-    dim = state.rows.batch_dim(root, sites_of(root, state), steering, call, sequences, coefficient)
-    value, second = coefficient.of_call(sequences, dim, generating=steering.generating)
-    like = steering.coeff
-    value = value.to(like.device, like.dtype)
-    second = None if second is None else second.to(like.device, like.dtype)
-    steering._buffers.update(coeff=value, second=second)
-    vars(steering)["caller"] = threading.get_ident()
-    steering.refresh_copies()
-
-
-def _is_within(state: State) -> bool:
-    """Whether this thread is within a call of the root."""
-    return state.steering.armed and state.steering.caller in (None, threading.get_ident())
-
-
-def _refuse_rows(state: State) -> None:
-    if state.coefficient is not None:
-        raise InputError("nn.DataParallel splits the batch, so that it takes no coeff for each row: use a number")
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
-    """Disarm the sites."""
-    steering = state.steering
-    vars(steering).update(armed=False, caller=None)
-    for part, parameters, buffers in vars(steering).pop("brought", ()):
-        part._parameters.update(parameters)
-        part._buffers.update(buffers)
-    if before is not None:
-        steering._buffers.update(before)
-        steering.refresh_copies()
-        _CALLS.release()
-
-
 def make_root(model: nn.Module, state: State) -> None:
     """Give a model its state, and make its class that of a root.
 
@@ -173,7 +93,8 @@ def make_root(model: nn.Module, state: State) -> None:
             "another module, as nn.Sequential(model), and operate on that"
         )
     vars(model)[STATE] = state
-    state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
+    state.steering.requires_grad = state.requires_grad
+    _hold(state, model)
     if isinstance(model, fx.GraphModule):
         watch_calls(model)
     else:
@@ -187,6 +108,20 @@ def make_root(model: nn.Module, state: State) -> None:
             ) from error
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
+
+
+def _hold(state: State, model: nn.Module) -> None:
+    """Let what steers a root know it, but not keep it alive."""
+    root = weakref.ref(model)
+
+    def look() -> CoreSnapshot:
+        found = root()
+        assert found is not None
+        sites_of(found, state)
+        state.staleness.check()
+        return state.staleness.snapshot()
+
+    state.steering.root, state.steering.look = root, look
 
 
 def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,13 +150,14 @@ def watch_calls(model: fx.GraphModule) -> None:
         @functools.wraps(inner)
         def call(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
             state: State | None = vars(self).get(STATE)
-            if state is None or state.coefficient is None or torch.compiler.is_compiling() or _is_within(state):
+            if state is None or state.coefficient is None or torch.compiler.is_compiling() or is_within(state):
                 return inner(self, *args, **kwargs)
-            before = _begin(self, state, args, kwargs)
+            started, output = begin(self, state, args, kwargs), None
             try:
-                return inner(self, *args, **kwargs)
+                output = inner(self, *args, **kwargs)
+                return output
             finally:
-                _end(state, before)
+                end(state, started, output)
 
         pass_over(call)
         cls.__call__ = call

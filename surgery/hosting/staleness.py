@@ -4,18 +4,23 @@ Identity, version and address of cores, frozen factors and base weights are comp
 in each forward an attribute of a module costs a microsecond. Fused optimisers bump no version: every step of any
 optimiser counts as a write to the cores, by a hook of the process. ``vector_to_parameters`` bumps none either, and
 moves parameters to other memory.
+
+What was compared also tells whether a core is still that of a forward, when the forward is recomputed in backward.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from passes.ir.torch_internals import REPLICA, backward_task
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
 from surgery.support.change_detection import address_of, version_of
@@ -26,8 +31,74 @@ _HOOKED = [False]
 Table = JsonObject
 
 
-def _count(*_: object) -> None:
+class _Stepped:
+    """The parameters of an optimiser, which may be gone, and when it stepped them last, by the count of all steps.
+
+    Attributes:
+        at: of steps outside of any backward; 0 for none.
+        within: whether it ever stepped within a backward, where each core is stepped after its last use.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self.parameters = [weakref.ref(p) for p in parameters]
+        self.at, self.within = 0, False
+
+    def ids(self) -> set[int]:
+        return {id(p) for p in (ref() for ref in self.parameters) if p is not None}
+
+
+_OPTIMISERS: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Stepped] = weakref.WeakKeyDictionary()
+_STEPPED: list[_Stepped] = []
+
+
+def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:
     _STEPS[0] += 1
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = _OPTIMISERS.get(optimizer)
+    if found is None or len(found.parameters) != len(parameters):
+        _STEPPED[:] = [one for one in _STEPPED if one.ids()]
+        found = _OPTIMISERS[optimizer] = _Stepped(parameters)
+        _STEPPED.append(found)
+    if backward_task() == -1:
+        found.at = _STEPS[0]
+    else:
+        found.within = True
+
+
+class CoreSnapshot:
+    """Which parameters the cores of a root had at a call, and how often they had been written to."""
+
+    def __init__(self, cores: list[nn.Module], steps: int) -> None:
+        self.cores, self.steps = cores, steps
+        self.versions = {id(p): (p, version_of(p)) for core in cores for p in core.parameters()}
+        self.sharded = any(type(p) is not nn.Parameter for p, _ in self.versions.values())
+
+    def changed(self, core: nn.Module | None) -> bool:
+        """Whether a core was written to since, or replaced; of None, any but those that a backward itself steps."""
+        if core is not None:
+            return self._changed(core, self._stepped())
+        within = {one for optimiser in _STEPPED if optimiser.within for one in optimiser.ids()}
+        stepped = self._stepped() - within
+        return any(self._changed(one, stepped, within) for one in self.cores)
+
+    def _changed(self, core: nn.Module, stepped: set[int], excepted: Collection[int] = ()) -> bool:
+        if vars(core).get(REPLICA):  # of nn.DataParallel
+            return False
+        for p in core.parameters():
+            if type(p) is not nn.Parameter or id(p) in excepted:  # sharded: it is gathered anew for each forward
+                continue
+            known = self.versions.get(id(p))
+            if known is None and not self.sharded:
+                return True
+            if known is not None and (known[1] != version_of(p) or id(p) in stepped):
+                return True
+        return False
+
+    def _stepped(self) -> set[int]:
+        """The parameters that optimisers have stepped since; fused ones count no write."""
+        if _STEPS[0] == self.steps:
+            return set()
+        return {one for optimiser in _STEPPED if optimiser.at > self.steps for one in optimiser.ids()}
 
 
 class Staleness:
@@ -54,6 +125,7 @@ class Staleness:
         self.coeff: torch.Tensor | None = None
         self.coeff_version = -1
         self.value: float | None = None
+        self._snapshot: CoreSnapshot | None = None
 
     def watch(self, sites: dict[str, Adapter], steering: Steering) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
@@ -89,12 +161,19 @@ class Staleness:
         if moved:
             self._settle()
         if moved or _STEPS[0] != self.steps or not self.cores.same(cores):
+            self._snapshot = None
             for site in self.sites.values():
                 site.forget()
             parts = [part for site in self.sites.values() for part in (site.core, site.factors)]
             self.offloaded = [part for part in parts if any(t.is_meta for t in (*part.parameters(), *part.buffers()))]
             self.cores, self.steps = _Seen(cores, hold=True), _STEPS[0]
             self.weights, self.frozen, self.flags = _Seen(weights), _Seen(factors, addresses=False), flags
+
+    def snapshot(self) -> CoreSnapshot:
+        """What was found at the last check."""
+        if self._snapshot is None:
+            self._snapshot = CoreSnapshot([site.core for site in (self.sites or {}).values()], self.steps)
+        return self._snapshot
 
     def _settle(self) -> None:
         for site in (self.sites or {}).values():

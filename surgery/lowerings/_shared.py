@@ -14,11 +14,11 @@ def add_term(site: LinearSite, y: torch.Tensor, d: torch.Tensor, left: torch.Ten
     """``y + d left^T`` in the dtype of y, (..., d_out) with d (..., r) and left (d_out, r).
 
     Without gradients it is one product that adds to y in place, where the base's own forward has just made y and
-    nobody else has seen it.
+    nobody else has seen it. In training it is computed as with gradients, to be the same when it is recomputed.
     """
     left = left.to(y.dtype)
     in_place = site.host.exact and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not (in_place and y.is_contiguous() and site.core.plain()):
+    if not (in_place and not site.core.training and y.is_contiguous() and site.core.plain()):
         return y + F.linear(d.to(y.dtype), left)
     y.view(-1, y.shape[-1]).addmm_(d.reshape(-1, d.shape[-1]).to(y.dtype), left.T)
     return y

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from passes.ir.torch_internals import is_checkpointed_selectively
 from surgery.support.untrusted_files import JsonObject
 
 PREPARED = "prepared"
@@ -40,10 +41,11 @@ class WeightCache:
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
         """What ``make(site)`` gives at the present core and coeff; within a call of the root it is made once.
 
-        A new tensor each time: a graph that autograd still holds may read the old one.
+        A new tensor each time: a graph that autograd still holds may read the old one. In a recomputation it is made
+        from the coefficient of its forward; and where selective checkpointing counts operations, both times.
         """
         site: Any = self._site()
-        if not site.steering.armed:
+        if not site.steering.armed or is_checkpointed_selectively() or site.steering.recall() is not None:
             return make(site)
         if name not in self._cached:
             with torch.inference_mode(False):

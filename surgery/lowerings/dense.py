@@ -44,7 +44,7 @@ class Dense:
     def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """One product; while the core is trained, with a term of value zero that has the core's gradient."""
         if not site.core.trains():
-            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not site.core.learns():
                 reads = [site.weight, site.steering.coeff, *site.core.parameters()]
                 return torch.ops.surgery.dense_linear(x, site.cache.handle, reads, site.factors.U.shape[0])  # type: ignore[no-any-return]
             return product(site, x, _weight(site))

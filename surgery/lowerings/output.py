@@ -44,7 +44,8 @@ class Output:
         """The base's own forward, its projection without the bias, and the term."""
         y: torch.Tensor = base()
         U = site.factors.U.to(y.dtype)
-        s = F.linear(y, U.T, None if site.bias is None else -(site.bias.to(y.dtype) @ U))
+        # mv: a product of a vector by @ squeezes its result in place, which selective checkpointing refuses
+        s = F.linear(y, U.T, None if site.bias is None else -torch.mv(U.T, site.bias.to(y.dtype)))
         return add_term(site, y, site.core_delta(s, torch.ones_like(site.factors.S)), site.factors.U)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:

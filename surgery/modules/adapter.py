@@ -87,17 +87,22 @@ class Adapter(InlinedAdapter):
         if weight is None or weight.requires_grad or self.record.trained:  # the base has to be in the product
             return ALWAYS
         assert self.schedule is not None
-        trains = core.trains()
-        steps = self.schedule.case(training=trains, rows=steering._buffers["coeff"].dim() > 0)  # type: ignore[union-attr]
+        learns, coeff = core.learns(), steering._buffers["coeff"]
+        recalled = None if torch.compiler.is_compiling() else steering.recall()
+        if recalled is not None:
+            coeff = recalled.now.coeff
+        steps = self.schedule.case(training=learns, rows=coeff.dim() > 0)  # type: ignore[union-attr]
         name = step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
         lowering = REGISTRY[name]
-        unchecked = not steering.armed and (lowering.takes_projection or (lowering.caches and not trains))
+        unchecked = not steering.armed and (
+            (lowering.takes_projection and recalled is None) or (lowering.caches and not learns)
+        )
         return ALWAYS if unchecked else name
 
     def runs(self) -> bool:
         """Whether the model runs, in this thread: what reads the weight now multiplies by it."""
         steering = self._steering[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or steering.recall() is not None:
             return True
         return steering.armed and steering.caller in (None, threading.get_ident())
 
@@ -115,16 +120,18 @@ class Adapter(InlinedAdapter):
 
     # ------------------------------------------------------------------ the term
 
-    def _coefficient(self, device: torch.device) -> torch.Tensor:
-        """The coefficient of the site, in the core's dtype: 0-d, (rows,), or (rows, positions)."""
-        steering, core = self._steering[0], self._modules["core"]
+    def _coefficient(self, device: torch.device) -> tuple[torch.Tensor, str, bool]:
+        """The coefficient of the site, in the core's dtype: 0-d, (rows,), or (rows, positions); how rows relate to a
+        batch, and whether they are those of a call of the root.
+        """
+        coeff, scale, rows, known = self.steered(device)
+        core = self._modules["core"]
         assert isinstance(core, Core)
-        coeff, scale = steering.value(self.stream, device), core._buffers["scale"]
         if scale is not None:
             coeff = coeff * scale.to(coeff.dtype)
-        return coeff.to(core.dtype)
+        return coeff.to(core.dtype), rows, known
 
-    def _delta(self, h: torch.Tensor, S: torch.Tensor, coeff: torch.Tensor) -> torch.Tensor:
+    def _delta(self, h: torch.Tensor, S: torch.Tensor, coeff: torch.Tensor, rows: str, known: bool) -> torch.Tensor:
         """``delta(h)`` (..., r); where coeff has one value for each row or token, these lead while it is computed.
 
         Raises:
@@ -136,16 +143,18 @@ class Adapter(InlinedAdapter):
         if steering.probe is not None:
             return steering.probe(self, h)
         layout = ROWS_FIRST if self.host.inlined else self.row_layout
-        view = by_rows(coeff, h, layout, rows=steering.rows, known=steering.armed, key=self.key)
+        view = by_rows(coeff, h, layout, rows=rows, known=known, key=self.key)
         d = self.variant.delta(view.h, S, self._prepared(), view.coeff)
         return d if view.restore is None else view.restore(d)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""
-        coeff = self._coefficient(h.device)
+        coeff, rows, known = self._coefficient(h.device)
         if torch.is_grad_enabled():
-            coeff = coeff.clone()  # it may be set before backward
-        return self._delta(h, S.to(coeff.dtype), coeff)
+            coeff = coeff.clone()  # DDP writes to it
+            if not torch.compiler.is_compiling() and not self._steering[0].armed:
+                self._steering[0].record_part(self.core)
+        return self._delta(h, S.to(coeff.dtype), coeff, rows, known)
 
     def _prepared(self) -> Any:
         """The core, with what the variant prepares from it where no gradient is wanted; cached while armed."""
@@ -167,9 +176,9 @@ class Adapter(InlinedAdapter):
             whole: add the base's own part in the factors' span, ``(S h + delta) U^T``, as the residual form wants it.
         """
         h = F.linear(x, self.factors.Vh.to(x.dtype))
-        coeff = self._coefficient(h.device)
+        coeff, rows, known = self._coefficient(h.device)
         S = self.factors.S.to(coeff.dtype)
-        d = self._delta(h, S, coeff)
+        d = self._delta(h, S, coeff, rows, known)
         if whole:
             d = h * S.to(h.dtype) + d
         return F.linear(d, self.factors.U.to(x.dtype))

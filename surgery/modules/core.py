@@ -111,6 +111,12 @@ class Core(nn.Module):
         """Whether autograd records this forward, and the core requires a gradient."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
+    def learns(self) -> bool:
+        """Whether the core requires a gradient, and the forward is recorded, or may be when it is recomputed: in
+        training, what is computed with does not depend on whether autograd records it.
+        """
+        return (self.training or torch.is_grad_enabled()) and any(p.requires_grad for p in self.parameters())
+
     def plain(self) -> bool:
         """Whether the core's own parameters are what is computed with, and nothing records the operations."""
         if script_tracing_state() is not None or function_transforms() is not None:

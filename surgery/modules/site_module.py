@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import surgery.modules.coefficient_op  # noqa: F401  (registers the operator)
+from passes.ir.torch_internals import is_exporting
 from surgery.modules.base_weights import BaseWeight
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
@@ -68,6 +70,28 @@ class SiteModule(nn.Module):
     def steering(self) -> Steering:
         """The coefficient, which all adapters of a root share."""
         return self._steering[0]
+
+    def steered(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, str, bool]:
+        """The coefficient on a device, the site's own factor, how rows relate to a batch, and whether they are known.
+
+        In a recomputation they are those of its forward.
+
+        Raises:
+            SurgeryError: it is not known, or the core has changed since.
+        """
+        steering, core = self._steering[0], self._modules["core"]
+        assert core is not None
+        if torch.compiler.is_compiling():
+            coeff = steering.value(self.stream, device)
+            if (torch.is_grad_enabled() or core.training) and not is_exporting():
+                coeff = torch.ops.surgery.coefficient(coeff, steering.handle, self.stream)
+            return coeff, core._buffers["scale"], steering.rows, steering.armed
+        recalled = None if steering.log is None else steering.log.recall()
+        if recalled is None:
+            return steering.value(self.stream, device), core._buffers["scale"], steering.rows, steering.armed
+        recalled.check(core, self.key)
+        now = recalled.now
+        return now.value(self.stream, device), recalled.scale(core), now.rows, now.known
 
     def share(self, steering: Steering, *, register: bool) -> None:
         """Follow a coefficient.

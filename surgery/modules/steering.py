@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
 from torch import nn
 
-from passes.ir.torch_internals import same_version
+from passes.ir.torch_internals import (
+    backward_task,
+    checkpoints_within,
+    same_version,
+    sequence_number,
+    unseen_by_checkpoints,
+)
+from surgery.modules.recomputation import Recomputation
+from surgery.modules.recording_thread import Thread, this_thread
+from surgery.modules.setting import Setting, Snapshot
+from surgery.modules.setting_log import Log
 
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("coeff", "second")
+COUNTER = itertools.count(1)
+OWN = ("log", "handle", "recorded", "_began", "_numbers")  # of one instance, and of no copy
+STEERINGS: weakref.WeakValueDictionary[int, Steering] = weakref.WeakValueDictionary()
 
 
 class Steering(nn.Module):
@@ -32,6 +47,10 @@ class Steering(nn.Module):
             core adds; else None.
         requires_grad: flags of the root's parameters before surgery, for copies of its parts.
         root: a weak reference to the model; a copy of a part has none, and is a root of its own from its first verb on.
+        look: takes a snapshot of the root's cores.
+        given: what was set, where it is more than a number.
+        log: what was in force when, for forwards that are recomputed; None until one was recorded.
+        handle: the number by which compiled code finds it; a tensor, so that no graph holds its value.
     """
 
     coeff: torch.Tensor
@@ -46,9 +65,22 @@ class Steering(nn.Module):
         self.caller: int | None = None
         self.probe: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
         self.root: Callable[[], nn.Module | None] | None = None
+        self.look: Callable[[], Snapshot] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._written: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._number: tuple[torch.Tensor, int, float] | None = None
+        self._begin_log()
+
+    def _begin_log(self) -> None:
+        self.given: object = None
+        self.log: Log | None = None
+        self.recorded, self._began = False, (weakref.ref(this_thread()), sequence_number())
+        self._numbers: weakref.WeakKeyDictionary[Thread, int] = weakref.WeakKeyDictionary()
+        self._numbers[this_thread()] = sequence_number()
+        number = next(COUNTER)
+        self.handle = torch.tensor(number)
+        STEERINGS[number] = self
 
     def value(self, stream: int, device: torch.device) -> torch.Tensor:
         """The coefficient for a site on a device, which follows the main (0) or the second sequence (1) of a model."""
@@ -60,20 +92,37 @@ class Steering(nn.Module):
         copy = self.copies.get((stream, device))
         return coeff.to(device) if copy is None else copy
 
-    def write(self, coeff: torch.Tensor, second: torch.Tensor | None = None) -> None:
-        """Set the coefficient: in place where the sizes allow, which no compiled code notices."""
-        like = self.coeff
-        with torch.inference_mode(False), torch.no_grad():
-            for name, value in zip(NAMES, (coeff, second), strict=True):
+    def write(
+        self, coeff: torch.Tensor, second: torch.Tensor | None = None, *, rows: str = "exact", given: object = None
+    ) -> None:
+        """Set the coefficient: in place where the sizes allow, which no compiled code notices.
+
+        Where a graph of autograd may have been recorded since the last change, and so may hold the tensor, it is a new
+        one. Within a backward it holds for the rest of the recomputation that sets it.
+        """
+        values, like = (coeff, second), self.coeff
+        with torch.inference_mode(False), torch.no_grad(), unseen_by_checkpoints():
+            if backward_task() != -1:
+                made = [None if v is None else v.to(like.device, like.dtype, copy=True) for v in values]
+                assert made[0] is not None
+                self.set_setting(Setting(made[0], made[1], {}, rows, given=given))
+                return
+            if self._is(coeff, second, rows):
+                return
+            anew = self.begin_change()
+            for name, value in zip(NAMES, values, strict=True):
                 old: torch.Tensor | None = self._buffers[name]
-                if old is not None and value is not None and old.shape == value.shape:
+                if old is not None and value is not None and old.shape == value.shape and not anew:
                     old.copy_(value)
                 else:
                     self._buffers[name] = None if value is None else value.to(like.device, like.dtype, copy=True)
             names = self._non_persistent_buffers_set  # accelerate moves every buffer that is named there, but not None
             names.discard("second") if self._buffers["second"] is None else names.add("second")
-            self.refresh_copies()
+            self.refresh_copies(anew=anew)
+        self.rows, self.given, mine = rows, given, self.coeff
+        self._number = (mine, mine._version, float(coeff)) if coeff.dim() == 0 and not mine.is_inference() else None
         self.remember()
+        self.end_change()
 
     def remember(self) -> None:
         """Take what the buffers hold for what was written."""
@@ -81,6 +130,118 @@ class Steering(nn.Module):
         self._written = {
             n: (t, t._version, t.detach().clone()) for n, t in held if t is not None and not t.is_inference()
         }
+
+    def _is(self, coeff: torch.Tensor, second: torch.Tensor | None, rows: str) -> bool:
+        """Whether a number is what is set already."""
+        if self._number is None or coeff.dim() or second is not None or self._buffers["second"] is not None:
+            return False
+        tensor, version, number = self._number
+        same = tensor is self.coeff and tensor._version == version and number == float(coeff)
+        return same and rows == self.rows and self.given is None
+
+    def begin_change(self) -> bool:
+        """Whether what is in force may be held by a graph, so that a change needs tensors of its own."""
+        number = sequence_number()
+        anew = self.recorded or number != self._numbers.get(this_thread(), 0) or bool(checkpoints_within())
+        if anew and self.log is None:
+            self.log = self._new_log()
+        return anew
+
+    def begin_scales(self, cores: Iterable[nn.Module]) -> bool:
+        """Remember the lasting factors of sites, before they are changed; whether they need new tensors."""
+        anew = self.begin_change()
+        if self.log is not None:
+            for setting, core in itertools.product(self.log.settings(), cores):
+                setting.scales.setdefault(core, core._buffers["scale"])
+        if anew:  # the coefficient goes on, as a tensor that may be written to
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers.update({n: None if t is None else t.clone() for n, t in self._buffers.items()})
+                self.refresh_copies(anew=True)
+            self.remember()
+            if self._number is not None:
+                self._number = self.coeff, self.coeff._version, self._number[2]
+        return self.log is not None  # a factor may be older than the last change
+
+    def end_change(self) -> None:
+        """Note a change in the log."""
+        self.recorded = False
+        self._numbers[this_thread()] = sequence_number()
+        if self.log is not None:
+            self.log.change(self._setting())
+
+    def _new_log(self) -> Log:
+        thread, start = self._began
+        return Log(self._setting(), start if thread() is this_thread() else 0)
+
+    def _setting(self, *, known: bool = False) -> Setting:
+        """What the buffers say."""
+        snapshot = None if self.log is None else self.log.present.snapshot
+        coeff, second = self._buffers["coeff"], self._buffers["second"]
+        assert coeff is not None
+        number = self._number[2] if self._number is not None and self._number[0] is coeff else None
+        return Setting(coeff, second, dict(self.copies), self.rows, known, self.given, number, snapshot=snapshot)
+
+    def record(self, snapshot: Snapshot) -> None:
+        """Note that this thread records nodes with what is in force, and with which cores."""
+        if self.log is None:
+            self.log = self._new_log()
+        self.recorded = True
+        if self.log.present.snapshot is not snapshot:
+            self.log.renew(snapshot)
+        self.log.touch()
+
+    def record_part(self, core: nn.Module) -> None:
+        """Note that a site is run outside of a call of the root, which would look at all cores."""
+        if backward_task() != -1 or self.look is None:
+            return
+        found = None if self.log is None else self.log.present.snapshot
+        self.record(self.look() if found is None or found.changed(core) else found)
+
+    def recall(self) -> Recomputation | None:
+        """What a forward within a backward is to use; None outside of any, where it is what the buffers say."""
+        return None if self.log is None else self.log.recall()
+
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
+        """The coefficient of the forward that is recomputed, to a graph, which reads it by its name."""
+        if name == "coeff" and not torch.compiler.is_compiling():
+            recalled = self.recall()
+            if recalled is not None:
+                return recalled.now.coeff
+        return super().__getattr__(name)
+
+    def set_setting(self, setting: Setting) -> None:
+        """Within a backward: let something else be in force for the rest of the recomputation."""
+        if self.log is None:
+            self.log = self._new_log()
+        found = self.log.recall()
+        assert found is not None
+        found.set(setting)
+
+    def begin_call(self, coeff: torch.Tensor, second: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        """Let rows or tokens be those of one call of the root.
+
+        Returns:
+            What :meth:`end_call` puts back.
+        """
+        before = dict(self._buffers)
+        self._buffers.update(coeff=coeff, second=second)
+        try:
+            self._change_for_call(known=True)
+        except BaseException:
+            self.end_call(before)
+            raise
+        return before
+
+    def end_call(self, before: dict[str, torch.Tensor | None]) -> None:
+        """Put back what was in force before a call of the root."""
+        self._buffers.update(before)
+        self._change_for_call(known=False)
+
+    def _change_for_call(self, *, known: bool) -> None:
+        recorded = torch.is_grad_enabled()
+        self.refresh_copies(anew=recorded)
+        if recorded and self.log is not None:
+            self.log.change(self._setting(known=known))
 
     def write_back(self) -> None:
         """Write the coefficient again where something else may have written to it, as DDP does with the first rank's.
@@ -95,10 +256,14 @@ class Steering(nn.Module):
                 self._written[name] = tensor, tensor._version, value
                 self.refresh_copies()
 
-    def refresh_copies(self) -> None:
-        """Bring the copies on other devices up to date."""
+    def refresh_copies(self, *, anew: bool = False) -> None:
+        """Bring the copies on other devices up to date.
+
+        Args:
+            anew: by new tensors.
+        """
         for stream, device in self.copies:
-            self._copy(stream, device)
+            self._copy(stream, device, anew=anew)
 
     def spread(self, devices: Iterable[torch.device]) -> None:
         """Hold a copy on each other device that has sites."""
@@ -108,12 +273,12 @@ class Steering(nn.Module):
                 for stream in (0, 1):
                     self._copy(stream, device)
 
-    def _copy(self, stream: int, device: torch.device) -> None:
+    def _copy(self, stream: int, device: torch.device, *, anew: bool = False) -> None:
         value = self._buffers[NAMES[stream]]
         old = self.copies.get((stream, device))
         if value is None:
             value = self.coeff
-        if old is not None and old.shape == value.shape:
+        if old is not None and old.shape == value.shape and not anew:
             old.copy_(value)
         else:
             self.copies[stream, device] = value.to(device)
@@ -125,14 +290,23 @@ class Steering(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {
+        state = vars(self) | {
             "armed": False,
             "caller": None,
-            "probe": None,
             "generating": False,
             "root": None,
+            "look": None,
             "_written": {},
+            "_number": None,
+            "probe": None,
         }
+        return {name: value for name, value in state.items() if name not in OWN}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        given = self.given
+        self._begin_log()
+        self.given = given
 
     def extra_repr(self) -> str:
         coeff = self.coeff

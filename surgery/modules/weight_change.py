@@ -45,14 +45,15 @@ class WeightChange(SiteModule):
         core, factors = self.core, self.factors
         if not self.variant.linear:
             raise VariantError(f"{self.variant.name} is not linear in its input: no weight has the same effect")
-        if self.steering.coeff.numel() > 1:
+        coeff, scale, _, _ = self.steered(factors.U.device)
+        if coeff.numel() > 1:
             raise InputError("coeff steers the rows of a batch, or its tokens, differently: set a scalar coeff first")
         dtype = dtype or core.dtype
         tensors = {name: p.to(dtype) for name, p in core.tensors().items()}
         U, S = factors.U.to(dtype), factors.S.to(dtype)
-        coeff = self.steering.value(self.stream, U.device).to(dtype).reshape(())
-        if core.scale is not None:
-            coeff = coeff * core.scale.to(dtype)
+        coeff = coeff.to(dtype).reshape(())
+        if scale is not None:
+            coeff = coeff * scale.to(dtype)
 
         def factor(U: torch.Tensor, S: torch.Tensor, core: dict[str, torch.Tensor]) -> torch.Tensor:
             D = self.variant.delta(torch.eye(len(S), dtype=dtype, device=S.device), S, CoreView(core), coeff)

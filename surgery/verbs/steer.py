@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call, hub_inputs
-from passes.errors import InputError
+from passes.errors import InputError, SurgeryError
+from passes.ir.torch_internals import backward_task
 from surgery.errors import TargetError
 from surgery.hosting.coefficient import DECODER, ENCODER, ROWS, Coefficient, Rows
 from surgery.hosting.root import roots_of
 from surgery.hosting.state import State, adapters_of, record_of, sites_of, unwrap
 from surgery.hosting.steering_guard import check_steering, steering
 from surgery.modules.adapter import Adapter
+from surgery.modules.setting import Setting
 from surgery.planning.target_selection import matches
 from surgery.verbs.streams import follow_sequences
 
@@ -52,11 +54,19 @@ def set_coeff(
     Raises:
         InputError: coeff is not finite, has more than two dimensions, or differs between rows where a site is hosted as
             a weight.
-        SurgeryError: the model carries no surgery, is a part of a root, or another thread steers it.
+        SurgeryError: the model carries no surgery, is a part of a root, or another thread steers it; or a backward
+            runs, in which only ``steer`` may set it.
     """
     for root in (roots := roots_of(model)):
         check_steering(record_of(root).steering)
-    values = [_checked(root, coeff, rows, tokens, beyond) for root in roots]
+    if backward_task() != -1:
+        raise SurgeryError("set_coeff within backward(), which recomputes a forward: use `with steer(model, …):`")
+    _set(roots, [_checked(root, coeff, rows, tokens, beyond) for root in roots])
+    return model
+
+
+def _set(roots: list[nn.Module], values: Sequence[torch.Tensor | Coefficient | Setting]) -> None:
+    """Set the coefficients of all roots, or of none."""
     before = [present(record_of(root)) for root in roots]
     try:
         for root, value in zip(roots, values, strict=True):
@@ -65,7 +75,6 @@ def set_coeff(
         for root, value in zip(roots, before, strict=True):
             write_coefficient(record_of(root), value)
         raise
-    return model
 
 
 def get_coeff(model: nn.Module) -> float | torch.Tensor | dict[str, torch.Tensor]:
@@ -92,14 +101,19 @@ def steer(
 ) -> Iterator[Model]:
     """Set the coefficient within a ``with`` block, and put back what there was; the arguments are :func:`set_coeff`'s.
 
+    What backward recomputes of a forward within the block (gradient checkpointing) uses it again.
+
     Raises:
         SurgeryError: another thread or task is within such a block; blocks of one may be nested.
     """
-    states = [record_of(root) for root in roots_of(model)]
-    with steering([state.steering for state in states]):
+    roots = roots_of(model)
+    states = [record_of(root) for root in roots]
+    within = backward_task() != -1  # it holds for what this thread recomputes
+    with contextlib.nullcontext() if within else steering([state.steering for state in states]):
         before = [present(state) for state in states]
         try:
-            yield set_coeff(model, coeff, rows=rows, tokens=tokens, beyond=beyond)
+            _set(roots, [_checked(root, coeff, rows, tokens, beyond) for root in roots])
+            yield model
         finally:
             try:
                 _put_back(states, before)
@@ -138,17 +152,24 @@ def set_scale(model: Model, scales: Mapping[str, float]) -> Model:
             changes |= dict.fromkeys(keys, number)
         if fixed := [key for key in changes if found[key].host.inlined]:
             raise InputError(f"site {fixed[0]!r} stands in a graph: set the scale before to_graph")
+        steering = record_of(root).steering
+        anew = steering.begin_scales([found[key].core for key in changes])
         for key, number in changes.items():
-            write_scale(found[key], number)
+            write_scale(found[key], number, anew=anew)
+        steering.end_change()
         record_of(root).staleness.forget()
     return model
 
 
-def write_scale(site: Adapter, scale: float) -> None:
-    """Set the lasting factor of one site."""
+def write_scale(site: Adapter, scale: float, *, anew: bool = False) -> None:
+    """Set the lasting factor of one site.
+
+    Args:
+        anew: by a new tensor.
+    """
     core = site.core
     with torch.inference_mode(False), torch.no_grad():
-        if core.scale is None:
+        if core.scale is None or anew:
             core.scale = torch.tensor(scale, dtype=core.dtype, device=site.device)
         else:
             core.scale.fill_(scale)
@@ -244,33 +265,45 @@ def _finite(number: object) -> float:
     return float(number)
 
 
-def present(state: State) -> torch.Tensor | Coefficient:
-    """The coefficient that a root has."""
-    return state.coefficient if state.coefficient is not None else torch.tensor(_shown(state), dtype=torch.float64)
+def present(state: State) -> torch.Tensor | Coefficient | Setting:
+    """The coefficient that a root has; within a backward, what is in force in the recomputation."""
+    recalled = state.steering.recall() if backward_task() != -1 else None
+    if recalled is not None:
+        return recalled.now
+    return state.coefficient or torch.tensor(state.number, dtype=torch.float64)
 
 
-def write_coefficient(state: State, value: torch.Tensor | Coefficient) -> None:
+def write_coefficient(state: State, value: torch.Tensor | Coefficient | Setting) -> None:
     """Write a coefficient where all adapters of a root read it."""
+    if isinstance(value, Setting):
+        state.steering.set_setting(value)
+        return
     if isinstance(value, Coefficient):
-        state.steering.write(value.value, value.second)
-        state.steering.rows, state.coefficient = value.rows or "exact", value
+        state.steering.write(value.value, value.second, rows=value.rows or "exact", given=value)
     else:
         state.steering.write(value)
-        state.steering.rows, state.coefficient, state.number = "exact", None, float(value)
+    if backward_task() != -1:  # it holds for the recomputation alone
+        return
+    if isinstance(value, Coefficient):
+        state.coefficient = value
+    else:
+        state.coefficient, state.number = None, float(value)
 
 
-def _put_back(states: list[State], before: list[torch.Tensor | Coefficient]) -> None:
+def _put_back(states: list[State], before: list[torch.Tensor | Coefficient | Setting]) -> None:
     for state, value in zip(states, before, strict=True):
         write_coefficient(state, value)
 
 
 def _shown(state: State) -> float | torch.Tensor | dict[str, torch.Tensor]:
-    found = state.coefficient
-    if found is None:
-        return state.number
-    if found.second is None:
-        return found.value.to(torch.float32)  # type: ignore[no-any-return]
-    return {DECODER[0]: found.value.to(torch.float32), ENCODER[0]: found.second.to(torch.float32)}
+    now = present(state)
+    if isinstance(now, Setting):
+        now = now.given if isinstance(now.given, Coefficient) else now.coeff
+    if isinstance(now, torch.Tensor):
+        return float(now)
+    if now.second is None:
+        return now.value.to(torch.float32)
+    return {DECODER[0]: now.value.to(torch.float32), ENCODER[0]: now.second.to(torch.float32)}
 
 
 def _same(one: object, other: object) -> bool:
