@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
+from passes.capture.graph_products import Products
 from passes.errors import CaptureError, InputError
 from passes.ir.module_utils import private_module
 from passes.ir.torch_internals import Convolution
@@ -20,7 +21,7 @@ from surgery.hosting.graph_site import GraphSite
 from surgery.hosting.graph_surgery import GraphState, copy_whole, register_sites, rewrite
 from surgery.hosting.read_weight import ReadWeight
 from surgery.hosting.root import share_steering
-from surgery.hosting.state import adapters_of, own_tensors, parameter_names, record_of
+from surgery.hosting.state import own_tensors, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.modules.base_weights import base_weight_in, base_weight_of
 from surgery.modules.convolution_adapter import ConvolutionAdapter
@@ -45,11 +46,12 @@ class AdapterPlan:
     trained: bool = False  # whether the weight was trained beside the adapter, so that the factors are not its own
 
 
-def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None) -> None:
+def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None, products: Products) -> None:
     """Put adapters on their sites; the caller undoes what is done if one of them fails.
 
     Args:
         original: of a graph, what it was before any surgery.
+        products: of a graph, those that an adapter can be written beside.
     """
     inlined = []
     reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
@@ -68,7 +70,7 @@ def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphSt
         assert isinstance(model, fx.GraphModule)
         assert original is not None
         share_steering(model, record_of(model), inlined)  # before their forwards are traced
-        rewrite(model, [Insert(register_sites(model, original.graph, inlined)), Annotate()])
+        rewrite(model, [Insert(register_sites(model, original.graph, products, inlined)), Annotate()])
 
 
 def make_adapter(host: Host, site: Site, variant: Variant, factors: Factors, core: Core) -> Adapter:
@@ -146,7 +148,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
             raise InputError(f"site {site.key!r}: {error}") from error
 
 
-def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
+def plan_of(paths: Mapping[nn.Module, str], key: str, site: Adapter) -> AdapterPlan:
     """The adapter of a site, of the model of these paths, as it can be made anew."""
     weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
@@ -163,13 +165,15 @@ def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
     )
 
 
-def check_not_operated(model: nn.Module, sites: Sequence[Site]) -> None:
+def check_not_operated(present: Mapping[str, Adapter], sites: Sequence[Site]) -> None:
     """Refuse a second adapter on one site, and one on a part of it.
+
+    Args:
+        present: the adapters of the model.
 
     Raises:
         TargetError: one of the sites carries an adapter.
     """
-    present = adapters_of(model)
     whole = {key.rpartition(".")[0] for key, site in present.items() if site.rows}
     if twice := [
         site.key
