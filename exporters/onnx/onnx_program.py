@@ -22,7 +22,7 @@ from exporters.shared.functional import CalledGraph, Function, FunctionalModel, 
 from exporters.shared.outputs import output_names
 from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs, with_two_rows
 from passes.errors import InputError
-from passes.ir.forward_context import keep_forward, quiet
+from passes.ir.forward_context import copied, quiet, state_kept
 from passes.ir.torch_internals import tree_flatten_with_path, tree_iter
 from surgery.errors import ExportError
 from surgery.verbs.steer import sites, steer
@@ -41,8 +41,8 @@ def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
     """
     call = example_call(model, example_inputs)
     inputs = hub_inputs(model, call) if is_pretrained(model) else keyword_inputs(model, call)
-    with torch.no_grad():
-        run_on_examples(model, ((), inputs))
+    with state_kept(model), torch.no_grad():
+        run_on_examples(model, copied(((), inputs)))
     return with_two_rows(model, ((), inputs))[1]
 
 
@@ -64,7 +64,7 @@ def steerable_rows(model: nn.Module, run: Callable[[], object], inputs: Mapping[
     hosts = {site.host.name for site in found}
     if "graph" in hosts and "weight" not in hosts:
         try:
-            with steer(model, torch.linspace(-1, 1, rows)), torch.no_grad():
+            with state_kept(model), steer(model, torch.linspace(-1, 1, rows)), torch.no_grad():
                 run()
         except (RuntimeError, InputError):  # the graph itself refuses rows that do not divide what a site sees
             return 1
@@ -75,14 +75,10 @@ def steerable_rows(model: nn.Module, run: Callable[[], object], inputs: Mapping[
         x = next(iter((*args, *kwargs.values())))
         fits.append(x.dim() > 1 and x.shape[0] == rows)
 
-    called = [site.host.owner for site in found if site.host.name == "module"]
-    handles = [owner.register_forward_pre_hook(look, with_kwargs=True) for owner in called]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with state_kept(model), torch.no_grad():
+        for owner in (site.host.owner for site in found if site.host.name == "module"):
+            owner.register_forward_pre_hook(look, with_kwargs=True)  # gone after the block
+        run()
     return rows if all(fits) else 1
 
 
@@ -178,7 +174,7 @@ def _named_forward(
         original = functools.partial(functional, tensors)
         return original(**given, **fixed) if call is None else call(original, **given, **fixed)
 
-    with keep_forward(model):
+    with state_kept(model):
         set_forward(model, forward, public, inspect.Parameter.KEYWORD_ONLY)
         yield
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from passes.capture.capture import is_pretrained
 from surgery.errors import ExportError
 from surgery.hosting.state import module_paths, parameter_names
 from surgery.modules.adapter import Adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -96,13 +99,22 @@ def _why_no_convolution(owner: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     return None
 
 
-def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model: str | None = None) -> LoraConfig:
+def lora_config(
+    model: nn.Module,
+    targets: Mapping[PeftTarget, int],
+    base_model: str | None = None,
+    *,
+    modules_to_save: Sequence[str] = (),
+    biases: bool = False,
+) -> LoraConfig:
     """PEFT's configuration for ranks by target, with a scaling of 1 everywhere.
 
     ``r`` and ``lora_alpha`` are the largest rank, so that a reader that knows no patterns has the right scaling too.
 
     Args:
         base_model: what to name as the base; the model's own name if None, unless that is a folder of this machine.
+        modules_to_save: modules that the adapter has whole.
+        biases: whether it has the biases of the modules that it wraps.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -122,6 +134,8 @@ def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model:
         target_modules=modules,
         target_parameters=parameters or None,
         fan_in_fan_out=kinds == {"Conv1D"},  # of a mixed model PEFT decides by each module
+        modules_to_save=list(modules_to_save) or None,
+        bias="lora_only" if biases else "none",
         inference_mode=True,
         task_type=_task(model),
         base_model_name_or_path=base_model or (None if own and os.path.isabs(own) else own),
@@ -141,7 +155,7 @@ def _task(model: nn.Module) -> str | None:
     """The task of a language model; of classifiers PEFT would make the head a trained copy that the file must hold."""
     if not is_pretrained(model) or getattr(model, "main_input_name", "") != "input_ids":
         return None
-    hub: Any = model
+    hub: PreTrainedModel = model
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return None
     return "SEQ_2_SEQ_LM" if hub.config.is_encoder_decoder else "CAUSAL_LM"

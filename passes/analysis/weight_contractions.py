@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices
 from passes.analysis.residual_stream import operation
@@ -34,7 +35,7 @@ class WeightRewrite:
     input: Any
     weight: str
     matrices: Matrices
-    bias: Any = None
+    bias: Argument = None
 
 
 def read_weight_rewrite(node: fx.Node, parameter: Lookup) -> WeightRewrite | str | None:
@@ -94,7 +95,7 @@ def unfolded(shape: Sequence[int], groups: int) -> Matrices:
     return Matrices(None if groups == 1 else groups, shape[0] // groups, d_in, "out_in")
 
 
-Candidate = tuple[Any, Any, Label, Any]
+Candidate = tuple[Argument, Argument, Label, Argument]
 
 
 def _matmul(first: int) -> Callable[[fx.Node], Iterator[Candidate]]:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.analysis.linear_sites import Site
-from passes.ir.torch_internals import Convolution, TorchDispatchMode, storage_address
+from passes.ir.torch_internals import Convolution, OpOverload, TorchDispatchMode, storage_address
 
 aten = torch.ops.aten
 See = Callable[[str, torch.Tensor], None]
@@ -89,7 +89,7 @@ class _Products(TorchDispatchMode):
         self.see, self.quiet = see, False
         self.weights: dict[int, list[_Weight]] = {}
         self.alive: dict[int, StorageWeakRef] = {}
-        self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
+        self.leads: WeakIdKeyDictionary = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
             weight = site.weight_of(model)
             owner = model.get_submodule(site.weight.rpartition(".")[0])
@@ -122,7 +122,9 @@ class _Products(TorchDispatchMode):
         finally:
             self.quiet = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "overloadpacket", None)
         if self.quiet or packet is None:

@@ -41,6 +41,9 @@ function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
 
+# The frames of a module's call, by which one sees that a thread is in it.
+MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+
 
 def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Convolve as a module does, padding of any mode included, by another weight and without a bias."""
@@ -80,7 +83,9 @@ def put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = model
 
 
-def module_of_script(model: torch.jit.ScriptModule, args: Any, kwargs: Any) -> fx.GraphModule:
+def module_of_script(
+    model: torch.jit.ScriptModule, args: tuple[object, ...], kwargs: dict[str, object]
+) -> fx.GraphModule:
     """A TorchScript module as a graph module, by torch's converter."""
     from torch._export.converter import TS2EPConverter
 
@@ -110,6 +115,40 @@ def schema_of(target: object) -> Any:
 def storage_address(tensor: torch.Tensor) -> int:
     """What tells a storage from all others that are alive."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a wrapper of tensors holds, such as a ``DTensor``; none for any other tensor."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Look at tensors of subclasses past what these make of it."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[return-value]
+
+
+def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
+    """Let tensors count as written to so many times: for those whose values were put back."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+def tensor_hooks(tensor: torch.Tensor) -> tuple[object, ...]:
+    """The hooks of a tensor's gradient."""
+    tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return tuple(None if table is None else dict(table) for table in tables)
+
+
+def put_tensor_hooks(tensor: torch.Tensor, hooks: tuple[Any, ...]) -> None:
+    """Give a tensor the hooks that it had."""
+    for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
+        now: Any = getattr(tensor, name)
+        if before is None and now is not None:
+            setattr(tensor, name, None)
+        elif before is not None and list(now.items()) != list(before.items()):
+            now.clear()
+            now.update(before)
 
 
 def is_fake(value: object) -> TypeGuard[FakeTensor]:
@@ -146,7 +185,9 @@ def load_package(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[object]:
+def compile_ahead_of_time(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], options: dict[str, object]
+) -> list[object]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
@@ -180,12 +221,12 @@ def has_line_tables() -> bool:
     return hasattr(config.aot_inductor, "enable_line_tables")
 
 
-def archive_reader(file: IO[bytes]) -> Any:
+def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
     """Torch's reader of the records of an archive."""
     return torch._C.PyTorchFileReader(file)
 
 
-def archive_writer(file: IO[bytes]) -> Any:
+def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
 

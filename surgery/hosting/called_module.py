@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Called(Pickles):
         forward: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
         return site.lower(x, lambda: forward(*args, **kwargs))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[misc]
         self._modules[ATTRIBUTE].converted()  # type: ignore[attr-defined]
         return self
@@ -59,11 +59,11 @@ class CalledResidual(Called):
         elif param is not host.set_aside:
             raise SurgeryError("the weight of a site in residual form cannot be replaced: undo surgery or merge first")
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         self.sspace.host.finalised = False  # type: ignore[attr-defined]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         site: Adapter = self.sspace  # type: ignore[attr-defined]
         host: Any = site.host
         before, W_res = host.weight_dtype, site.get_buffer("W_res")

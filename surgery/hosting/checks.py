@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -67,7 +65,7 @@ def check_factors(site: Site, factors: Factors) -> None:
 
 
 def check_options(
-    config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
+    config: Variant, calibration: object, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
 ) -> tuple[str, str]:
     """Refuse options of ``apply_surgery`` that are wrong, or do not go together.
 
@@ -97,7 +95,7 @@ def check_options(
     return form, IN_RESIDUAL if form == "residual" and not is_graph else lowering
 
 
-def check_form(form: Any) -> None:
+def check_form(form: object) -> None:
     """Refuse what is no form of a site.
 
     Raises:
@@ -107,7 +105,7 @@ def check_form(form: Any) -> None:
         raise InputError(f"form must be 'delta' or 'residual', found {form!r:.80}")
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Refuse what is no seed.
 
     Raises:
@@ -117,7 +115,7 @@ def check_seed(seed: Any) -> None:
         raise InputError(f"seed must be an integer, found {seed!r:.80}")
 
 
-def check_flags(**flags: Any) -> None:
+def check_flags(**flags: object) -> None:
     """Refuse values that are neither True nor False, by the names of the arguments.
 
     Raises:

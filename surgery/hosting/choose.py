@@ -74,7 +74,7 @@ def is_product(module: nn.Module) -> bool:
 def _base_weight(owner: nn.Module, layout: str) -> BaseWeight | None:
     """The base weight of a module, or None where it is of no kind."""
     weight = getattr(owner, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+    if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight) or weight.dim() < 2:
         return None
     sizes = tuple(weight.shape) if layout == "out_in" else tuple(weight.shape)[::-1]
     if isinstance(owner, nn.Linear) and layout == "out_in":  # a packed weight may have another shape

@@ -35,7 +35,7 @@ class Coefficient:
     beyond: float | None = None
 
     def of_call(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], *, generating: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The coefficient of one call: (batch,), or (batch, positions), for each sequence.
 
@@ -105,7 +105,7 @@ class _Call:
         past: positions of the main sequence that are in the cache already.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         names = list(inspect.signature(model.forward).parameters)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         tensors = {n: t for n, t in given.items() if isinstance(t, torch.Tensor) and t.dim()}

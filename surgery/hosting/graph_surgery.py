@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -204,7 +204,7 @@ def copy_whole(model: fx.GraphModule) -> None:
     def refuse(self: fx.GraphModule) -> NoReturn:
         raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
 
-    def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:
+    def apply(self: fx.GraphModule, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         for key, site in graph_sites(self).items():
             dtype = fn(site.factors.S).dtype
             before, half = site.factors.S.dtype, (torch.float16, torch.bfloat16)

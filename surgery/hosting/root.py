@@ -14,6 +14,7 @@ from torch import fx, nn
 from passes.errors import InputError, SurgeryError
 from passes.ir.torch_internals import REPLICA, pass_over
 from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.root_mixins import put_mixins_on, take_mixins_off
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
@@ -25,7 +26,7 @@ _CALLS = threading.RLock()  # coefficients of rows and tokens are written for th
 class Root(Pickles):
     """Mixin of the module that was given to ``apply_surgery``."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Check what is stale, then call the model; a frame that Dynamo skips, so that it runs before compiled code."""
         state: State | None = vars(self).get(STATE)
         if state is None or torch.compiler.is_compiling():
@@ -51,7 +52,7 @@ class Root(Pickles):
 class GeneratingRoot(Root):
     """Root of a model that generates text: inside of ``generate``, the rows of a batch are repeated for beams."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """The model's own ``generate``."""
         state: State | None = vars(self).get(STATE)
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]
@@ -68,7 +69,9 @@ pass_over(Root.__call__)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None] | None:
+def _begin(
+    root: nn.Module, state: State, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, torch.Tensor | None] | None:
     """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
 
     Returns:
@@ -118,6 +121,7 @@ def make_root(model: nn.Module, state: State) -> None:
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
     if not isinstance(model, fx.GraphModule):
         put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        put_mixins_on(model)
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
 
@@ -129,7 +133,7 @@ def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return forward(self, *args, **kwargs)
 
     return run
@@ -137,6 +141,7 @@ def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def unmake_root(model: nn.Module) -> None:
     """Take state and class off a root."""
+    take_mixins_off(model)
     for mixin in (GeneratingRoot, Root):
         if has_mixin(model, mixin):
             take_off(model, mixin)
@@ -146,6 +151,7 @@ def unmake_root(model: nn.Module) -> None:
 def call_as_it_is(model: nn.Module) -> None:
     """Take off a root's own call, of a copy that is to be exported: its coefficient becomes an input."""
     for module in model.modules():
+        take_mixins_off(module)
         for mixin in (GeneratingRoot, Root):
             if has_mixin(module, mixin):
                 take_off(module, mixin)

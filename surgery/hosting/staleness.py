@@ -8,12 +8,16 @@ write, by a hook of the process.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from surgery.modules.adapter import Adapter
+from surgery.modules.steering import Steering
 from surgery.support.change_detection import version_of
+from surgery.support.untrusted_files import JsonObject
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
@@ -31,8 +35,8 @@ class Staleness:
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Any] | None = None
-        self.tables: list[dict[str, torch.Tensor | None]] = []
+        self.sites: JsonObject | None = None
+        self.tables: list[Mapping[str, torch.Tensor | None]] = []
         self.nested: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         self.versions: list[int] = []
@@ -41,7 +45,7 @@ class Staleness:
         self.coeff_version = -1
         self.value: float | None = None
 
-    def watch(self, sites: dict[str, Any], steering: Any) -> None:
+    def watch(self, sites: dict[str, Adapter], steering: Steering) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
         if not _HOOKED[0]:
             _HOOKED[0] = True
@@ -49,16 +53,16 @@ class Staleness:
         self.forget()
         self.sites, self.steering = sites, steering
         for site in sites.values():
-            core, factors, owner = site.core, site.factors, site.host.owner
+            core, factors = site.core, site.factors
             self.tables += [core._parameters, core._buffers, factors._buffers]
-            if site.host.name == "module":
-                self.tables.append(owner._parameters)
+            if not site.host.inlined:  # a graph reads its weights by itself
+                self.tables.append(site.host.table())
             self.nested += [core] if core._modules else []  # parametrised
 
     def check(self) -> None:
         """Drop what the sites have cached if anything was written to since the last check."""
         assert self.sites is not None
-        now: list[Any] = [t for table in self.tables for t in table.values() if t is not None]
+        now: list[torch.Tensor] = [t for table in self.tables for t in table.values() if t is not None]
         for core in self.nested:
             now += [*core.parameters(), *core.buffers()]
         self._check_coefficient()
@@ -93,7 +97,7 @@ class Staleness:
     def __deepcopy__(self, memo: dict[int, object]) -> Staleness:
         return Staleness()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Staleness, ()
 
 

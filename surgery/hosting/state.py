@@ -18,11 +18,31 @@ from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
 from passes.ir.torch_internals import uncompiled
 from surgery.hosting.called_module import ATTRIBUTE
+from surgery.hosting.coefficient import Coefficient
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
+from surgery.support.untrusted_files import JsonObject
 
 STATE = "_surgery"
+
+
+@dataclass
+class Replaced:
+    """A parameter that a load has brought, and the one that it stands for.
+
+    Attributes:
+        owner: the module that registers it, under ``name``.
+        before: the model's own.
+        brought: from the file.
+        dtype: that it was brought in; it has another one where the model was cast since.
+    """
+
+    owner: nn.Module
+    name: str
+    before: nn.Parameter
+    brought: nn.Parameter
+    dtype: torch.dtype
 
 
 @dataclass
@@ -38,17 +58,21 @@ class State:
         coefficient: what was set, where it is more than a number; see :mod:`surgery.hosting.coefficient`.
         number: the coefficient that was set, as it was given.
         staleness: finds out whether a core was written to.
+        replaced: the parameters that a load brought, with those that they stand for.
+        brought_in_place: names of frozen parameters that a checkpoint of what was trained has written to.
         captured_call: of a graph, what ``to_graph`` captured it with.
     """
 
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
     original: Any = None
     steering: Steering = field(default_factory=Steering)
-    coefficient: Any = None
+    coefficient: Coefficient | None = None
     number: float = 1.0
     staleness: Staleness = field(default_factory=Staleness)
+    replaced: list[Replaced] = field(default_factory=list)
+    brought_in_place: set[str] = field(default_factory=set)
     captured_call: Call | None = None
 
 
@@ -139,6 +163,8 @@ def residual_site(module: nn.Module) -> Adapter | None:
 def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
     tensors = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in own_tensors(m))]
+    states = [state for state in map(state_of, model.modules()) if state is not None]
+    tensors += [one.before for state in states for one in state.replaced]
     return {id(tensor): tensor for tensor in tensors if tensor is not None}
 
 

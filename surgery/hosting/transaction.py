@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from surgery.hosting.other_threads import check_idle
 from surgery.hosting.state import STATE, shared_tensors
 from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
@@ -32,7 +33,11 @@ def transaction(model: nn.Module, *, forwards: bool = True) -> Iterator[None]:
 
     Args:
         forwards: whether the model may run in the block, which may write to any of its buffers: they are copied.
+
+    Raises:
+        SurgeryError: another thread is running the model.
     """
+    check_idle(model)
     state = Snapshot(model, forwards=forwards)
     try:
         yield
@@ -87,7 +92,7 @@ class Snapshot:
         torch.backends.mha.set_fastpath_enabled(self.fused)
 
 
-def _objects(model: nn.Module) -> Iterator[Any]:
+def _objects(model: nn.Module) -> Iterator[object]:
     """The model's modules, and what else a verb writes to: the record, what it was before, its configuration."""
     record = vars(model).get(STATE)
     original = getattr(record, "original", None)

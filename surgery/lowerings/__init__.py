@@ -51,6 +51,10 @@ class Work:
         """An elementwise operation."""
         return cls(float(entries), itemsize * operands * entries)
 
+    def times(self, count: int) -> Work:
+        """A batch of it, launched once."""
+        return Work(self.flops * count, self.bytes * count, self.launches)
+
     def amortised(self) -> Work:
         """Its share of one of the forwards that what it makes serves."""
         return Work(

@@ -7,7 +7,7 @@ that is read, or a place in a graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import nn
 from passes.ir.torch_internals import is_exporting
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY, Schedule, step
 from surgery.lowerings._cost_model import schedule_of
-from surgery.lowerings._weight_cache import PREPARED, WeightCache
+from surgery.lowerings._weight_cache import PREPARED, WEIGHT, WeightCache
 from surgery.modules.base_weights import BaseWeight
 from surgery.modules.coefficients import shaped_like
 from surgery.modules.core import Core, Factors
@@ -153,10 +153,24 @@ class Adapter(InlinedAdapter):
         """What is added to the product of x, (..., d_out); of a weight that is read, the changed weight."""
         if not self.host.changes_weight:
             return self.adapter_term(x, whole=self.form == "residual")
+        return self.cache.get_for(WEIGHT, x, self._with_change) if self.reuses(x) else self._with_change(x)
+
+    def _with_change(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the change of the site, which may be some of its rows."""
         if self.rows is None or self.host.inlined:
-            return self.changed_weight(x)
+            return self.changed_weight(weight)
         start, stop = self.rows
-        return torch.cat([x[:start], self.changed_weight(x[start:stop]), x[stop:]])
+        return torch.cat([weight[:start], self.changed_weight(weight[start:stop]), weight[stop:]])
+
+    def reuses(self, weight: torch.Tensor) -> bool:
+        """Whether the changed weight may be that of an earlier read: the root has checked it, and nothing traces."""
+        core, steering = self._modules["core"], self._steering[0]
+        assert isinstance(core, Core)
+        if torch.compiler.is_compiling() or self.host.inlined or not steering.armed or not core.plain():
+            return False
+        if core.trains() or (weight.requires_grad and torch.is_grad_enabled()):
+            return False
+        return type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
 
     def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What the site should give for an input and its product, by the forward that the in-place host runs."""
@@ -168,7 +182,7 @@ class Adapter(InlinedAdapter):
         """Drop what is derived from the core."""
         self.cache.clear()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
@@ -178,16 +192,16 @@ class Adapter(InlinedAdapter):
         if self.schedule is not None and self.lowering == "auto" and not self.factors.U.is_meta:
             self.reschedule()
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """Change the mode, and drop what is cached."""
         self.forget()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cache = WeightCache(self)
 
@@ -199,7 +213,7 @@ class Adapter(InlinedAdapter):
         return f"{self.variant.name}, {sizes}, host={self.host.name}{scale}"
 
 
-def prepare(site: Adapter) -> Any:
+def prepare(site: Adapter) -> CoreView:
     """The tensors of a site's core and what its variant prepares from them."""
     with torch.no_grad():
         return CoreView(site.core.tensors() | site.variant.prepare(site.core))  # type: ignore[arg-type]

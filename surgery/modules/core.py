@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
@@ -83,8 +83,9 @@ class Core(nn.Module):
                     return tensor.dtype
         return next(self.parameters()).dtype  # parametrised
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and frozen tensors by name: all that the variant's core is."""

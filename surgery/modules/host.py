@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -56,6 +57,10 @@ class Host:
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the base weight; of a part of a packed weight, the whole."""
         raise NotImplementedError
+
+    def table(self) -> Mapping[str, torch.Tensor | None]:
+        """The table of parameters that holds the base weight: what is derived from it is stale once it changes."""
+        return self.owner._parameters
 
     def bias(self) -> torch.Tensor | None:
         """The frozen bias, of a part its entries; or None."""

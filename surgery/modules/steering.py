@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
@@ -103,12 +103,12 @@ class Steering(nn.Module):
         else:
             self.copies[stream, device] = value.to(device)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
         self.copies.clear()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"armed": False, "caller": None, "generating": False, "root": None, "_written": None}
 
     def extra_repr(self) -> str:

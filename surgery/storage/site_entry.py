@@ -15,8 +15,10 @@ from surgery.errors import AdapterError
 from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import as_factors
+from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.factor_digest import SUMS, recompute_stored
 from surgery.support.fingerprint import DTYPES
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, variant_from_dict
 
 FACTORS = ("U", "S", "Vh")
@@ -26,7 +28,7 @@ SITE_FIELDS = {
 }  # fmt: skip
 
 
-def variant_of(entry: dict[str, Any]) -> Variant:
+def variant_of(entry: JsonObject) -> Variant:
     """The variant that an adapter's configuration, or that of one of its sites, names.
 
     Raises:
@@ -35,7 +37,7 @@ def variant_of(entry: dict[str, Any]) -> Variant:
     return _variant(entry["variant"], entry.get("hyperparameters", {}))
 
 
-def _variant(name: Any, values: Any) -> Variant:
+def _variant(name: str, values: JsonObject) -> Variant:
     try:
         return variant_from_dict(name, values)
     except AdapterError:
@@ -68,10 +70,10 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
 def read_parts(
     where: str,
     key: str,
-    entry: dict[str, Any],
+    entry: JsonObject,
     default: Variant,
     base: BaseWeight,
-    tensors: Any,
+    tensors: StoredTensors,
     *,
     host: str,
     stored: str,
@@ -120,7 +122,7 @@ def read_parts(
         shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
-    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    values = {name: read_tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(base.device) for name in FACTORS))
     else:
@@ -137,7 +139,7 @@ def read_parts(
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
 
 
-def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+def rows_of(where: str, entry: JsonObject, weight: torch.Tensor) -> tuple[int, int] | None:
     """The rows of a packed weight that a site is, or None for the whole.
 
     Raises:
@@ -159,7 +161,7 @@ def overlap(one: Site, other: Site) -> bool:
     return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
-def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> BaseWeight:
+def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host: str) -> BaseWeight:
     """The weight that a site in a file is of: a matrix (d_out, d_in) or, where it is read, perhaps a stack of them.
 
     Args:
@@ -191,9 +193,14 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], h
     return base
 
 
-def _tensor(
-    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+def read_tensor(
+    where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
+    """Read a tensor of an opened file.
+
+    Raises:
+        AdapterError: it is missing, not finite, or of another shape or dtype.
+    """
     try:
         present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:
@@ -209,7 +216,7 @@ def _tensor(
     return tensor
 
 
-def scale_of(where: str, entry: dict[str, Any], core: Core) -> torch.Tensor | None:
+def scale_of(where: str, entry: JsonObject, core: Core) -> torch.Tensor | None:
     """The lasting factor of a site's coefficient, like its core; None where the file has none.
 
     Raises:

@@ -28,6 +28,7 @@ from passes.transforms.fuse_projections import Fuse, shared_factor_names
 from passes.transforms.insert import Insert
 from passes.transforms.merge_adapters import Merge
 from passes.transforms.propagate_metadata import Annotate
+from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.checks import check_flags, check_form
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosting.root import make_root, share_steering, unmake_root
@@ -138,6 +139,7 @@ def pipeline(
         state.steering.to(record.steering.coeff.device, record.steering.coeff.dtype)
         state.steering.write(record.steering.coeff)
         state.number, state.coefficient = record.number, record.coefficient
+        state.brought_in_place = set(beside_cores(model))  # the graph has parameters of its own on the same memory
         sites = sites_for(graph, model, only)
         for site in sites if form == "residual" else ():
             if not site.host.changes_weight:

@@ -26,7 +26,7 @@ from surgery.hosting.state import (
 from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
 from surgery.modules.merged_weight import merged_weight
-from surgery.support.progress_bar import track
+from surgery.support.progress_bar import track, wanted_on
 from surgery.verbs.argument_types import Verify
 from surgery.verbs.verification import graph_validation
 
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @outside_inference_mode
-def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Verify = False) -> Model:
+def merge(model: Model, *, untie: bool = False, progress: bool | None = None, verify: Verify = False) -> Model:
     """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
 
     The sum is formed in float64 and rounded once to the weight's dtype; no base tensor is written. The model is then a
@@ -42,7 +42,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 
     Args:
         untie: give a site whose weight is shared with another module a weight of its own.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
         verify: compare an operated graph before and after on these inputs; True takes those that it was captured with.
 
     Raises:
@@ -51,9 +51,10 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
         InputError: coeff steers rows, the merged weight is not finite in its dtype, or verify is asked of what is no
             graph.
     """
-    check_flags(untie=untie, progress=progress)
+    check_flags(untie=untie)
+    bars = wanted_on(progress)
     for root in roots_of(model):
-        _merge(root, untie=untie, progress=progress, verify=verify)
+        _merge(root, untie=untie, progress=bars, verify=verify)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -211,7 +211,7 @@ def _coefficient(
     return main, second
 
 
-def _tensor(coeff: Any) -> torch.Tensor:
+def _tensor(coeff: object) -> torch.Tensor:
     try:
         # a Python number must not be rounded to float32 on its way to a float64 core
         value = coeff.detach() if isinstance(coeff, torch.Tensor) else torch.as_tensor(coeff, dtype=torch.float64)
@@ -226,7 +226,7 @@ def _tensor(coeff: Any) -> torch.Tensor:
     return value.to(torch.float64)
 
 
-def _finite(number: Any) -> float:
+def _finite(number: object) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < float("inf"):
         raise InputError(f"a factor must be a finite number, found {number!r:.80}")
     return float(number)
@@ -261,7 +261,7 @@ def _shown(state: State) -> float | torch.Tensor | dict[str, torch.Tensor]:
     return {DECODER[0]: found.value.to(torch.float32), ENCODER[0]: found.second.to(torch.float32)}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, dict) or isinstance(other, dict):
         return isinstance(one, dict) and isinstance(other, dict) and all(torch.equal(one[n], other[n]) for n in one)
     return torch.equal(torch.as_tensor(one), torch.as_tensor(other))

@@ -33,6 +33,7 @@ from surgery import (
     sites,
 )
 from surgery.variants import REGISTRY
+from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import SMALL, assert_same_tensors, build, disturb, tensors_of
 
 
@@ -72,8 +73,7 @@ def test_the_tensors_are_those_of_the_models_own_merge(name: str, tmp_path: Path
 @pytest.mark.parametrize("variant", sorted(name for name, cls in REGISTRY.items() if cls().linear))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_linear_variant_and_dtype_at_any_coeff(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    batch = [{"input_ids": torch.randint(0, 64, (4, 16))}]
-    calibration = batch if REGISTRY[variant]().needs_calibration else None
+    calibration = calibration_for(variant, {"input_ids": torch.randint(0, 64, (4, 16))})
     base, adapter, model = prepare(tmp_path, "llama", dtype, variant, calibration=calibration)
     merge_checkpoint(base, adapter, tmp_path / "out", coeff=0.5, progress=False)
     set_coeff(model, 0.5)
@@ -420,6 +420,7 @@ import torch
 torch.set_num_threads(1)
 from exporters import merge_checkpoint
 from exporters.checkpoint.plan import load_model
+from tests.support.calibration_data import calibration_for
 load_model(sys.argv[1])  # what merging imports counts before
 def high():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

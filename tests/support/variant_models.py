@@ -45,6 +45,10 @@ CHOSEN: tuple[Variant, ...] = (
     surgery.AntiPaSTODPLR(k=3, suppress_only=True),
     surgery.LoRAXS(),
     surgery.SSpace(),
+    surgery.SSpace(gate="abs", center=True),
+    surgery.SSpace(gate="norm"),
+    surgery.SSpace(gate="none"),
+    surgery.SSpaceScale(),
 )
 CONFIGS = CHOSEN + tuple(cls() for name, cls in REGISTRY.items() if name not in {config.name for config in CHOSEN})
 NAMES = {f"{i:02}_{config.name}": config for i, config in enumerate(CONFIGS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -21,6 +22,7 @@ from passes.capture.inspect_model import Inspection
 from surgery.planning.target_selection import output_head, select_sites, site_ranks
 from tests.support.zoo import ALL_NAMES, HUB_NAMES, patient
 
+ANTIPASTO = surgery.AntiPaSTO()
 # fmt: off
 SUFFIXES = (
     "q_proj", "v_proj", "mlp.up_proj", "c_attn", "attn.c_proj", "dense", "output.dense", "query", "fc1", "wo", "o", "0",
@@ -62,12 +64,17 @@ def every_site() -> Inspection:
     return inspection_of(*dict.fromkeys(site.key for name in ALL_NAMES for site in inspected(name)[1].sites))
 
 
-def chosen(inspection: Inspection, model: nn.Module | None = None, default: str = "all-linear", **options) -> list[str]:
+def chosen(
+    inspection: Inspection,
+    model: nn.Module | None = None,
+    config: surgery.AntiPaSTO | surgery.AntiPaSTOAblate = ANTIPASTO,
+    **options,
+) -> list[str]:
     """Keys that a call chooses; none where it raises."""
     options = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, **options}
     try:
         with warnings.catch_warnings(action="ignore"):
-            return [site.key for site in select_sites(model or nn.Module(), inspection, default=default, **options)]
+            return [site.key for site in select_sites(model or nn.Module(), inspection, config=config, **options)]
     except surgery.TargetError:
         return []
 
@@ -184,7 +191,7 @@ def test_residual_writers_need_a_graph():
 
 def test_the_default_is_the_variants_own():
     model, inspection = inspected("raw")
-    assert chosen(inspection, model, "residual-writers") == ["v"]
+    assert chosen(inspection, model, surgery.AntiPaSTOAblate()) == ["v"]
 
 
 def test_a_tied_head_that_is_named_is_chosen():
@@ -193,7 +200,7 @@ def test_a_tied_head_that_is_named_is_chosen():
 
 def select(name: str = "qwen3", **options) -> list[Site]:
     model, inspection = inspected(name)
-    options = {"exclude_modules": None, "layers_to_transform": None, "default": "all-linear", **options}
+    options = {"exclude_modules": None, "layers_to_transform": None, "config": surgery.AntiPaSTO(), **options}
     return select_sites(model, inspection, **options)
 
 
@@ -293,3 +300,21 @@ def test_a_model_without_linear_operations_says_so():
     model = nn.Sequential(nn.ReLU(), nn.ConvTranspose1d(2, 2, 3))
     with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation .*conv_transpose1d"):
         surgery.apply_surgery(model, "antipasto", example_inputs=torch.randn(1, 2, 3), progress=False)
+
+
+@pytest.mark.parametrize(("layers", "middle"), [(1, [0]), (2, [0, 1]), (3, [1]), (4, [1, 2]), (30, [*range(10, 20)])])
+def test_steering_variants_take_the_middle_third_of_the_layers(layers, middle):
+    inspection = inspection_of(*(f"model.layers.{i}.mlp.up_proj" for i in range(layers)))
+    options = {"exclude_modules": None, "target_modules": None, "layers_to_transform": None}
+    config = surgery.SSpace()
+    everywhere = inspection_of("a", "b")
+    with_writers = [dataclasses.replace(site, residual=True) for site in (*inspection.sites, *everywhere.sites)]
+    known = Inspection(tuple(with_writers), (), "torch.export")
+    for chosen_by in (config, surgery.SSpaceScale()):
+        keys = [site.key for site in select_sites(nn.Module(), known, config=chosen_by, **options)]
+        assert keys == [f"model.layers.{i}.mlp.up_proj" for i in middle]
+        named = {**options, "layers_to_transform": 0}
+        keys = [site.key for site in select_sites(nn.Module(), known, config=chosen_by, **named)]
+        assert keys == ["model.layers.0.mlp.up_proj"]
+    flat = Inspection(tuple(with_writers[-2:]), (), "torch.export")
+    assert [site.key for site in select_sites(nn.Module(), flat, config=config, **options)] == ["a", "b"]

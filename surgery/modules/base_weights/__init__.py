@@ -6,8 +6,7 @@ a parameter; the first one that does is taken, and a parameter that none accepts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from surgery.errors import WeightError
 from surgery.support.configuration import import_all
 from surgery.support.distributed import is_sharded, whole
 from surgery.support.fingerprint import DTYPES, can_be_cast, cast_fingerprints, fingerprint, is_base
+from surgery.support.untrusted_files import JsonObject
 
 BLOCK = 2**18  # entries of a weight that are summed in float64 at a time, at least of 64 rows
 KINDS: dict[str, type[BaseWeight]] = {}
@@ -130,20 +130,20 @@ class BaseWeight:
         """SHA-256 of what the weight is known by in files."""
         return fingerprint(whole(self.tensor()))
 
-    def known_by(self) -> dict[str, Any]:
+    def known_by(self) -> JsonObject:
         """What a file says of it: its dtype, its fingerprint, and those of what a cast to another dtype would give."""
         if not self.holds_entries:
             return {"dtype": self.dtype_name, "fingerprint": self.fingerprint(), "casts": {}}
         weight = whole(self.tensor())
         return {"dtype": self.dtype_name, "fingerprint": fingerprint(weight), "casts": cast_fingerprints(weight)}
 
-    def comparable(self, entry: Mapping[str, Any]) -> bool:
+    def comparable(self, entry: JsonObject) -> bool:
         """Whether it can be compared with the weight that a file describes."""
         if not self.holds_entries:
             return bool(self.dtype_name == entry["dtype"])
         return can_be_cast(self.tensor(), entry)
 
-    def is_that_of(self, entry: Mapping[str, Any]) -> bool:
+    def is_that_of(self, entry: JsonObject) -> bool:
         """Whether it is the weight that a file describes, or that weight in another dtype."""
         if not self.holds_entries:
             return bool(self.fingerprint() == entry["fingerprint"])
@@ -218,7 +218,7 @@ def base_weight_of(
     """The base weight of a site, of the kind that accepts its parameter.
 
     Raises:
-        WeightError: no kind does: it is sharded, quantised, or another tensor subclass.
+        WeightError: no kind does: it is sharded, quantised, complex, or another tensor subclass.
     """
     parameter = reader.parameter()
     kind = kind_of(parameter, layout, matrix_shape, rows)
