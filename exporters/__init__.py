@@ -33,7 +33,7 @@ from exporters.shared.exporter import parsed_options
 from exporters.shared.publish import publish, staged
 from surgery.errors import ExportError
 from surgery.hosting.root import roots_of
-from surgery.hosting.state import adapters_of, unwrap
+from surgery.hosting.state import adapters_of, check_weights, unwrap
 from surgery.hosting.transaction import transaction
 
 importlib.import_module("exporters.formats")  # now: the first import of it gives its name to this package
@@ -91,7 +91,8 @@ def export(
     )
     model = unwrap(model)
     if adapters_of(model):
-        roots_of(model)  # of a part by itself, the coefficient would be a constant
+        for root in roots_of(model):  # of a part by itself, the coefficient would be a constant
+            check_weights(root)
     with staged(path, exporter.DEFAULT_NAME) as (written, target):
         with transaction(model):  # an exporter works on a copy that shares the model's tensors
             exported = exporter.write(model, written, example_inputs, parsed)

@@ -11,7 +11,7 @@ from torch import nn
 
 from exporters.peft.layers import ADAPTER, ADVICE, PeftTarget
 from surgery.errors import ExportError
-from surgery.hosting.beside_cores import base_parameters, beside_cores
+from surgery.hosting.beside_cores import beside_cores
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,14 +38,20 @@ class BesideCores:
             path, _, local = name.rpartition(".")
             owner = inner.get_submodule(path)
             held = owner.get_base_layer() if name in self.biases else owner.modules_to_save[ADAPTER]
-            held._parameters[local] = nn.Parameter(value.detach().clone(), requires_grad=False)
+            _put(held, local, value.detach().clone())
 
     def clear_in(self, base: nn.Module) -> None:
         """Take the values out of a base model, so that what PEFT computes has them from the file."""
-        own = base_parameters(base)
-        for name in self.values:
+        for name, value in self.values.items():
             path, _, local = name.rpartition(".")
-            base.get_submodule(path)._parameters[local] = nn.Parameter(torch.zeros_like(own[name]), requires_grad=False)
+            _put(base.get_submodule(path), local, torch.zeros_like(value))
+
+
+def _put(owner: nn.Module, local: str, value: torch.Tensor) -> None:
+    if local in owner._buffers:
+        owner._buffers[local] = value
+    else:
+        owner._parameters[local] = nn.Parameter(value, requires_grad=False)
 
 
 def kept_whole(model: nn.Module, targets: Iterable[PeftTarget]) -> BesideCores:

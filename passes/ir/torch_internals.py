@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
@@ -34,6 +34,7 @@ __all__ = [
     "tree_map_only",
 ]
 
+NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"  # names that DistributedDataParallel asks a module for
 REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for its devices
 # Asked in each forward, so without a function of our own around them.
 script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
@@ -55,6 +56,11 @@ def convolves_as_ever(module: nn.Module) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     own = [kind for kind in kinds if isinstance(module, kind) and type(module)._conv_forward is kind._conv_forward]
     return any(type(module).forward is kind.forward for kind in own)
+
+
+def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let writes to a tensor go uncounted: what was derived from its value is still right after them."""
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
 
 
 def is_exporting() -> bool:
@@ -229,6 +235,19 @@ def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
 def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
+
+
+def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module that has no state yet the class that ``register_parametrization`` gives it, for these tensors."""
+    torch.nn.utils.parametrize._inject_new_class(module)
+    for name in names:
+        torch.nn.utils.parametrize._inject_property(module, name)
+
+
+def plainly(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of tensors without ``__torch_function__`` of their subclasses."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
 
 
 _ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")

@@ -42,6 +42,7 @@ class AdapterPlan:
     lowering: str = "auto"
     form: str = "delta"
     keep_base: bool = True
+    trained: bool = False  # whether the weight was trained beside the adapter, so that the factors are not its own
 
 
 def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None) -> None:
@@ -89,6 +90,7 @@ def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
         raise CaptureError(f"site {site.key!r} is a part of a packed weight, which graphs cannot hold; merge it first")
     host = GraphSite(model, site.weight, site.bias, changes_weight=plan.host != "graph")
     adapter = graph_adapter(host, site, plan.variant, plan.factors, plan.core)
+    _record(adapter, trained=plan.trained)
     adapter.train(model.training)
     if plan.form == "residual" and not host.changes_weight:
         host.split()
@@ -100,6 +102,15 @@ def graph_adapter(host: GraphSite, site: Site, variant: Variant, factors: Factor
     adapter = make_adapter(host, site, variant, factors, core)
     host.adapter = adapter
     return adapter
+
+
+def _record(adapter: Adapter, *, trained: bool = False) -> None:
+    """Record which weight the factors belong to; its hash is what files know it by, so that saving takes none."""
+    weight = adapter.host.registered()
+    if weight is not None and not weight.is_meta:
+        adapter.record.trained = trained
+        adapter.record.fingerprint = adapter.base_weight.fingerprint()
+        adapter.record.adopt(adapter, weight)
 
 
 def owners_of(model: nn.Module) -> Counter[int]:
@@ -127,6 +138,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
     adapter = make_adapter(host, site, plan.variant, plan.factors, plan.core)
     adapter.train(owner.training)
     host.attach(adapter)
+    _record(adapter, trained=plan.trained)
     if host.name == "module":
         try:
             adapter.reschedule(plan.lowering)
@@ -139,7 +151,16 @@ def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
     weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
     place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack, rows=site.rows)
-    return AdapterPlan(place, site.host.name, site.variant, site.factors, site.core, site.lowering, site.form)
+    return AdapterPlan(
+        place,
+        site.host.name,
+        site.variant,
+        site.factors,
+        site.core,
+        site.lowering,
+        site.form,
+        trained=site.record.trained,
+    )
 
 
 def check_not_operated(model: nn.Module, sites: Sequence[Site]) -> None:

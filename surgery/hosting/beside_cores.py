@@ -1,6 +1,6 @@
-"""Parameters that belong to what was trained, beside the cores: a new head, biases, norms, whole embeddings.
+"""What was trained beside the cores: a new head, biases, norms, whole embeddings, and buffers that forwards write to.
 
-What a load brings stands in the place of the model's own parameters, which are never written; undoing puts these back.
+What a load brings stands in the place of the model's own tensors, which are never written; undoing puts these back.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
+from passes.ir.module_utils import private_module
 from surgery.hosting.state import Replaced, State, adapters_of, module_paths, parameter_names, record_of
 from surgery.modules.adapter import Adapter
+from surgery.support.fingerprint import cast_fingerprints, fingerprint
+
+LARGEST = 2**16  # entries of a buffer that is watched: running statistics are small
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,6 +36,18 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return names
 
 
+def base_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers outside adapters, by name; one that is shared, by each name."""
+    inside = {id(module) for site in adapters_of(model).values() for module in site.modules()}
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) not in inside
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
 def _hosted_names(model: nn.Module, found: Iterable[Adapter]) -> dict[str, str]:
     """Names that weights had before they were parametrised by an adapter, by the names that they have since."""
     weights: dict[int, set[str]] = {}
@@ -45,52 +62,94 @@ def _hosted_names(model: nn.Module, found: Iterable[Adapter]) -> dict[str, str]:
     return names
 
 
-def beside_cores(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that belong to what was trained, by the names that they have without adapters.
+def watched_buffers(model: nn.Module) -> dict[str, set[str]]:
+    """Fingerprints of small persistent buffers, as the running statistics of a batch norm: training writes to them.
 
-    These are those outside the cores that require gradients, and those that a load or a checkpoint has brought.
+    They are those of the buffer itself, and of what casts of the model make of it.
+    """
+    return {
+        _uncompiled(name): {
+            fingerprint(buffer),
+            *(cast_fingerprints(buffer) if buffer.is_floating_point() else {}).values(),
+        }
+        for name, buffer in base_buffers(model).items()
+        if type(buffer) is torch.Tensor and not buffer.is_meta and buffer.numel() <= LARGEST
+    }
+
+
+def _uncompiled(name: str) -> str:
+    """The name of a buffer, also where its layer was compiled in place since."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def beside_cores(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that belong to what was trained, by the names that they have without adapters.
+
+    These are the parameters outside the cores that require gradients, the small buffers that were written to since
+    surgery, and what a load or a checkpoint has brought.
     """
     state = record_of(model)
-    brought = {id(one.brought) for one in state.replaced}
-    return {
+    brought = {id(tensor) for tensor in map(present, state.replaced)} | {id(one.brought) for one in state.replaced}
+    found: dict[str, torch.Tensor] = {
         name: parameter
         for name, parameter in base_parameters(model).items()
         if parameter.requires_grad or id(parameter) in brought or name in state.brought_in_place
     }
+    for name, buffer in base_buffers(model).items():
+        before = state.buffers.get(_uncompiled(name))
+        is_written = before is not None and not buffer.is_meta and fingerprint(buffer) not in before
+        if is_written or id(buffer) in brought or name in state.brought_in_place:
+            found[name] = buffer
+    return found
 
 
-def bring(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[Replaced]:
-    """Put parameters in the place of a model's own, by name; one under several names is tied."""
-    replaced = []
-    for name, parameter in trained.items():
+def _table(owner: nn.Module, tensor: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Where a module registers a tensor of this kind."""
+    return owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers  # type: ignore[return-value]
+
+
+def present(one: Replaced) -> torch.Tensor:
+    """What stands now where a load has brought something: conversions make new buffers."""
+    found = _table(one.owner, one.before).get(one.name)
+    return one.brought if found is None else found
+
+
+def bring(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> list[Replaced]:
+    """Put tensors in the place of a root's own parameters and buffers, by name; one under several names is tied."""
+    replaced, original = [], record_of(model).original
+    for name, tensor in trained.items():
         path, _, local = name.rpartition(".")
         owner = model.get_submodule(path)
-        before = owner._parameters[local]
-        if before is not None and before is not parameter:  # a module may have several paths
-            replaced.append(Replaced(owner, local, before, parameter, parameter.dtype))
-            owner._parameters[local] = parameter
+        if original is not None:  # a module that a graph calls may be another model's too
+            owner = private_module(model, path, original.modules)
+        table = _table(owner, tensor)
+        before = table[local]
+        if before is not None and before is not tensor:  # a module may have several paths
+            replaced.append(Replaced(owner, local, before, tensor, tensor.dtype))
+            table[local] = tensor
     return replaced
 
 
 def put_back(state: State) -> None:
-    """Put the model's own parameters back; they follow conversions of the model since they were replaced."""
+    """Put the model's own tensors back; they follow conversions of the model since they were replaced."""
     for one in reversed(state.replaced):
-        dtype = one.before.dtype if one.brought.dtype == one.dtype else one.brought.dtype
-        if (one.before.device, one.before.dtype) != (one.brought.device, dtype):
-            one.before.data = one.before.detach().to(one.brought.device, dtype)
-        one.owner._parameters[one.name] = one.before
+        now = present(one)
+        dtype = one.before.dtype if now.dtype == one.dtype else now.dtype
+        if (one.before.device, one.before.dtype) != (now.device, dtype):
+            one.before.data = one.before.detach().to(now.device, dtype)
+        _table(one.owner, one.before)[one.name] = one.before
 
 
-def brought_by_name(model: nn.Module, state: State) -> dict[str, nn.Parameter]:
+def brought_by_name(model: nn.Module, state: State) -> dict[str, torch.Tensor]:
     """What loads have brought to a root, by the names that it has in a model around it, or in the root itself."""
     paths = module_paths(model)
-    return {".".join(filter(None, (paths[id(one.owner)], one.name))): one.brought for one in state.replaced}
+    return {".".join(filter(None, (paths[id(one.owner)], one.name))): present(one) for one in state.replaced}
 
 
 def trained_in_place(model: nn.Module) -> list[str]:
-    """Names of what was trained outside the cores in the model's own parameters, whose old values are gone."""
-    brought = {id(one.brought) for one in record_of(model).replaced}
-    return [name for name, parameter in beside_cores(model).items() if id(parameter) not in brought]
+    """Names of what was trained outside the cores in the model's own tensors, whose old values are gone."""
+    brought = {id(present(one)) for one in record_of(model).replaced}
+    return [name for name, tensor in beside_cores(model).items() if id(tensor) not in brought]
 
 
 def say_what_stays(names: list[str]) -> None:

@@ -53,13 +53,14 @@ def why_not_called(owner: nn.Module, layout: str) -> str | None:
     if isinstance(owner, Convolution):
         if not convolves_as_ever(owner):
             return "it convolves in a way of its own"
-        return None if owner.groups == 1 else f"its {owner.groups} groups have a core each"
-    if layout_of_forward(type(owner).forward) == layout:
-        return None
+        if owner.groups != 1:
+            return f"its {owner.groups} groups have a core each"
     try:
         subclass_of(type(owner), Called)
     except TypeError as error:
         return f"its class cannot be subclassed: {error}"
+    if isinstance(owner, Convolution) or layout_of_forward(type(owner).forward) == layout:
+        return None
     return _differs(owner, layout)
 
 

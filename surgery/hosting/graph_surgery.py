@@ -27,6 +27,7 @@ from passes.ir.torch_internals import put_graph
 from passes.transforms.fuse_projections import StackedRows, forget_rows
 from passes.transforms.insert import InsertionPoint
 from passes.transforms.split_packed_weight import reads_of_part
+from surgery.hosting.root import watch_calls
 from surgery.hosting.state import STATE
 from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
@@ -198,6 +199,7 @@ def copy_whole(model: fx.GraphModule) -> None:
         if STATE in vars(self):
             vars(copied)[STATE] = copy.deepcopy(vars(self)[STATE], memo)
             vars(copied)[STATE].steering.root = weakref.ref(copied)
+            watch_calls(copied)
         copy_whole(copied)
         return copied
 

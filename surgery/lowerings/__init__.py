@@ -70,6 +70,7 @@ class Lowering(Protocol):
         steers_rows: whether a coeff per row of the batch is possible.
         caches: whether inference reads what was derived from the core before, under the lowering's name in the site's
             cache, so that the root has to have checked it.
+        takes_projection: whether it relies on ``U^T W = S Vh``, so that the root has to have checked the weight.
         form: of the sites that it computes; the residual form has one lowering.
     """
 
@@ -77,6 +78,7 @@ class Lowering(Protocol):
     form: Literal["delta", "residual"]
     steers_rows: bool
     caches: bool
+    takes_projection: bool
 
     def why_not(self, site: LinearSite) -> str | None:
         """Why a site cannot be computed so, or None."""

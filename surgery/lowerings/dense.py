@@ -25,6 +25,7 @@ class Dense:
     form = "delta"
     steers_rows = False
     caches = True
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """The variant is not linear, or the module has a forward of its own."""

@@ -23,6 +23,7 @@ class Residual:
     form = "residual"
     steers_rows = True
     caches = False
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """The site has its weight, and no remainder."""

@@ -30,6 +30,7 @@ class Host:
         set_aside: the base parameter where the owner registers it no more, as in residual form; else None.
         base_error: of the weight that the tensors of the residual form give back; None in delta form.
         base_fingerprint: of a base weight that was not kept.
+        entered: whether the module's own forward runs, which reads the base weight.
         cast: whether the model was cast since the base weight was dropped.
     """
 
@@ -47,6 +48,7 @@ class Host:
 
     def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None) -> None:
         self.owner, self.weight_name, self.bias_name = owner, weight_name, bias_name
+        self.entered = False  # of the instance from the start: compiled code asks whether it is there
         self.order = tuple(owner._parameters)
 
     @property
@@ -58,9 +60,14 @@ class Host:
         """The parameter that holds the base weight; of a part of a packed weight, the whole."""
         raise NotImplementedError
 
-    def table(self) -> Mapping[str, torch.Tensor | None]:
-        """The table of parameters that holds the base weight: what is derived from it is stale once it changes."""
-        return self.owner._parameters
+    def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """The table that holds the base parameter, and its name there; it has none where the weight is computed."""
+        return self.owner._parameters, self.weight_name
+
+    def registered(self) -> torch.Tensor | None:
+        """The base parameter as it is registered, or None where there is none."""
+        table, name = self.place()
+        return table.get(name)
 
     def bias(self) -> torch.Tensor | None:
         """The frozen bias, of a part its entries; or None."""

@@ -133,6 +133,8 @@ def select_sites(
             here = [site] if asked(target, site.key) else [p for p in parts(site, model) if asked(target, p.key)]
             chosen += here
         _report_unmatched(model, target, inspection, [site.key for site in chosen], asked)
+    if config.middle_layers and target_modules is None and layers_to_transform is None:
+        chosen = _middle_third(chosen)
     if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
         named = () if isinstance(target, str) else target
         chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]

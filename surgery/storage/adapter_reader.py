@@ -15,6 +15,7 @@ from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import graph_products
 from surgery.errors import AdapterError, WeightError
 from surgery.hosting.attach import AdapterPlan
+from surgery.hosting.beside_cores import base_buffers, present
 from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.state import adapters_of, module_paths, parameter_names, state_of
@@ -34,13 +35,13 @@ class LoadedAdapter:
         config: the configuration.
         plans: the adapter of each site.
         notes: of each site's factorisation, by key.
-        trained: parameters beside the cores, by every name that they have in the model.
+        trained: what was trained beside the cores, by every name that it has in the model.
     """
 
     config: JsonObject
     plans: list[AdapterPlan]
     notes: JsonObject
-    trained: dict[str, nn.Parameter]
+    trained: dict[str, torch.Tensor]
 
 
 def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> LoadedAdapter:
@@ -52,14 +53,14 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> Loa
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    parameters = _own_parameters(model)
+    parameters, buffers = _own_tensors(model)
     products: Collection[str] = ()
-    names_of = SavedNames(model, parameters)
+    names_of = SavedNames(model, {**parameters, **buffers})
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
-        trained, expected = read_trained(model, repr(str(path)), config, names_of, parameters, tensors)
-        parameters |= trained
+        trained, expected = read_trained(model, repr(str(path)), config, names_of, parameters, buffers, tensors)
+        parameters |= {name: tensor for name, tensor in trained.items() if name in parameters}
         plans: list[AdapterPlan] = []
         notes: JsonObject = {}
         of_weight: dict[str, list[Site]] = {}
@@ -80,15 +81,18 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> Loa
     return LoadedAdapter(config, plans, notes, trained)
 
 
-def _own_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that a model would have without adapters, by every name."""
+def _own_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters and the buffers that a model would have without adapters, by every name."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     paths = module_paths(model)
     for site in adapters_of(model).values():
         parameters[parameter_names(paths, site)[0]] = site.host.parameter()
     state = state_of(model)
-    before = {id(one.brought): one.before for one in state.replaced} if state else {}
-    return {name: before.get(id(parameter), parameter) for name, parameter in parameters.items()}
+    before = {id(present(one)): one.before for one in state.replaced} if state else {}
+    return tuple(  # type: ignore[return-value]
+        {name: before.get(id(tensor), tensor) for name, tensor in table.items()}
+        for table in (parameters, base_buffers(model))
+    )
 
 
 def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
@@ -149,4 +153,4 @@ def _read_site(
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
-    return AdapterPlan(site, host, variant, factors, core), names
+    return AdapterPlan(site, host, variant, factors, core, trained=entry.get("trained", False)), names

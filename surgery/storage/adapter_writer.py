@@ -137,6 +137,7 @@ def _entry(key: str, site: Adapter, seed: int, values: SavedValues) -> JsonObjec
     }
     entry |= dropped if fixed else values.known_by(site)
     entry |= {} if site.rows is None else {"rows": list(site.rows)}
+    entry |= {"trained": True} if site.record.trained else {}
     return entry | ({} if site.core.scale is None else {"scale": float(site.core.scale)})
 
 

@@ -14,6 +14,7 @@ from passes.errors import SurgeryError
 from surgery.errors import AdapterError
 from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
+from surgery.modules.factor_fit import why_not_of
 from surgery.planning.adapter_init import as_factors
 from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.factor_digest import SUMS, recompute_stored
@@ -135,8 +136,32 @@ def read_parts(
         core_dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else core_dtype
     if not all(torch.isfinite(factor).all() for factor in factors.buffers()):
         raise AdapterError(f"{where}: its factors overflow {wanted}; load it on the model in {entry['dtype']}")
+    if stored == "exact":
+        _check_factors(where, entry, variant, factors, base, (saved, wanted))
     core = Core(tensors_of_core, core_dtype, base.device, variant.frozen)
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
+
+
+def _check_factors(
+    where: str, entry: JsonObject, variant: Variant, factors: Factors, base: BaseWeight, dtypes: tuple[Any, ...]
+) -> None:
+    """Check that stored factors are those of the weight, by :func:`surgery.modules.factor_fit.why_not_of`.
+
+    Of a weight that was trained beside its adapter, they are those of the weight before: only what holds of the basis
+    itself is checked.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    trained = entry.get("trained", False)
+    if not isinstance(trained, bool):
+        raise AdapterError(f"{where}: 'trained' must be true or false, found {trained!r:.40}")
+    matrix = None if trained else base.matrix().detach()
+    if reason := why_not_of(matrix, factors, variant, (base.dtype, *dtypes)):
+        raise AdapterError(
+            f"{where}: its factors are not those of its base weight: {reason}. The file was changed, or written "
+            "wrongly; save the adapter again where it was made"
+        )
 
 
 def rows_of(where: str, entry: JsonObject, weight: torch.Tensor) -> tuple[int, int] | None:

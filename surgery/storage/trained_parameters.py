@@ -1,6 +1,6 @@
-"""Parameters beside the cores in adapter files: a new head, biases, norms, whole embeddings.
+"""What was trained beside the cores in adapter files: a new head, biases, norms, whole embeddings, running statistics.
 
-The configuration's optional field ``trained`` has the name of each, with the other names that a tied one has::
+The configuration's optional field ``trained`` has the name of each tensor, with the other names that a tied one has::
 
     {"model.embed_tokens.weight": ["lm_head.weight"], "model.norm.weight": []}
 
@@ -25,15 +25,16 @@ from surgery.support.fingerprint import DTYPES, dtype_name
 from surgery.support.untrusted_files import JsonObject
 
 PREFIX = "trained."
+BUFFER_DTYPES = (*DTYPES.values(), torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def trained_entries(
-    parameters: Mapping[str, nn.Parameter], names: SavedNames, value: Callable[[nn.Parameter], torch.Tensor]
+    beside: Mapping[str, torch.Tensor], names: SavedNames, value: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[dict[str, list[str]], dict[str, torch.Tensor]]:
-    """What a file says of parameters beside the cores, and their tensors by name.
+    """What a file says of what was trained beside the cores, and the tensors by name.
 
     Args:
-        parameters: by their names without adapters.
+        beside: parameters and buffers by their names without adapters.
         value: gives the whole value of one.
 
     Raises:
@@ -42,21 +43,21 @@ def trained_entries(
     first: dict[int, str] = {}
     entries: dict[str, list[str]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
+    for name, tensor in beside.items():
         saved = names.saved(name)
-        if id(parameter) in first:
-            others = entries[first[id(parameter)]]
-            if saved not in (first[id(parameter)], *others):
+        if id(tensor) in first:
+            others = entries[first[id(tensor)]]
+            if saved not in (first[id(tensor)], *others):
                 others.append(saved)
             continue
-        if parameter.dtype not in DTYPES.values():
+        if tensor.dtype not in (DTYPES.values() if isinstance(tensor, nn.Parameter) else BUFFER_DTYPES):
             raise AdapterError(
-                f"{name!r} requires gradients and is {dtype_name(parameter)}; parameters beside the cores can be saved "
+                f"{name!r} was trained and is {dtype_name(tensor)}; tensors beside the cores can be saved "
                 f"in {', '.join(DTYPES)}: freeze it, or cast it"
             )
-        first[id(parameter)] = saved
+        first[id(tensor)] = saved
         entries[saved] = []
-        tensors[PREFIX + saved] = value(parameter).detach().cpu().contiguous()
+        tensors[PREFIX + saved] = value(tensor).detach().cpu().contiguous()
     return entries, tensors
 
 
@@ -66,44 +67,47 @@ def read_trained(
     config: JsonObject,
     names: SavedNames,
     parameters: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
     tensors: StoredTensors,
-) -> tuple[dict[str, nn.Parameter], set[str]]:
-    """Read the parameters beside the cores, and check that a model has a place for each.
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Read what was trained beside the cores, and check that a model has a place for each tensor.
 
     Args:
-        parameters: the model's own, by every name.
+        parameters, buffers: the model's own, by every name.
 
     Returns:
-        The parameters by every name in the model, and the names of their tensors in the file.
+        The tensors by every name in the model, and the names that they have in the file.
 
     Raises:
         AdapterError: the model has no such parameter, or one of another shape; a tensor is missing or damaged.
     """
-    read: dict[str, nn.Parameter] = {}
+    read: dict[str, torch.Tensor] = {}
     expected: set[str] = set()
     cast, present = is_cast(config, names, parameters), set(tensors.keys())
+    model_has = {**buffers, **parameters}
     for saved, others in trained_field(where, config).items():
         found = [names.in_model(name) for name in (saved, *others)]
         for name in found:
-            if name not in parameters:
+            if name not in model_has:
                 raise AdapterError(
                     f"{where}: {name!r} was trained beside the cores, and the model has no such parameter; add the "
                     "module that it belongs to before loading, or is it another base model?"
                 )
             if name in read or found.count(name) > 1:
                 raise AdapterError(f"{where}: the trained parameter {name!r} stands in the file twice")
-        _check_ties(where, found, parameters)
-        own = parameters[found[0]]
+        _check_ties(where, found, model_has)
+        own = model_has[found[0]]
         shape = tuple(tensors.get_slice(PREFIX + saved).get_shape() if PREFIX + saved in present else own.shape)
         for name in found:
-            _check_place(model, where, name, parameters[name], shape)
-        value = read_tensor(where, tensors, PREFIX + saved, tuple(own.shape), tuple(DTYPES.values()))
+            _check_place(model, where, name, model_has[name], shape)
+        dtypes = tuple(DTYPES.values()) if own.dtype in DTYPES.values() else (own.dtype,)
+        value = read_tensor(where, tensors, PREFIX + saved, tuple(own.shape), dtypes)
         if cast and own.dtype in DTYPES.values():
             value = value.to(own.dtype)
             if not torch.isfinite(value).all():
                 raise AdapterError(f"{where}: {saved!r} overflows {dtype_name(own)}; load it on a model in a wider one")
-        device = "cpu" if own.is_meta else own.device
-        read |= dict.fromkeys(found, nn.Parameter(value.to(device)))
+        value = value.to("cpu" if own.is_meta else own.device)
+        read |= dict.fromkeys(found, nn.Parameter(value) if found[0] in parameters else value)
         expected.add(PREFIX + saved)
     return read, expected
 

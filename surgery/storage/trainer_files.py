@@ -31,14 +31,14 @@ REFUSING = ("attn_implementation", "experts_implementation", "num_hidden_layers"
 def trained_names(model: nn.Module) -> list[str]:
     """Names in the operated model of all that was trained: the cores, and what stands beside them; a tied one once."""
     cores = {id(p) for site in adapters_of(model).values() for p in site.core.parameters()}
-    trained = cores | {id(parameter) for parameter in beside_cores(model).values()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in trained]
+    trained = cores | {id(tensor) for tensor in beside_cores(model).values()}
+    return [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if id(tensor) in trained]
 
 
 def checkpoint_file(model: nn.Module, values: SavedValues) -> Content:
     """The content of ``model.safetensors``."""
-    parameters = dict(model.named_parameters())
-    tensors = {name: values.of(parameters[name]).detach().cpu().contiguous() for name in trained_names(model)}
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    tensors = {name: values.of(own[name]).detach().cpu().contiguous() for name in trained_names(model)}
     return [to_safetensors({name: _owned(tensor) for name, tensor in tensors.items()}, {"format": "pt"})]
 
 

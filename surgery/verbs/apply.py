@@ -13,7 +13,7 @@ from passes.capture.capture import is_pretrained
 from passes.capture.inspect_model import Inspection
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
-from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place
+from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place, watched_buffers
 from surgery.hosting.checks import check_options
 from surgery.hosting.graph_surgery import graph_state, restore_state
 from surgery.hosting.model_kinds import as_module
@@ -155,15 +155,16 @@ def operate(
     inspection: Inspection | None,
     notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
-    trained: Mapping[str, nn.Parameter] | None = None,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Attach all adapters, freeze the rest and finish, or leave the model as it was.
 
     Args:
-        trained: parameters beside the cores to put in the place of the model's own, by name.
+        trained: what was trained beside the cores, to put in the place of the model's own, by name.
     """
     with transaction(model, forwards=False):  # a forward in it is in the caller's
-        if state_of(model) is None:
+        is_new = state_of(model) is None
+        if is_new:
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             make_root(model, State(flags, inspection, {}, graph_state(model)))
             record_of(model).replaced = bring(model, trained or {})
@@ -172,14 +173,16 @@ def operate(
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
             attach_all(model, plans, state.original)
             share_steering(model, state)
-        for parameter in (trained or {}).values():
-            parameter.requires_grad_(True)
+        for tensor in (trained or {}).values():
+            tensor.requires_grad_(isinstance(tensor, nn.Parameter))
         state.factorisation.update(notes)
         finish()
         dropped = {plan.site.key for plan in plans if not plan.keep_base}
         for key, site in adapters_of(model).items():
             if key in dropped and site.host.set_aside is not None:
                 site.host.drop_base(site.base_weight.fingerprint())
+        if is_new:
+            state.buffers = watched_buffers(model)
 
 
 def undo_surgery(model: Model) -> Model:

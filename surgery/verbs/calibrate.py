@@ -135,7 +135,6 @@ def recalibrate(
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make)
     restore_flags(inner, flags)
-    record_of(inner).brought_in_place = record.brought_in_place
     write_coefficient(record_of(inner), coefficient)
     return given
 

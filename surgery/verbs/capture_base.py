@@ -143,6 +143,9 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         d_in, d_out = site.features
         place = Site(key, weight, bias, site.layout, d_out, d_in, stack=factors.stack, rows=site.rows)
         node = graph_adapter(host, place, site.variant, factors, core)
+        node.record = site.record.for_copy()
+        if (weight_in_graph := host.registered()) is not None:
+            node.record.adopt(node, weight_in_graph)  # it shares its memory with the one that was compared
         found.append(node.train(graph.training))
     if missing:
         warnings.warn(

@@ -32,7 +32,7 @@ from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.checks import check_flags, check_form
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosting.root import make_root, share_steering, unmake_root
-from surgery.hosting.state import State, adapters_of, record_of, restore_flags, unwrap
+from surgery.hosting.state import State, adapters_of, check_weights, record_of, restore_flags, unwrap
 from surgery.hosting.transaction import transaction
 from surgery.verbs.argument_types import ExampleInputs, Form, Stage, Verify
 from surgery.verbs.capture_base import capture_base, check_capture, sites_for
@@ -131,6 +131,7 @@ def pipeline(
     if fuse and form == "residual" and (Fold.name in disable or stop_after == Insert.name):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record = record_of(model)
+    check_weights(model)
     with transaction(model):  # whose cores the graph shares
         graph, call = capture_base(model, example_inputs)
         state = State(dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph))

@@ -16,6 +16,7 @@ from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.root import roots_of, unmake_root
 from surgery.hosting.state import (
     adapters_of,
+    check_weights,
     module_paths,
     own_tensors,
     parameter_names,
@@ -47,6 +48,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool | None = None, ve
 
     Raises:
         VariantError: a variant is not linear, so that no weight has the same effect.
+        SurgeryError: a base weight is another one than the factors were made for.
         WeightError: a weight is tied and ``untie`` is false; or it is of a kind that takes no change.
         InputError: coeff steers rows, the merged weight is not finite in its dtype, or verify is asked of what is no
             graph.
@@ -60,6 +62,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool | None = None, ve
 
 def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> None:
     state, found = record_of(model), adapters_of(model)
+    check_weights(model)
     nodes = {key: site for key, site in found.items() if site.host.inlined}
     shared = _shared(model, found)
     for key, site in found.items():
@@ -97,7 +100,8 @@ def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> 
 def refresh(model: Model) -> Model:
     """Drop what is derived from the cores and the frozen tensors, so that the next forward recomputes it.
 
-    Only needed after a write that bumps no version counter: to ``.data``, or through NumPy. Optimisers need none.
+    Only needed after a write that bumps no version counter: to ``.data``, or through NumPy. Optimisers need none. The
+    next call compares all base weights with those that the factors were made for, by their hashes.
 
     Raises:
         SurgeryError: the model carries no surgery.
@@ -106,6 +110,7 @@ def refresh(model: Model) -> Model:
         record_of(root).staleness.forget()
         for site in adapters_of(root).values():
             site.forget()
+            site.record.forget(site.host.registered())
     return model
 
 

@@ -15,6 +15,9 @@ Its tensors are ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``, or where
 and its tensors have one more dimension in front. A site that is a part of a packed weight has ``rows``, ``[first, one
 after the last]``. Everything is checked before the model is touched.
 
+Optional fields: ``trained``, what was trained beside the cores (see ``surgery.storage.trained_parameters``); ``coeff``,
+a coefficient that was not 1; ``base_config``, the configuration of a ``transformers`` model, of ``save_pretrained``.
+
 ``adapter_config.json`` mirrors the configuration for people and other libraries, ``README.md`` is a model card; neither
 is read.
 """
@@ -31,7 +34,7 @@ from torch import nn
 
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.state import record_of, require_bases, unwrap
+from surgery.hosting.state import check_weights, record_of, require_bases, unwrap
 from surgery.storage.adapter_config import STORED
 from surgery.storage.adapter_reader import read_adapter
 from surgery.storage.adapter_writer import AdapterContent, adapter_content
@@ -46,11 +49,16 @@ from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
 from surgery.verbs.steer import get_coeff
 
+MOST_NOTED = 2**12  # coefficients in a header
+
 
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool | None = None
 ) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
+
+    Parameters outside the cores that require gradients are saved with them, and so are small buffers that training has
+    written to, as running statistics. A coefficient that is not 1 is noted, with a warning.
 
     Of a model in shards (``fully_shard``) every process has to call this; the first one writes.
 
@@ -76,6 +84,7 @@ def save_adapter(
     bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
+    check_weights(model)
     coefficient = coefficient_entry(model)
     values = SavedValues(model)
     content = adapter_content(model, values, coefficient, factors=factors, progress=bars)
@@ -102,10 +111,15 @@ def coefficient_entry(model: nn.Module) -> JsonObject:
     """What a file says of a coefficient that is not 1."""
     coeff = get_coeff(model)
     if isinstance(coeff, dict):
-        return {"coeff": {name: value.tolist() for name, value in coeff.items()}}
+        return {"coeff": {name: _as_noted(value) for name, value in coeff.items()}}
     if isinstance(coeff, torch.Tensor):
-        return {"coeff": coeff.tolist()}
+        return {"coeff": _as_noted(coeff)}
     return {} if coeff == 1.0 else {"coeff": coeff}
+
+
+def _as_noted(value: torch.Tensor) -> list[float] | str:
+    """Coefficients of rows or tokens in a header, which has to stay small."""
+    return value.tolist() if value.numel() <= MOST_NOTED else f"a tensor of shape {list(value.shape)}"
 
 
 def say_coefficient(config: JsonObject, what: str) -> None:
@@ -136,6 +150,7 @@ def load_adapter(
         progress: show a progress bar where factors are recomputed; None: on a terminal.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
+    What was trained beside the cores takes the place of the model's own parameters, until ``undo_surgery``.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model, or recomputed factors come out

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from passes.capture.capture import default_inputs, forward_call, hub_inputs
 from passes.errors import InputError
 from surgery.errors import TargetError
 from surgery.hosting.coefficient import DECODER, ENCODER, ROWS, Coefficient, Rows
@@ -188,7 +189,18 @@ def _checked(
                 "that the graph was made from, or the rows of a batch with a tensor (batch,)"
             )
         follow_sequences(root, found, two=second is not None)
+    if value.numel() > 1 and found:
+        _measure_rows(root)
     return Coefficient(value, second, rows, beyond)
+
+
+def _measure_rows(root: nn.Module) -> None:
+    """Find out where the rows of a batch lie, if there are inputs to measure it with; else the next call does so."""
+    state, inputs = record_of(root), default_inputs(root)
+    if inputs is None:
+        return
+    call = ((), hub_inputs(root, forward_call(inputs)))
+    state.rows.prepare(root, sites_of(root, state), state.steering, call)
 
 
 def _coefficient(

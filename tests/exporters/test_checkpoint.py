@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from surgery import (
 from surgery.variants import REGISTRY
 from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import SMALL, assert_same_tensors, build, disturb, tensors_of
+from tests.support.forked_commands import ForkedCommand
 
 
 def prepare(
@@ -361,20 +360,17 @@ merge_checkpoint(base, adapter, out, progress=False)
 """
 
 
-def child(*arguments: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def child(*arguments: Any) -> ForkedCommand:
+    return ForkedCommand([sys.executable, "-c", CHILD, *map(str, arguments)])
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     base, adapter, _ = prepare(tmp_path, "llama", max_shard_size="40KB")
     merge_checkpoint(base, adapter, tmp_path / "whole", progress=False)
     process = child(base, adapter, tmp_path / "out", "slow")
-    assert process.stdout is not None
     for _ in range(5):  # four groups are finished
         assert process.stdout.readline() == "group\n", process.communicate()
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.merging").is_dir()
@@ -452,6 +448,7 @@ def large(folder: Path, layers: int, dtype: torch.dtype = torch.bfloat16) -> tup
     return folder / "base", folder / "adapter", 1024 * 2048 * dtype.itemsize
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [pytest.param(4, id="85MB"), pytest.param(20, id="420MB", marks=pytest.mark.full)])
 def test_memory_is_that_of_one_tensor(layers: int, tmp_path: Path) -> None:
     base, adapter, largest = large(tmp_path, layers)

@@ -11,9 +11,10 @@ from surgery import (
 )
 from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import disturb
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
+@built_once
 def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
     p = patient(name, dtype)
     options.setdefault("calibration", calibration_for(variant, p.inputs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery import apply_surgery, sites
-from tests.support.zoo import ALL_NAMES, Patient, patient
+from tests.support.zoo import ALL_NAMES, Patient, built_once, patient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_patient = pytest.mark.parametrize("name", ALL_NAMES)
@@ -36,14 +34,14 @@ def operate(found: Patient, **options: Any) -> Patient:
     return found
 
 
-@functools.cache
+@built_once
 def _operated(name: str, dtype: torch.dtype) -> Patient:
     return operate(patient(name, dtype))
 
 
 def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
     """A patient after surgery, its cores at random values."""
-    found = copy.deepcopy(_operated(name, dtype))
+    found = _operated(name, dtype)
     randomise(found.model, scale)
     return found
 

@@ -17,7 +17,7 @@ from surgery import (
 )
 from tests.support.calibration_data import calibration_for
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -44,6 +44,7 @@ def operate(p: Patient, variant: Any = "antipasto", **options: Any) -> Patient:
     return p
 
 
+@built_once
 def operated(name: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **options: Any) -> Patient:
     return operate(patient(name, dtype), variant, **options)
 

@@ -176,6 +176,74 @@ def test_a_parameter_keeps_the_dtype_that_it_was_trained_in(tmp_path):
     assert torch.equal(cast.norm.bias, wide.norm.bias.to(torch.bfloat16))
 
 
+class Normed(nn.Module):
+    """A batch norm, whose forward in training writes to its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.body(x))
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return Normed().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_that_training_moves_are_saved(dtype, tmp_path):
+    model, fresh = normed().to(dtype), normed().to(dtype)
+    x = X.to(dtype)
+    before = state_of(fresh)
+    apply_surgery(model, "antipasto", r=4, example_inputs=x, progress=False)
+    save_adapter(model, tmp_path / "still")
+    assert "trained" not in configuration(tmp_path / "still")
+    model.train()(x + 3)
+    model.eval()
+    save_adapter(model, tmp_path / "moved")
+    names = ["norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
+    assert sorted(configuration(tmp_path / "moved")["trained"]) == names
+    load_adapter(fresh, tmp_path / "moved", progress=False)
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x))
+    save_adapter(fresh, tmp_path / "again")
+    assert contents(tmp_path / "moved") == contents(tmp_path / "again")
+    kept = fresh.norm.running_mean.clone()
+    recalibrate(fresh, [x, x], reset=True, progress=False)
+    assert torch.equal(fresh.norm.running_mean, kept)
+    assert sorted(beside_cores(fresh)) == names
+    undo_surgery(fresh)
+    assert state_of(fresh) == before
+    model.to(torch.float64)
+    with pytest.warns(UserWarning, match=r"\(3 such\) could be trained in place"):
+        undo_surgery(model)
+
+
+def test_a_graph_brings_it_into_modules_of_its_own(tmp_path):
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval()
+
+    model = layers()
+    randomise(apply_surgery(model, "antipasto", r=4, example_inputs=X, progress=False), 0.3)
+    model[1].bias.requires_grad_(True)
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    shared = layers()
+    graph, before, base = torch.fx.symbolic_trace(shared), state_of(shared), run(shared)
+    load_adapter(graph, save_adapter(model, tmp_path), progress=False)
+    assert torch.allclose(run(graph), run(model), atol=1e-5)
+    assert not torch.allclose(run(graph), base, atol=1e-2)
+    assert torch.equal(run(shared), base)
+    save_adapter(graph, tmp_path / "again")
+    assert configuration(tmp_path / "again")["trained"] == {"1.bias": []}
+    undo_surgery(graph)
+    assert state_of(shared) == before
+    assert torch.equal(run(graph), base)
+
+
 def refused(model: nn.Module, path: Path) -> str:
     before = state_of(model)
     with pytest.raises(surgery.AdapterError) as caught:

@@ -208,6 +208,26 @@ def test_within_torchs_own_cache_coeff_has_its_effect():
         assert_close(model(X), expected(model, X), torch.float32)
 
 
+class Doubles(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_beside_a_parametrisation_of_the_users():
+    model = apply_surgery(Reads().eval(), "antipasto", r=4, example_inputs=X, progress=False)
+    its = vars(type(model))["w"].its
+    parametrize.register_parametrization(model, "w", Doubles())
+    w = 2 * site(model).host.parameter()
+    with torch.no_grad():
+        assert torch.equal(model(X), X @ w.T @ w.T)
+        shaken(model)
+        assert_close(model(X), 4 * expected(model, X), torch.float32)
+        assert torch.equal(model(X), model(X))
+        surgery.undo_surgery(model)
+        assert torch.equal(model(X), X @ w.T @ w.T)
+    assert vars(type(model))["w"] is its
+
+
 @pytest.mark.parametrize("parts", [["q", "v"], ["in_proj_weight"]])
 def test_parts_of_a_packed_weight_are_cached_together(parts, made):
     model = nn.MultiheadAttention(8, 2, batch_first=True).eval()

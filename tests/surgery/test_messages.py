@@ -68,7 +68,7 @@ def test_an_exclusion_that_leaves_something_out_is_silent():
 def test_complex_weights_are_called_complex():
     model = nn.Sequential(nn.Linear(6, 8, dtype=torch.complex64))
     message = refused(model, surgery.WeightError)
-    assert "site '0': its weight holds complex numbers (torch.complex64)" in message
+    assert "site '0': its weight is complex (torch.complex64)" in message
     assert "quantised" not in message
 
 
