@@ -180,22 +180,30 @@ def shared_tensors(modules: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
     return {id(tensor): tensor for tensor in tensors if tensor is not None}
 
 
+def check_there(key: str, site: Adapter) -> None:
+    """Refuse a site whose values are gone, or not loaded yet, where they are to be read.
+
+    Raises:
+        WeightError: some of its tensors are on the meta device.
+    """
+    held = (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
+    if any(tensor is not None and tensor.is_meta for tensor in held):
+        raise WeightError(
+            f"site {key!r}: its tensors are offloaded, or were never loaded: they are on the meta device, where there "
+            "are no values to read; load them first, or bring back what accelerate offloads with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuse base weights that are not those that the factors were made for; of a sharded model in every process.
 
     Raises:
         SurgeryError: names the first site, and says what to do.
-        WeightError: its tensors are offloaded.
+        WeightError: its tensors are offloaded, or not loaded.
     """
     for key, site in adapters_of(model).items():
-        if any(
-            t is not None and t.is_meta
-            for t in (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
-        ):
-            raise WeightError(
-                f"site {key!r}: its tensors are offloaded, and on the meta device between calls; bring them back with "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-            )
+        check_there(key, site)
         if site.host.keeps_base:
             site.record.require(site)
 

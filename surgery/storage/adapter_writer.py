@@ -10,8 +10,7 @@ from torch import nn
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
 from surgery.hosting.beside_cores import beside_cores
-from surgery.hosting.checks import check_there
-from surgery.hosting.state import adapters_in, module_paths, parameter_names, record_of
+from surgery.hosting.state import adapters_in, check_there, module_paths, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, mirror
 from surgery.storage.adapter_file import CONFIG, TENSORS, encode

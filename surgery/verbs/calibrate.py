@@ -13,9 +13,17 @@ from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import ExampleInputs, outside_inference_mode
 from surgery.factors.statistics_file import Statistics
 from surgery.hosting.attach import AdapterPlan, plan_of
-from surgery.hosting.checks import check_flags, check_seed, check_there, check_whole
+from surgery.hosting.checks import check_flags, check_seed, check_whole
 from surgery.hosting.graph_surgery import products_of
-from surgery.hosting.state import adapters_in, module_paths, record_of, require_bases, restore_flags, unwrap
+from surgery.hosting.state import (
+    adapters_in,
+    check_there,
+    module_paths,
+    record_of,
+    require_bases,
+    restore_flags,
+    unwrap,
+)
 from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch

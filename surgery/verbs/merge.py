@@ -12,7 +12,7 @@ from passes.errors import InputError
 from passes.ir.forward_context import outside_inference_mode
 from passes.transforms.merge_adapters import Merge, other_readers
 from surgery.errors import VariantError, WeightError
-from surgery.hosting.checks import check_flags, check_there, check_whole
+from surgery.hosting.checks import check_flags, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.root import roots_of, unmake_root
 from surgery.hosting.state import (
@@ -72,7 +72,6 @@ def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> 
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
         check_whole(key, site.base_weight)
-        check_there(key, site)
         if key in shared and not untie:
             raise WeightError(
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
