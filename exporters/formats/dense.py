@@ -26,6 +26,7 @@ from exporters.shared.options import option
 from passes.analysis.linear_sites import part_of
 from passes.capture.capture import default_inputs, is_pretrained
 from passes.infra.tolerance import ELSEWHERE, relative_error
+from passes.ir.forward_context import copied, state_kept
 from passes.ir.torch_internals import tree_iter
 from surgery.errors import ExportError
 from surgery.hosting.state import module_paths, parameter_names
@@ -138,7 +139,8 @@ def _compare_outputs(model: nn.Module, loaded: nn.Module, example_inputs: object
     """
     args, kwargs = example_call(model, example_inputs)
     with torch.no_grad():
-        expected = _tensors(run_on_examples(model, (args, kwargs)))
+        with state_kept(model):
+            expected = _tensors(run_on_examples(model, copied((args, kwargs))))
         found = _tensors(loaded(*args, **kwargs))
     if len(found) != len(expected):
         raise ExportError(f"the loaded model has {len(found)} outputs, the model {len(expected)}")

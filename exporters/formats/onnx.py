@@ -31,6 +31,7 @@ from exporters.onnx.runtime import Runtime, check_file, coefficients, compare_wi
 from exporters.shared.export_report import Exported, need, working_copy
 from exporters.shared.functional import Function, FunctionalModel
 from exporters.shared.options import option
+from passes.ir.forward_context import state_kept
 from surgery.errors import ExportError
 from surgery.verbs.apply import detach_all
 from surgery.verbs.merge import merge
@@ -73,7 +74,8 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
     if mode != "merged" and not operated:
         raise ExportError(f"mode={mode!r} needs an adapter, and {type(model).__name__} carries none")
     inputs = named_inputs(reference, example_inputs)
-    subject = _subject(reference, inputs, use_cache=options.use_cache)
+    with state_kept(reference):
+        subject = _subject(reference, inputs, use_cache=options.use_cache)
     rows = 1 if mode == "merged" else steerable_rows(reference, inputs)
     steering = [] if mode == "merged" else [coefficient_input(reference, rows)]
     cores = core_inputs(reference) if mode == "swappable" else []
@@ -110,7 +112,8 @@ class _Subject:
     cached: Cached | None
 
     def run(self, model: Function, inputs: Mapping[str, object]) -> object:
-        return model(**inputs) if self.call is None else self.call(model, **inputs)
+        with state_kept(self.model):
+            return model(**inputs) if self.call is None else self.call(model, **inputs)
 
 
 def _subject(model: nn.Module, inputs: dict[str, object], *, use_cache: bool) -> _Subject:
@@ -160,11 +163,14 @@ def _compare(
             for coeff in coeffs:
                 if coeff is not None:
                     set_coeff(model, coeff)
-                for inputs in cached.shapes(called) if cached else (subject.inputs,):
+                with state_kept(model):
+                    shapes = [*cached.shapes(called)] if cached else [subject.inputs]
+                for inputs in shapes:
                     error = compare_with_runtime(runtime, partial(subject.run, called, inputs), inputs, coeff, core)
                     worst, comparisons = max(worst, error), comparisons + 1
             if cached:
-                tokens += compare_generation(cached, called, runtime, coeff, core)
+                with state_kept(model):
+                    tokens += compare_generation(cached, called, runtime, coeff, core)
     return worst, {"comparisons": comparisons} | ({"tokens": tokens} if cached else {})
 
 

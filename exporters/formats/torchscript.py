@@ -80,6 +80,8 @@ def _traced(subject: Subject) -> torch.jit.ScriptModule:
         with torch.no_grad(), state_kept(root), quiet(*NOISY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what a trace fixes; ``sizes`` tells
             traced = torch.jit.trace(root, tuple(inputs.values()), strict=False, check_trace=False)
+        with torch.no_grad(), quiet(*NOISY), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             frozen: torch.jit.ScriptModule = torch.jit.freeze(traced, preserved_attrs=[COEFF] if subject.live else [])
             return frozen
     except SurgeryError:

@@ -22,7 +22,7 @@ from exporters.shared.functional import CalledGraph, Function, FunctionalModel, 
 from exporters.shared.outputs import output_names
 from passes.capture.capture import all_dynamic, hub_inputs, is_pretrained, keyword_inputs, with_two_rows
 from passes.errors import InputError
-from passes.ir.forward_context import keep_forward, quiet
+from passes.ir.forward_context import copied, quiet, state_kept
 from passes.ir.torch_internals import tree_flatten_with_path, tree_iter
 from surgery.errors import ExportError
 from surgery.hosting.state import record_of, sites_of
@@ -42,8 +42,8 @@ def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
     """
     call = example_call(model, example_inputs)
     inputs = hub_inputs(model, call) if is_pretrained(model) else keyword_inputs(model, call)
-    with torch.no_grad():
-        run_on_examples(model, ((), inputs))
+    with state_kept(model), torch.no_grad():
+        run_on_examples(model, copied(((), inputs)))
     return with_two_rows(model, ((), inputs))[1]
 
 
@@ -163,7 +163,7 @@ def _named_forward(
         original = functools.partial(functional, tensors)
         return original(**given, **fixed) if call is None else call(original, **given, **fixed)
 
-    with keep_forward(model):
+    with state_kept(model):
         set_forward(model, forward, public, inspect.Parameter.KEYWORD_ONLY)
         yield
 

@@ -14,7 +14,7 @@ from exporters.peft.low_rank import LowRankProduct
 from exporters.shared.failures import run_on_examples
 from exporters.shared.functional import Function
 from passes.infra.tolerance import RELATIVE, relative_error
-from passes.ir.forward_context import Call, copied
+from passes.ir.forward_context import Call, copied, state_kept
 from passes.ir.torch_internals import tree_iter
 from surgery.errors import ExportError
 from surgery.modules.adapter import Adapter
@@ -29,7 +29,7 @@ def outputs_of(model: nn.Module, call: Call) -> list[torch.Tensor]:
     Raises:
         InputError: it does not run on the inputs.
     """
-    with torch.no_grad():
+    with state_kept(model), torch.no_grad():
         return _tensors(run_on_examples(model, copied(call)))
 
 
@@ -41,11 +41,11 @@ def wrapped_outputs(model: nn.Module, call: Call, adapted: Mapping[PeftTarget, L
     """
     parameters = {target.name: layer for target, layer in adapted.items() if target.parameter is not None}
     called: set[str] = set()
-    for name, layer in parameters.items():  # not by hooks: PyTorch's encoder layers leave their fast path for them
-        layer.forward = functools.partial(_noted, layer.forward, called, name)
     args, kwargs = copied(call)
     try:
-        with torch.no_grad():
+        with state_kept(model), torch.no_grad():
+            for name, layer in parameters.items():  # not hooks: PyTorch's encoder layers leave their fast path for them
+                layer.forward = functools.partial(_noted, layer.forward, called, name)
             outputs = _tensors(model(*args, **kwargs))
     except Exception as error:
         whose = ", ".join(sorted(parameters)) or "of modules"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.shared.functional import COEFF
-from exporters.shared.site_signature import SiteSignature, TensorSignature
+from exporters.shared.site_signature import SiteSignature, TensorSignature, beside_fingerprints
 from surgery.errors import ExportError
 from surgery.support.fingerprint import dtype_name
 from surgery.support.untrusted_files import JsonObject, parse_json
@@ -38,12 +38,14 @@ class ProgramMetadata:
 
     Attributes:
         coefficient: name of the buffer that steers, of this dtype and on this device.
+        beside: fingerprints of what was trained beside the cores, which the program holds as it is.
     """
 
     coefficient: str
     dtype: torch.dtype
     device: str
     sites: Mapping[str, ProgramSite]
+    beside: Mapping[str, str]
 
 
 def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Tensor]) -> JsonObject:
@@ -71,6 +73,7 @@ def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Ten
                 for part, signatures in parts.items()
             },
         }
+    beside = beside_fingerprints(model)
     # "knob" is the word of format version 1
     return {
         "version": VERSION,
@@ -78,6 +81,7 @@ def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Ten
         "dtype": dtype_name(coeff),
         "device": str(coeff.device),
         "sites": entries,
+        **({"beside": beside} if beside else {}),
     }
 
 
@@ -132,13 +136,16 @@ def _parsed(held: JsonObject) -> ProgramMetadata:
         own = entry["variant"], entry["hyperparameters"], entry["r"], entry["fingerprint"]
         names = {part: {name: tensor["names"] for name, tensor in entry[part].items()} for part in PARTS}
         found[key] = ProgramSite(SiteSignature(*own, core, factors), names)
-    return ProgramMetadata(held["knob"], DTYPES[held["dtype"]], held["device"], found)
+    return ProgramMetadata(held["knob"], DTYPES[held["dtype"]], held["device"], found, held.get("beside", {}))
 
 
 def _is_whole(held: JsonObject) -> bool:
     """Whether what a program says of its adapter is what :func:`contents` makes."""
     kinds = {"variant": str, "hyperparameters": dict, "r": int, "fingerprint": str, "core": dict, "factors": dict}
     if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}):
+        return False
+    beside = held.get("beside", {})
+    if not isinstance(beside, dict) or not all(isinstance(value, str) for value in beside.values()):
         return False
     if not all(_has(entry, kinds) for entry in held["sites"].values()) or held["dtype"] not in DTYPES:
         return False

@@ -29,7 +29,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from passes.errors import InputError
-from passes.ir.forward_context import Call, copied, inference_mode_of, keep_forward, quiet, state_kept
+from passes.ir.forward_context import Call, copied, inference_mode_of, partial_graph_unprinted, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
 from passes.ir.parameter_names import name_placeholders
@@ -123,7 +123,7 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
     Args:
         dynamic: leave every size of the inputs free that the model leaves free; else all are those of the inputs.
     """
-    with inference_mode_of(model), keep_forward(model), state_kept(model), torch.no_grad():
+    with state_kept(model), inference_mode_of(model), torch.no_grad(), partial_graph_unprinted():
         if not is_pretrained(model):
             args, kwargs = copied(call)
             shapes = all_dynamic(keyword_inputs(model, call)) if dynamic else None
@@ -156,7 +156,7 @@ def with_two_rows(model: nn.Module, call: Call) -> Call:
     doubled: Call = tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, call)
     args, kwargs = copied(doubled)
     try:
-        with inference_mode_of(model), state_kept(model), torch.no_grad():
+        with state_kept(model), inference_mode_of(model), torch.no_grad():
             model(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError):
         return call
@@ -190,7 +190,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: object = None) -
         example_inputs = default_inputs(model)
     try:
         if example_inputs is None:
-            with inference_mode_of(model), state_kept(model):
+            with state_kept(model), inference_mode_of(model):
                 graph = fx.GraphModule(model, _Tracer().trace(model))
             return Capture(_normalised(graph), "fx.symbolic_trace")
         program = export_program(model, forward_call(example_inputs))

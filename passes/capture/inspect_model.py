@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_
 from passes.analysis.matmul_rules import Product, casts_its_weight
 from passes.capture.capture import capture, default_inputs, forward_call, normalised
 from passes.capture.module_calls import CallRecord, record_calls
+from passes.capture.without_graph import sites_without_graph
 from passes.ir.parameter_names import ParameterNames, tensor_name
 
 
@@ -67,12 +68,13 @@ def inspect_model(
                 raise
             notes.append(f"default inputs do not fit: {error}")
             example_inputs = None
-    recorded = calls is not None
+    recorded, built = calls is not None, calls.built if calls else {}
     captured = capture(model, example_inputs)
     if captured.note:
         notes.append(f"not captured: {captured.note}")
     if captured.graph is None:
-        sites, skipped = sites_from_walk(model)
+        call = forward_call(example_inputs) if recorded else None
+        sites, skipped = sites_without_graph(model, call)
     else:
         sites, skipped = sites_from_graph(captured.graph, model)
         refused: list[Skipped] = []
@@ -94,8 +96,24 @@ def inspect_model(
         sites.insert(next(later, len(sites)), site)
     if found and calls is not None and not recorded:  # the trace went through their calls
         calls = CallRecord(calls.called | found.keys(), calls.read - {site.weight for site in found.values()})
-    skipped = [skip for skip in skipped if skip.where not in found]
+    operated = {site.weight for site in sites} if not isinstance(model, fx.GraphModule) else set()
+    skipped = [
+        skip for skip in skipped if skip.where not in found and not (skip.weights and operated.issuperset(skip.weights))
+    ]
+    sites, skipped = [s for s in sites if s.weight not in built], [*skipped, *_built(sites, skipped, built)]
     return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls)
+
+
+def _built(sites: list[Site], skipped: list[Skipped], built: Mapping[str, str]) -> Iterator[Skipped]:
+    """The sites, and the weights of linear modules, that are not there before the first forward."""
+    operations = {site.weight: site.operation or "linear" for site in sites if site.weight in built}
+    linear = [name for name, owner in built.items() if name.endswith("weight") and "Linear" in owner]
+    known = {skip.where for skip in skipped}
+    for name in dict.fromkeys([*operations, *linear]):
+        where = name.rpartition(".")[0] or name
+        if where not in known:
+            reason = "it is built, or replaced, in the first forward: run the model once before surgery"
+            yield Skipped(where, operations.get(name, "linear"), reason)
 
 
 def _by_evidence(model: nn.Module, skipped: list[Skipped], accepts: Callable[[nn.Module], bool]) -> Iterator[Site]:

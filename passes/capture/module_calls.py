@@ -8,26 +8,33 @@ model is run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, set_mode, state_kept
-from passes.ir.torch_internals import TorchDispatchMode, tree_iter
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode, tree_iter
 
 
 @dataclass(frozen=True)
 class CallRecord:
-    """Paths of the modules that were called, names of the parameters that were used outside their module's call."""
+    """What recorded forwards showed.
+
+    Attributes:
+        called: paths of the modules that were called.
+        read: names of the parameters that were used outside their module's call.
+        built: parameters that a forward made, or gave to another module, by name: the class of the module that owns
+            them after it. They are gone again.
+    """
 
     called: frozenset[str]
     read: frozenset[str]
     note: str | None = None
+    built: Mapping[str, str] = field(default_factory=dict)
 
 
 def record_calls(model: nn.Module, call: Call) -> CallRecord:
@@ -37,6 +44,7 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
         InputError: the model does not run on the inputs.
     """
     recorder = _Recorder(model)
+    before = {name: id(owner) for name, owner in _owners(model)}
     note = None
     with state_kept(model), inference_mode_of(model):
         try:
@@ -53,7 +61,16 @@ def record_calls(model: nn.Module, call: Call) -> CallRecord:
                 _run(model, call)
         except Exception as error:  # e.g. BatchNorm on one sample: what eval mode showed still holds
             note = f"not recorded in train mode: {type(error).__name__}"
-    return CallRecord(frozenset(recorder.called), frozenset(recorder.read), note)
+        built = {name: type(owner).__name__ for name, owner in _owners(model) if before.get(name) != id(owner)}
+    return CallRecord(frozenset(recorder.called), frozenset(recorder.read), note, built)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module that owns each initialised parameter, by the parameter's names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module._parameters.items():
+            if parameter is not None and not nn.parameter.is_lazy(parameter):
+                yield f"{path}.{local}".lstrip("."), module
 
 
 def _run(model: nn.Module, call: Call) -> None:
@@ -61,7 +78,7 @@ def _run(model: nn.Module, call: Call) -> None:
     model(*args, **kwargs)
 
 
-class _Recorder(TorchDispatchMode):
+class ModuleStack(TorchDispatchMode):
     """Sees every ATen operation while a forward runs, and keeps the stack of modules that are being called.
 
     Neither hooks on the modules nor a torch-function mode would do: PyTorch leaves its fast paths where it finds them.
@@ -73,13 +90,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.called: set[str] = set()
-        self.read: set[str] = set()
         self.stack: list[nn.Module] = []
-        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in model.named_modules():
-            for local, parameter in module.named_parameters(recurse=False):
-                name = f"{path}.{local}".lstrip(".")
-                self.owners.setdefault(id(parameter), []).append((module, name))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -101,6 +112,19 @@ class _Recorder(TorchDispatchMode):
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if self.stack:
             self.stack.pop()
+
+
+class _Recorder(ModuleStack):
+    """Notes which parameters are used outside of their modules' calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.read: set[str] = set()
+        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in model.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{local}".lstrip(".")
+                self.owners.setdefault(id(parameter), []).append((module, name))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -15,7 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import fx, nn
 
-from passes.ir.torch_internals import tree_iter
+from passes.errors import SurgeryError
+from passes.ir.reachable import Reachable
+from passes.ir.tensor_writes import TensorStates
+from passes.ir.torch_internals import tree_iter, without_torch_function
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,46 +70,53 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
-    """Keep random state, buffers and attributes over a forward that may write to them."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    attributes = [
-        (module, type(module), dict(vars(module)), dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-    ]
-    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    numbers = random.getstate()
+def state_kept(model: nn.Module, *, watched: bool = True) -> Iterator[None]:
+    """Put back everything reachable from a model that a forward may write to, and the random numbers' state.
+
+    What the forward changes of attributes, tables, hooks and their closures, and of tensors, is as it was after the
+    block, also where it raises; see :mod:`passes.ir.reachable` for what is reachable.
+
+    Args:
+        watched: copy what is written to just before; it costs each operation some microseconds. Else only small tensors
+            are put back.
+
+    Raises:
+        SurgeryError: a tensor was written to where it was not seen, so that its values are not known.
+    """
+    with without_torch_function():
+        found = Reachable(model)
+    tensors = TensorStates(found.tensors)
+    devices = {p.device.index or 0 for p in found.tensors if p.is_cuda}
+    numbers = random.getstate(), _numpy_state()
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with torch.random.fork_rng(devices=sorted(devices)), tensors.watch if watched else contextlib.nullcontext():
             yield
     finally:
-        random.setstate(numbers)
-        for module, kind, before, registered, transient in attributes:
-            if type(module) is not kind:  # a lazy module that has found its shape
-                continue
-            vars(module).clear()
-            vars(module).update(before)
-            module._buffers.clear()
-            module._buffers.update(registered)
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(transient)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        random.setstate(numbers[0])
+        _set_numpy_state(numbers[1])
+        with without_torch_function():
+            found.put_back()
+        if lost := tensors.put_back():
+            raise SurgeryError(_cannot_be_put_back(model, lost))
 
 
-@contextlib.contextmanager
-def keep_forward(model: nn.Module) -> Iterator[None]:
-    """Undo what an exporter leaves behind when it replaces ``model.forward`` on the instance."""
-    before = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = before
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.get_state()
+
+
+def _set_numpy_state(state: Any) -> None:
+    if state is not None:
+        sys.modules["numpy"].random.set_state(state)
+
+
+def _cannot_be_put_back(model: nn.Module, lost: list[torch.Tensor]) -> str:
+    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    which = names.get(id(lost[0]), f"a {type(lost[0]).__name__} that is neither parameter nor buffer")
+    return (
+        f"{type(model).__name__}: its forward wrote to {which!r} where that could not be seen (in another thread, or "
+        f"past torch's operations), so that its values before are lost ({len(lost)} such); load the model again"
+    )
 
 
 @contextlib.contextmanager
@@ -122,3 +133,21 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def partial_graph_unprinted() -> Iterator[None]:
+    """Keep ``torch.export`` from printing the graph that it has where it fails; all else that is printed still is."""
+    logger, written, graph = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO(), ""
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = str(vars(error).get("partial_fx_graph", ""))
+        raise
+    finally:
+        logger.setLevel(level)
+        text = written.getvalue()
+        print(text.replace(f"{graph}\n", "") if graph else text, end="", file=sys.stderr)

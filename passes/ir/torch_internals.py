@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
@@ -41,6 +41,21 @@ script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's t
 function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside of ``vmap``, ``grad`` and their like
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
+
+# The frames of a module's call, by which one sees that a thread is in it.
+MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+
+
+def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve as a module does, padding of any mode included, by another weight and without a bias."""
+    return module._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+
+
+def convolves_as_ever(module: nn.Module) -> bool:
+    """Whether a convolution of one group is computed by torch's own code, whatever subclass it is of."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = [kind for kind in kinds if isinstance(module, kind) and type(module)._conv_forward is kind._conv_forward]
+    return any(type(module).forward is kind.forward for kind in own)
 
 
 def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -106,6 +121,40 @@ def schema_of(target: object) -> Any:
 def storage_address(tensor: torch.Tensor) -> int:
     """What tells a storage from all others that are alive."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a wrapper of tensors holds, such as a ``DTensor``; none for any other tensor."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Look at tensors of subclasses past what these make of it."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[return-value]
+
+
+def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
+    """Let tensors count as written to so many times: for those whose values were put back."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+def tensor_hooks(tensor: torch.Tensor) -> tuple[object, ...]:
+    """The hooks of a tensor's gradient."""
+    tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return tuple(None if table is None else dict(table) for table in tables)
+
+
+def put_tensor_hooks(tensor: torch.Tensor, hooks: tuple[Any, ...]) -> None:
+    """Give a tensor the hooks that it had."""
+    for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
+        now: Any = getattr(tensor, name)
+        if before is None and now is not None:
+            setattr(tensor, name, None)
+        elif before is not None and list(now.items()) != list(before.items()):
+            now.clear()
+            now.update(before)
 
 
 def is_fake(value: object) -> TypeGuard[FakeTensor]:
@@ -186,6 +235,19 @@ def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
 def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
+
+
+def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module that has no state yet the class that ``register_parametrization`` gives it, for these tensors."""
+    torch.nn.utils.parametrize._inject_new_class(module)
+    for name in names:
+        torch.nn.utils.parametrize._inject_property(module, name)
+
+
+def plainly(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of tensors without ``__torch_function__`` of their subclasses."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
 
 
 _ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")

@@ -181,7 +181,7 @@ def choose(
     inspection = inspect_sites(model, example_inputs)
     pattern = targets.pop("rank_pattern", None)
     options = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, **targets}
-    chosen = select_sites(model, inspection, **options, default=config.default_targets)
+    chosen = select_sites(model, inspection, **options, config=config)
     ranks = site_ranks(chosen, config, pattern)
     return Choice(model, inspection, config, ranks, why_not_chosen(model, inspection, ranks))
 

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from passes.capture.capture import forward_call
 from passes.errors import CaptureError, InputError
-from passes.ir.forward_context import ExampleInputs
+from passes.ir.forward_context import ExampleInputs, state_kept
 from passes.ir.torch_internals import module_of_script
 
 
@@ -33,7 +33,8 @@ def _from_script(model: torch.jit.ScriptModule, example_inputs: ExampleInputs | 
         raise CaptureError("a TorchScript module needs example_inputs to be converted to a graph")
     args, kwargs = forward_call(example_inputs)
     try:
-        return module_of_script(model, args, kwargs)
+        with state_kept(model):
+            return module_of_script(model, args, kwargs)
     except Exception as error:  # the converter covers a part of TorchScript and fails in many ways
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise CaptureError(f"the TorchScript module cannot be converted: {type(error).__name__}: {reason}") from error

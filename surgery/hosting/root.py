@@ -13,12 +13,14 @@ from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
-from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, pass_over
+from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, function_transforms, pass_over
 from surgery.hosting.coefficient import Coefficient, Sequences
+from surgery.hosting.root_mixins import put_mixins_on, take_mixins_off
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
+from surgery.support.untrusted_files import JsonObject
 
 _CALLS = threading.RLock()  # coefficients of rows and tokens are written for the length of a call
 
@@ -93,7 +95,10 @@ def _begin(
     steering, staleness = state.steering, state.staleness
     before = None
     sites_of(root, state)
-    staleness.check()
+    if function_transforms() is None:  # whose tensors have no values to compare; sites then use nothing that is cached
+        staleness.check()
+    if staleness.offloaded:
+        vars(steering)["brought"] = [(part, *_brought_in(part)) for part in staleness.offloaded]
     if state.coefficient is not None:
         _CALLS.acquire()  # until _end
         before = dict(steering._buffers)
@@ -103,6 +108,19 @@ def _begin(
             _end(state, before)
             raise
     vars(steering)["armed"] = True
+    return before
+
+
+def _brought_in(part: nn.Module) -> tuple[JsonObject, JsonObject]:
+    """Hold the tensors of a core or of factors that accelerate has offloaded, since nobody calls these modules.
+
+    Returns:
+        The parameters and buffers that stood for them, which :func:`_end` puts back.
+    """
+    tensors: JsonObject = part()
+    before = dict(part._parameters), dict(part._buffers)
+    for table in (part._parameters, part._buffers):
+        table.update({name: tensors[name] for name in table if name in tensors})
     return before
 
 
@@ -134,6 +152,9 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
     """Disarm the sites."""
     steering = state.steering
     vars(steering).update(armed=False, caller=None)
+    for part, parameters, buffers in vars(steering).pop("brought", ()):
+        part._parameters.update(parameters)
+        part._buffers.update(buffers)
     if before is not None:
         steering._buffers.update(before)
         steering.refresh_copies()
@@ -141,13 +162,29 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
 
 
 def make_root(model: nn.Module, state: State) -> None:
-    """Give a model its state, and make its class that of a root."""
+    """Give a model its state, and make its class that of a root.
+
+    Raises:
+        SurgeryError: it has an attribute of that name, or its class cannot be subclassed.
+    """
+    if STATE in vars(model):
+        raise SurgeryError(
+            f"{type(model).__name__} has an attribute {STATE!r} of its own, which surgery would take: put it into "
+            "another module, as nn.Sequential(model), and operate on that"
+        )
     vars(model)[STATE] = state
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
     if isinstance(model, fx.GraphModule):
         watch_calls(model)
     else:
-        put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+        try:
+            put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+            put_mixins_on(model)
+        except TypeError as error:
+            raise SurgeryError(
+                f"{type(model).__name__} cannot be a root, as its class cannot be subclassed ({error}): put it into "
+                "another module, as nn.Sequential(model), and operate on that"
+            ) from error
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
 
@@ -207,6 +244,7 @@ def _unwatch_calls(model: fx.GraphModule) -> None:
 
 def unmake_root(model: nn.Module) -> None:
     """Take state and class off a root."""
+    take_mixins_off(model)
     if isinstance(model, fx.GraphModule):
         _unwatch_calls(model)
     for mixin in (GeneratingRoot, Root):
@@ -218,6 +256,7 @@ def unmake_root(model: nn.Module) -> None:
 def call_as_it_is(model: nn.Module) -> None:
     """Take off a root's own call, of a copy that is to be exported: its coefficient becomes an input."""
     for module in model.modules():
+        take_mixins_off(module)
         if isinstance(module, fx.GraphModule):
             _unwatch_calls(module)
         for mixin in (GeneratingRoot, Root):

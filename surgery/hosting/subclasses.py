@@ -67,17 +67,26 @@ def without(cls: type, mixin: type) -> type:
 class Pickles:
     """Base of mixins: pickles and copies by the class without any of them."""
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Nothing: a class of the user's is not told of ours, and may want arguments that nobody can give."""
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         made = super().__reduce_ex__(protocol)
         if MIXIN not in vars(type(self)) or not isinstance(made, tuple):  # a subclass that others have made of ours
             return made
-        cls, mixins = type(self), [vars(c)[MIXIN] for c in type(self).__mro__ if MIXIN in vars(c)]
-        for mixin in mixins:
-            cls = without(cls, mixin)
-        return (_make, (cls, tuple(reversed(mixins))), *made[2:])
+        return (bare_instance, class_and_mixins(type(self)), *made[2:])
 
 
-def _make(cls: type, mixins: tuple[type, ...]) -> object:
+def class_and_mixins(cls: type) -> tuple[type, tuple[type, ...]]:
+    """A class without our mixins, and these, in the order that they were put on."""
+    mixins = [vars(c)[MIXIN] for c in cls.__mro__ if MIXIN in vars(c)]
+    for mixin in mixins:
+        cls = without(cls, mixin)
+    return cls, tuple(reversed(mixins))
+
+
+def bare_instance(cls: type, mixins: tuple[type, ...]) -> object:
+    """An instance of a class with mixins, without its state."""
     for mixin in mixins:
         cls = subclass_of(cls, mixin)
     return cls.__new__(cls)  # type: ignore[call-overload]

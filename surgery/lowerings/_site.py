@@ -58,6 +58,8 @@ class SiteWeight(Protocol):
 
     def matrix(self) -> torch.Tensor: ...
 
+    def tensor(self) -> torch.Tensor: ...
+
 
 class SiteSteering(Protocol):
     """The coefficient of a root; ``armed``: within a call of the root, which has checked what is cached."""
@@ -69,6 +71,7 @@ class SiteSteering(Protocol):
 class LinearSite(Protocol):
     """A linear module that is called, ``y = x W^T + b + delta(x Vh^T) U^T``."""
 
+    key: str
     form: str
     cache: WeightCache
 

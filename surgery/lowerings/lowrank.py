@@ -21,6 +21,7 @@ class LowRank:
     form = "delta"
     steers_rows = True
     caches = False
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """Always possible."""

@@ -6,6 +6,7 @@ that is read, or a place in a graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from torch import nn
 from passes.ir.torch_internals import is_exporting
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY, Schedule, step
 from surgery.lowerings._cost_model import schedule_of
-from surgery.lowerings._weight_cache import PREPARED, WeightCache
+from surgery.lowerings._weight_cache import PREPARED, WEIGHT, WeightCache
 from surgery.modules.base_weights import BaseWeight
 from surgery.modules.coefficients import RowLayout, by_rows
 from surgery.modules.core import Core, Factors
@@ -41,6 +42,7 @@ class Adapter(InlinedAdapter):
         form: "delta"; "residual" where ``W_res`` stands in the weight's place.
         lowering: "auto", "measure", or the name of the one lowering to use.
         schedule: which lowering runs from how many tokens on; of a called module.
+        record: which base weight the factors belong to.
         stream: which of a model's sequences the site follows, 0 for the main one.
         row_layout: which entries of its input belong to which row; a sentence that says why that is not known; None
             before it was measured.
@@ -82,13 +84,22 @@ class Adapter(InlinedAdapter):
         elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):
             return ALWAYS
         weight = self.host.owner._parameters.get("weight")
-        if weight is None or weight.requires_grad:  # the base is trained too: it has to be in the product
+        if weight is None or weight.requires_grad or self.record.trained:  # the base has to be in the product
             return ALWAYS
         assert self.schedule is not None
         trains = core.trains()
         steps = self.schedule.case(training=trains, rows=steering._buffers["coeff"].dim() > 0)  # type: ignore[union-attr]
         name = step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
-        return name if trains or steering.armed or not REGISTRY[name].caches else ALWAYS
+        lowering = REGISTRY[name]
+        unchecked = not steering.armed and (lowering.takes_projection or (lowering.caches and not trains))
+        return ALWAYS if unchecked else name
+
+    def runs(self) -> bool:
+        """Whether the model runs, in this thread: what reads the weight now multiplies by it."""
+        steering = self._steering[0]
+        if torch.compiler.is_compiling():
+            return True
+        return steering.armed and steering.caller in (None, threading.get_ident())
 
     def reschedule(self, lowering: str | None = None) -> None:
         """Decide which lowering runs when, for the dtype and the device that the site has now.
@@ -169,10 +180,24 @@ class Adapter(InlinedAdapter):
         """What is added to the product of x, (..., d_out); of a weight that is read, the changed weight."""
         if not self.host.changes_weight:
             return self.adapter_term(x, whole=self.form == "residual")
+        return self.cache.get_for(WEIGHT, x, self._with_change) if self.reuses(x) else self._with_change(x)
+
+    def _with_change(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the change of the site, which may be some of its rows."""
         if self.rows is None or self.host.inlined:
-            return self.changed_weight(x)
+            return self.changed_weight(weight)
         start, stop = self.rows
-        return torch.cat([x[:start], self.changed_weight(x[start:stop]), x[stop:]])
+        return torch.cat([weight[:start], self.changed_weight(weight[start:stop]), weight[stop:]])
+
+    def reuses(self, weight: torch.Tensor) -> bool:
+        """Whether the changed weight may be that of an earlier read: the root has checked it, and nothing traces."""
+        core, steering = self._modules["core"], self._steering[0]
+        assert isinstance(core, Core)
+        if torch.compiler.is_compiling() or self.host.inlined or not steering.armed or not core.plain():
+            return False
+        if core.trains() or (weight.requires_grad and torch.is_grad_enabled()):
+            return False
+        return type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
 
     def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What the site should give for an input and its product, by the forward that the in-place host runs."""
@@ -185,12 +210,15 @@ class Adapter(InlinedAdapter):
         self.cache.clear()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.record.converting(self, self.host.registered(), told_after=self.host.name == "module")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
 
     def converted(self) -> None:
         """Decide anew which lowering runs when, after the module of the site was converted too."""
+        if self.form != "residual":  # whose weight is converted later
+            self.record.converted(self, self.host.registered())
         if self.schedule is not None and self.lowering == "auto" and not self.factors.U.is_meta:
             self.reschedule()
 
@@ -203,9 +231,13 @@ class Adapter(InlinedAdapter):
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"record": self.record.for_copy()}
+
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cache = WeightCache(self)
+        self.record.copied(self)
 
     def extra_repr(self) -> str:
         stack = f"stack={self.factors.stack}, " if self.factors.stack else ""

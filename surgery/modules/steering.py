@@ -41,7 +41,7 @@ class Steering(nn.Module):
         super().__init__()
         with torch.inference_mode(False):  # a tensor of inference mode could never be set
             self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
-        self.register_buffer("second", None, persistent=False)
+        self._buffers["second"] = None
         self.armed, self.generating, self.rows = False, False, "exact"
         self.caller: int | None = None
         self.probe: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
@@ -70,6 +70,8 @@ class Steering(nn.Module):
                     old.copy_(value)
                 else:
                     self._buffers[name] = None if value is None else value.to(like.device, like.dtype, copy=True)
+            names = self._non_persistent_buffers_set  # accelerate moves every buffer that is named there, but not None
+            names.discard("second") if self._buffers["second"] is None else names.add("second")
             self.refresh_copies()
         self.remember()
 

@@ -138,17 +138,24 @@ def collect(
     watched = [site for site in sites if leaders[id(statistics[site.key])] == site.key]
     run = _Run(model, statistics, getattr(calibration, "pool", None))
     exact = torch.are_deterministic_algorithms_enabled() or sum(p.numel() for p in model.parameters()) <= SMALL
-    with one_thread(exact), _at_identity(model), observed(model, watched, called, run.see):
-        if isinstance(calibration, Contrast):
-            for name in ("positive", "negative"):
-                run.all(getattr(calibration, name), name, progress=progress)
-        else:
-            run.all(calibration, "calibration", progress=progress)
+    sets = {"calibration": calibration}
+    if isinstance(calibration, Contrast):
+        sets = {"positive": calibration.positive, "negative": calibration.negative}
+    for name, data in sets.items():
+        with one_thread(exact), _at_identity(model), _looked_at(model), observed(model, watched, called, run.see):
+            run.all(data, name, progress=progress)
     run.finish(watched)
     for statistic in statistics.values():
         statistic.weight = None
     prints = {site.key: base_weight_in(model, site).fingerprint() for site in sites}
     return Statistics(statistics, prints, run.pool)
+
+
+@contextlib.contextmanager
+def _looked_at(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode; hooks that see what it computes are put on inside, so that what they saw stays."""
+    with state_kept(model), inference_mode_of(model), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
@@ -208,12 +215,10 @@ class _Run:
         self.name, count = name, 0
         data = batches_of(data, name)
         total = len(data) if isinstance(data, Sized) else None
-        with inference_mode_of(self.model), state_kept(self.model), torch.no_grad():
-            for batch in track(
-                data, f"calibrating ({name})" if self.pool else "calibrating", enabled=progress, total=total
-            ):
-                self._batch(_batch(batch), count)
-                count += 1
+        title = f"calibrating ({name})" if self.pool else "calibrating"
+        for batch in track(data, title, enabled=progress, total=total):
+            self._batch(_batch(batch), count)
+            count += 1
         if not count:
             raise InputError(f"{name} gave no batch: it is empty, or a generator that has been read already")
 

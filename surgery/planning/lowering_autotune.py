@@ -39,13 +39,15 @@ def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, pr
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if example_inputs is None:
         raise InputError("lowering='measure' needs example_inputs to time the lowerings on")
-    sites = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    called = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    sites = {key: site for key, site in called.items() if not site.host.convolves}  # which have one form
     kinds: dict[object, list[tuple[Adapter, torch.Tensor]]] = {}
     for site, x in _inputs(model, list(sites.values()), forward_call(example_inputs)):
         shape = (tuple(site.weight.shape), tuple(site.factors.U.shape), x.shape, x.dtype, x.device)
         kinds.setdefault((shape, site.variant, site.layout, site.bias is None), []).append((site, x))
-    for found in track(list(kinds.values()), "timing lowerings", enabled=progress):
-        schedule = _timed(*found[0])
+    with state_kept(model, watched=False):  # a watch takes time
+        schedules = [_timed(*found[0]) for found in track(list(kinds.values()), "timing lowerings", enabled=progress)]
+    for found, schedule in zip(kinds.values(), schedules, strict=True):
         for site, _ in found:
             site.lowering, site.schedule = "measure", schedule
 
@@ -59,14 +61,11 @@ def _inputs(model: nn.Module, sites: list[Adapter], call: Call) -> list[tuple[Ad
         x = args[0] if args else next(iter(kwargs.values()))
         found.setdefault(id(adapter), (adapter, x.detach()))
 
-    handles = [site.host.owner.register_forward_pre_hook(see, with_kwargs=True) for site in sites]
-    try:
-        with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            args, kwargs = copied(call)
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for site in sites:
+            site.host.owner.register_forward_pre_hook(see, with_kwargs=True)  # gone after the block
+        args, kwargs = copied(call)
+        model(*args, **kwargs)
     return list(found.values())
 
 

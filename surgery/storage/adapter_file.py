@@ -28,6 +28,7 @@ from safetensors.torch import save as to_safetensors
 from surgery.errors import AdapterError
 from surgery.storage.adapter_config import FORMAT, checked
 from surgery.storage.format_migration import SEPARATE
+from surgery.support.hf_config import on_hub
 from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, parse_json, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,6 +64,17 @@ def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[Jso
     size = 8 + int.from_bytes(data[:8], "little")
     header = data[:size].replace(UNSIGNED.encode(), digest.encode(), 1)
     return {**unsigned, "sha256": digest}, [header, memoryview(data)[size:]]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder looks like what ``save_adapter`` writes."""
+    return (folder / TENSORS).exists() or (folder / CONFIG).exists()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a model's, and like no adapter's."""
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    return not is_adapter(folder) and any((folder / name).exists() for name in names)
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,11 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
         AdapterError: the directory is missing or damaged.
     """
     if not folder.is_dir():
-        raise AdapterError(f"{str(folder)!r} is not a directory; expected an adapter with {TENSORS}")
+        hub = f"; one on the Hub is fetched by pull_adapter({str(folder)!r})" if on_hub(folder) else ""
+        raise AdapterError(f"{str(folder)!r} is not a directory; expected an adapter with {TENSORS}{hub}")
     file = folder / TENSORS
+    if is_checkpoint(folder):
+        raise AdapterError(f"{str(folder)!r} is a model's checkpoint; expected an adapter with {TENSORS}")
     while True:
         try:
             held = open_regular(file)

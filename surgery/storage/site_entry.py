@@ -14,6 +14,7 @@ from passes.errors import SurgeryError
 from surgery.errors import AdapterError
 from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
+from surgery.modules.factor_fit import why_not_of
 from surgery.planning.adapter_init import as_factors
 from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.factor_digest import SUMS, recompute_stored
@@ -122,7 +123,7 @@ def read_parts(
         shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
-    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    values = {name: read_tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(base.device) for name in FACTORS))
     else:
@@ -135,8 +136,32 @@ def read_parts(
         core_dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else core_dtype
     if not all(torch.isfinite(factor).all() for factor in factors.buffers()):
         raise AdapterError(f"{where}: its factors overflow {wanted}; load it on the model in {entry['dtype']}")
+    if stored == "exact":
+        _check_factors(where, entry, variant, factors, base, (saved, wanted))
     core = Core(tensors_of_core, core_dtype, base.device, variant.frozen)
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
+
+
+def _check_factors(
+    where: str, entry: JsonObject, variant: Variant, factors: Factors, base: BaseWeight, dtypes: tuple[Any, ...]
+) -> None:
+    """Check that stored factors are those of the weight, by :func:`surgery.modules.factor_fit.why_not_of`.
+
+    Of a weight that was trained beside its adapter, they are those of the weight before: only what holds of the basis
+    itself is checked.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    trained = entry.get("trained", False)
+    if not isinstance(trained, bool):
+        raise AdapterError(f"{where}: 'trained' must be true or false, found {trained!r:.40}")
+    matrix = None if trained else base.matrix().detach()
+    if reason := why_not_of(matrix, factors, variant, (base.dtype, *dtypes)):
+        raise AdapterError(
+            f"{where}: its factors are not those of its base weight: {reason}. The file was changed, or written "
+            "wrongly; save the adapter again where it was made"
+        )
 
 
 def rows_of(where: str, entry: JsonObject, weight: torch.Tensor) -> tuple[int, int] | None:
@@ -178,7 +203,12 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
     stored = stored if base.holds_entries else tuple(base.shape)
     shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
     fits = list(shape) == wanted and len(stored) == 2
-    if host == "weight" and len(stored) >= 2 and len(wanted) in (2, 3) and (len(stored), len(wanted)) != (2, 2):
+    if (
+        (host == "weight" or base.kind == "convolution")
+        and len(stored) >= 2
+        and len(wanted) in (2, 3)
+        and (len(stored), len(wanted)) != (2, 2)
+    ):
         fits = is_shape and math.prod(wanted) == math.prod(stored)
     if not fits or not base.comparable(entry):
         raise AdapterError(
@@ -188,9 +218,14 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host:
     return base
 
 
-def _tensor(
+def read_tensor(
     where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
+    """Read a tensor of an opened file.
+
+    Raises:
+        AdapterError: it is missing, not finite, or of another shape or dtype.
+    """
     try:
         present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:

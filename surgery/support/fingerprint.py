@@ -74,6 +74,11 @@ def _cached(weight: torch.Tensor) -> _Cached:
     return cached
 
 
+def forget_fingerprints(weight: torch.Tensor) -> None:
+    """Hash a tensor again when it is asked for, whatever it looks like."""
+    _CACHE.pop(weight, None)
+
+
 def cast_fingerprints(weight: torch.Tensor) -> dict[str, str]:
     """Fingerprints of a weight in each other dtype that holds less of it, by the dtype's name.
 

@@ -6,12 +6,14 @@ another to the next; NaN and infinity are no JSON; deep nesting breaks whatever 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +43,16 @@ def path_of(path: str | os.PathLike[str], error: type[SurgeryError]) -> Path:
         if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise error(f"{path!r:.200} is no path: {problem.strerror}") from problem
     return given
+
+
+@contextlib.contextmanager
+def naming(written: Path, target: Path) -> Iterator[None]:
+    """Let errors name the target, where they would name the temporary folder that stands in for it."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.args = tuple(a.replace(str(written), str(target)) if isinstance(a, str) else a for a in error.args)
+        raise
 
 
 def open_regular(path: Path) -> io.BufferedReader:

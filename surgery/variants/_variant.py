@@ -21,7 +21,7 @@ from surgery.support.configuration import Configuration, as_entry, shared
 from surgery.support.untrusted_files import JsonObject
 
 REGISTRY: dict[str, type[Variant]] = {}
-OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "frozen", "prepares")
+OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "middle_layers", "prepares")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Variant(Configuration):
     linear: ClassVar[bool] = CoreConfig.linear
     depends_only_on_Sh: ClassVar[bool] = CoreConfig.depends_only_on_Sh
     default_targets: ClassVar[str] = CoreConfig.default_targets
-    frozen: ClassVar[tuple[str, ...]] = CoreConfig.frozen
+    middle_layers: ClassVar[bool] = CoreConfig.middle_layers
     prepares: ClassVar[bool] = CoreConfig.prepares
 
     def __init_subclass__(cls) -> None:
@@ -108,6 +108,11 @@ class Variant(Configuration):
     def core_config(self) -> CoreConfig:
         """The core."""
         return shared(self.own_core, self)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Core tensors that are not trained."""
+        return self.core_config.frozen
 
     @property
     def identity_at_init(self) -> bool:

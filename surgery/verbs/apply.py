@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
-from passes.capture.inspect_model import Inspection, inspect_model
+from passes.capture.inspect_model import Inspection
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
+from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place, watched_buffers
 from surgery.hosting.checks import check_options
-from surgery.hosting.choose import is_product
 from surgery.hosting.graph_surgery import graph_state, restore_state
 from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
@@ -23,7 +23,7 @@ from surgery.hosting.transaction import transaction
 from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
-from surgery.planning.surgery_plan import known_inspection, make_plan
+from surgery.planning.surgery_plan import inspection_of, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.progress_bar import wanted_on
 from surgery.support.untrusted_files import JsonObject
@@ -140,10 +140,12 @@ def apply_surgery(
         plans = [replace(new, lowering=lowering, form=form_name, keep_base=keep_base) for new in plans]
 
         def finish() -> None:
+            adopted.keep_training(record_of(model))
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        operate(model, [*adopted.plans, *plans], plan.inspection, adopted.factorisation | notes, finish)
+        plans, notes = [*adopted.plans, *plans], adopted.factorisation | notes
+        operate(model, plans, plan.inspection, notes, finish, adopted.brought)
     return given
 
 
@@ -153,31 +155,53 @@ def operate(
     inspection: Inspection | None,
     notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
+
+    Args:
+        trained: what was trained beside the cores, to put in the place of the model's own, by name.
+    """
     with transaction(model, forwards=False):  # a forward in it is in the caller's
-        if state_of(model) is None:
+        is_new = state_of(model) is None
+        if is_new:
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             make_root(model, State(flags, inspection, {}, graph_state(model)))
+            record_of(model).replaced = bring(model, trained or {})
             model.requires_grad_(False)
         state = record_of(model)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
             attach_all(model, plans, state.original)
             share_steering(model, state)
+        for tensor in (trained or {}).values():
+            tensor.requires_grad_(isinstance(tensor, nn.Parameter))
         state.factorisation.update(notes)
         finish()
         dropped = {plan.site.key for plan in plans if not plan.keep_base}
         for key, site in adapters_of(model).items():
             if key in dropped and site.host.set_aside is not None:
                 site.host.drop_base(site.base_weight.fingerprint())
+        if is_new:
+            state.buffers = watched_buffers(model)
 
 
 def undo_surgery(model: Model) -> Model:
     """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
 
+    Parameters that ``load_adapter`` brought beside the cores give way to the model's own. What was trained in these
+    stays as it was trained, and a warning says so.
+
     Raises:
         SurgeryError: the model carries no surgery, or is a part of a model that was operated on.
     """
+    stays = [name for root in roots_of(model) for name in trained_in_place(root)]
+    restore_base(model)
+    say_what_stays(stays)
+    return model
+
+
+def restore_base(model: Model) -> Model:
+    """Undo surgery without a word; of an operated copy, whose owner undoes nothing."""
     for root in roots_of(model):
         state = record_of(root)
         require_bases(root)
@@ -189,11 +213,12 @@ def undo_surgery(model: Model) -> Model:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take every adapter off an operated model."""
+    """Take every adapter off an operated model, and what was loaded beside the cores."""
     state = record_of(model)
     for site in adapters_of(model).values():
         if not site.host.inlined:
             site.host.detach()
+    put_back(state)
     if state.original is not None:
         restore_state(model, state.original)
 
@@ -209,4 +234,4 @@ def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None)
         InputError: the model does not run on the example inputs.
     """
     _, model = resolve_model(model, example_inputs)
-    return known_inspection(model) or inspect_model(model, example_inputs, is_product)
+    return inspection_of(model, example_inputs)

@@ -55,6 +55,7 @@ VariantName = (
         "antipasto_rot",
         "lora_xs",
         "sspace",
+        "sspace_scale",
     ]
     | str
 )

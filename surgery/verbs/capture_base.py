@@ -91,7 +91,8 @@ def _export(model: nn.Module, call: Call) -> tuple[nn.Module, Call]:
             with sizes_of_one_are_free():
                 module = export_program(model, call, dynamic=True).module()
             for args, kwargs in (copied(call), copied(doubled)):  # its guards may still fix a size
-                module(*args, **kwargs)
+                with state_kept(model):  # whose buffers the program has
+                    module(*args, **kwargs)
             return module, call
         except Exception as error:  # some models treat a size of 1 apart
             logger.info("a size of 1 in the example inputs is taken to be fixed: %s", error)
@@ -142,6 +143,9 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         d_in, d_out = site.features
         place = Site(key, weight, bias, site.layout, d_out, d_in, stack=factors.stack, rows=site.rows)
         node = graph_adapter(host, place, site.variant, factors, core)
+        node.record = site.record.for_copy()
+        if (weight_in_graph := host.registered()) is not None:
+            node.record.adopt(node, weight_in_graph)  # it shares its memory with the one that was compared
         found.append(node.train(graph.training))
     if missing:
         warnings.warn(
@@ -183,7 +187,7 @@ def check_capture(
     places, references = insert.comparison_points(graph), insert.references(graph)
     found = validation.observe(graph, places, references=references, frozen=tensors)
     for (args, kwargs), values in zip(validation.calls, found, strict=True):
-        with inference_mode_of(model), state_kept(model), torch.no_grad():
+        with state_kept(model), inference_mode_of(model), torch.no_grad():
             torch.manual_seed(validation.seed)
             expected = model(*copied((args, kwargs))[0], **copied((args, kwargs))[1])
         output = values[""]

@@ -12,7 +12,7 @@ from surgery.hosting.root import roots_of
 from surgery.hosting.state import adapters_of, record_of
 from surgery.lowerings import REGISTRY
 from surgery.planning.lowering_autotune import measure
-from surgery.support.progress_bar import wanted
+from surgery.support.progress_bar import wanted_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,7 +36,7 @@ def set_lowering(
     for root in roots_of(model):
         found = {key: site for key, site in adapters_of(root).items() if site.host.name == "module"}
         if name == "measure":
-            measure(root, example_inputs, progress=wanted(progress))
+            measure(root, example_inputs, progress=wanted_on(progress))
             continue
         before = {key: (site.lowering, site.schedule) for key, site in found.items()}
         try:

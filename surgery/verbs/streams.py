@@ -54,20 +54,17 @@ def _lengths(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, int]:
     """Number of positions at each called site, for sequences of unlike lengths."""
     args, kwargs = forward_call(_inputs(model))
     lengths: dict[str, int] = {}
-    handles = []
-    for key, site in found.items():
+    with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for key, site in found.items():
 
-        def see(_: nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], key: str = key) -> None:
-            x = given[0] if given else next(iter(named.values()))
-            lengths[key] = x.shape[1] if x.dim() > 2 else x.shape[0] // 2
+            def see(
+                _: nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], key: str = key
+            ) -> None:
+                x = given[0] if given else next(iter(named.values()))
+                lengths[key] = x.shape[1] if x.dim() > 2 else x.shape[0] // 2
 
-        handles.append(site.host.owner.register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            type(model).forward(model, *copied((args, kwargs))[0], **copied((args, kwargs))[1])
-    finally:
-        for handle in handles:
-            handle.remove()
+            site.host.owner.register_forward_pre_hook(see, with_kwargs=True)  # gone after the block
+        type(model).forward(model, *copied((args, kwargs))[0], **copied((args, kwargs))[1])
     return lengths
 
 

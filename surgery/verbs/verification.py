@@ -46,7 +46,7 @@ def call_to_verify(model: nn.Module, verify: Verify, captured: Call | None) -> C
     call = ((), hub_inputs(model, call)) if is_pretrained(model) else call
     try:
         args, kwargs = copied(call)
-        with inference_mode_of(model), state_kept(model), torch.no_grad():
+        with state_kept(model), inference_mode_of(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:  # somebody's model fails in many ways
         reason = (str(error).strip().splitlines() or [""])[0][:300]

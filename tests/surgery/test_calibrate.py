@@ -96,20 +96,23 @@ class Changing(nn.Module):
         return self.l(self.drop(self.norm(x))) + 0 * torch.rand(())
 
 
+SEEN: list[Any] = []  # of the module: what a hook's closure holds is put back
+
+
 def test_no_activation_is_held_after_its_batch():
     gc.disable()  # what waits for a collection to be freed would add up over batches
     try:
-        seen = []
+        SEEN.clear()
         model = nn.Sequential(nn.Linear(8, 400), nn.ReLU(), nn.Linear(400, 500))
-        model[2].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+        model[2].register_forward_pre_hook(lambda module, args: SEEN.append(weakref.ref(args[0])))
 
         def batches():
             for _ in range(3):
-                assert [ref() for ref in seen] == [None] * len(seen)
+                assert [ref() for ref in SEEN] == [None] * len(SEEN)
                 yield torch.randn(4, 8)
 
         calibrate(model, "antipasto_corda", batches(), r=4, progress=False)
-        assert len(seen) >= 3
+        assert len(SEEN) >= 3
     finally:
         gc.enable()
 
