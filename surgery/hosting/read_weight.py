@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class ReadWeight(Host):
                 f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
             ) from error
         _never_cached(type(self.owner), self.weight_name)
+        _told_of_conversions(type(self.owner))
         if new:
             _picklable(type(self.owner))
 
@@ -126,6 +127,23 @@ def _never_cached(cls: type[nn.Module], name: str) -> None:
     setattr(cls, name, property(read, vars(cls)[name].fset))
 
 
+def _told_of_conversions(cls: type[Any]) -> None:
+    """Let the adapters of a parametrised module know when its weights have been moved or cast."""
+    if "_apply" in vars(cls):
+        return
+
+    def apply(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        mine = next(c for c in type(module).__mro__ if vars(c).get("_apply") is apply)  # detaching copies the class
+        super(mine, module)._apply(fn, recurse)
+        for parts in module.parametrizations.values():
+            for part in parts:
+                if isinstance(part, Adapter):
+                    part.record.converted(part, part.host.registered())
+        return module
+
+    setattr(cls, "_apply", apply)  # noqa: B010
+
+
 def _picklable(cls: type[Any]) -> None:
     """Let a parametrised class that was made for an adapter be pickled whole, which ``parametrize`` refuses."""
     del cls.__getstate__
@@ -143,5 +161,6 @@ def _unpickled(cls: type[Any], mixins: tuple[type[Any], ...], names: list[str], 
     parametrised_class(module, names)
     for name in hosted:
         _never_cached(type(module), name)
+    _told_of_conversions(type(module))
     _picklable(type(module))
     return module
