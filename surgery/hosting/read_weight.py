@@ -133,7 +133,9 @@ def _told_of_conversions(cls: type[Any]) -> None:
         return
 
     def apply(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        mine = next(c for c in type(module).__mro__ if vars(c).get("_apply") is apply)  # detaching copies the class
+        mine: Any = next(
+            c for c in type(module).__mro__ if vars(c).get("_apply") is apply
+        )  # detaching copies the class
         super(mine, module)._apply(fn, recurse)
         for parts in module.parametrizations.values():
             for part in parts:
