@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
@@ -27,6 +28,7 @@ from surgery.modules.base_weights import base_weight_in, base_weight_of
 from surgery.modules.convolution_adapter import ConvolutionAdapter
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
+from surgery.modules.weight_record import WeightRecord
 from surgery.support.strides import overlaps
 from surgery.variants import Variant
 
@@ -44,6 +46,7 @@ class AdapterPlan:
     form: str = "delta"
     keep_base: bool = True
     trained: bool = False  # whether the weight was trained beside the adapter, so that the factors are not its own
+    dtypes: frozenset[torch.dtype] = frozenset()  # that the factors were rounded to before
 
 
 def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None, products: Products) -> None:
@@ -92,7 +95,7 @@ def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
         raise CaptureError(f"site {site.key!r} is a part of a packed weight, which graphs cannot hold; merge it first")
     host = GraphSite(model, site.weight, site.bias, changes_weight=plan.host != "graph")
     adapter = graph_adapter(host, site, plan.variant, plan.factors, plan.core)
-    _record(adapter, trained=plan.trained)
+    _record(adapter, plan)
     adapter.train(model.training)
     if plan.form == "residual" and not host.changes_weight:
         host.split()
@@ -106,12 +109,12 @@ def graph_adapter(host: GraphSite, site: Site, variant: Variant, factors: Factor
     return adapter
 
 
-def _record(adapter: Adapter, *, trained: bool = False) -> None:
+def _record(adapter: Adapter, plan: AdapterPlan) -> None:
     """Record which weight the factors belong to; its hash is what files know it by, so that saving takes none."""
     weight = adapter.host.registered()
     if weight is not None and not weight.is_meta:
-        adapter.record.trained = trained
-        adapter.record.fingerprint = adapter.base_weight.fingerprint()
+        fingerprint = adapter.base_weight.fingerprint()
+        adapter.record = WeightRecord(fingerprint, trained=plan.trained, dtypes=plan.dtypes)
         adapter.record.adopt(adapter, weight)
 
 
@@ -140,7 +143,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
     adapter = make_adapter(host, site, plan.variant, plan.factors, plan.core)
     adapter.train(owner.training)
     host.attach(adapter)
-    _record(adapter, trained=plan.trained)
+    _record(adapter, plan)
     if host.name == "module":
         try:
             adapter.reschedule(plan.lowering)
@@ -162,6 +165,7 @@ def plan_of(paths: Mapping[nn.Module, str], key: str, site: Adapter) -> AdapterP
         site.lowering,
         site.form,
         trained=site.record.trained,
+        dtypes=site.record.dtypes,
     )
 
 

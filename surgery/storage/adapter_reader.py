@@ -21,6 +21,7 @@ from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.storage.trained_parameters import read_trained
+from surgery.support.fingerprint import DTYPES
 from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import JsonObject
 
@@ -156,4 +157,5 @@ def _read_site(
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
-    return AdapterPlan(site, host, variant, factors, core, trained=entry.get("trained", False)), names
+    trained, dtypes = entry.get("trained", False), frozenset({DTYPES[entry["dtype"]]})
+    return AdapterPlan(site, host, variant, factors, core, trained=trained, dtypes=dtypes), names
