@@ -29,7 +29,7 @@ from surgery.hosting.checks import check_flags
 from surgery.modules.adapter import Adapter
 from surgery.modules.detached import detached_adapter
 from surgery.modules.merged_weight import merged_weight
-from surgery.storage.adapter_file import AdapterFile, is_adapter, is_checkpoint, open_adapter
+from surgery.storage.adapter_file import AdapterFile, holds_adapter, holds_checkpoint, open_adapter
 from surgery.storage.site_entry import base_of, read_parts
 from surgery.support.progress_bar import track, wanted_on
 from surgery.support.untrusted_files import path_of
@@ -83,11 +83,11 @@ def merge_checkpoint(
 def _check_order(base: Path, adapter: Path) -> None:
     """Refuse the folders in another order, of which each would be refused for what it lacks."""
     order = "the order is base_dir, adapter_dir, out_dir"
-    if is_checkpoint(adapter):
-        if is_adapter(base):
+    if holds_checkpoint(adapter):
+        if holds_adapter(base):
             raise ExportError(f"{str(base)!r} is an adapter and {str(adapter)!r} a checkpoint: {order}; swap the two")
         raise ExportError(f"adapter_dir={str(adapter)!r} is a model's checkpoint and no adapter: {order}")
-    if is_adapter(base) and not (base / SINGLE).exists() and not (base / INDEX).exists():
+    if holds_adapter(base) and not (base / SINGLE).exists() and not (base / INDEX).exists():
         raise ExportError(f"base_dir={str(base)!r} is an adapter and no checkpoint: {order}")
 
 

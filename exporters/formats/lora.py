@@ -3,9 +3,9 @@
 Where D has full rank, ``A = Vh`` and ``B = U D^T``; ablation of k directions has rank k; a core at identity has rank 1
 and ``B = 0``, so that every site stays in the adapter. ``max_rank`` leaves out the smallest singular values of the
 change itself, which is the best that a LoRA of that rank can do, for oblique factors (CorDA) too. Linear modules,
-``Conv1D`` and 1x1 convolutions are PEFT's ``target_modules``; weights that a called module reads, such as stacked
-experts, are its ``target_parameters``; modules trained beside the cores are its ``modules_to_save``. Names of tensors
-are PEFT's own, and what it loads is compared with the model.
+``Conv1D`` and convolutions of one group are PEFT's ``target_modules``; weights that a called module reads, such as
+stacked experts, are its ``target_parameters``; modules trained beside the cores are its ``modules_to_save``. Names of
+tensors are PEFT's own, and what it loads is compared with the model.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def _dtype(model: nn.Module, *, check: bool) -> torch.dtype:
 def _base_size(model: nn.Module, subject: _Subject, opset: int | None, path: Path) -> int:
     """The bytes of the same export of the model without its adapter."""
     base = working_copy(model)
-    if sites(base):
-        detach_all(base)
+    if found := sites(base):
+        detach_all(base, found)
     graph = convert(base, subject.inputs, (), opset, subject.call)
     finish(graph, subject.inputs, (), subject.axes)
     return written_size(graph, path)

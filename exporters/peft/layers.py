@@ -56,7 +56,8 @@ def peft_targets(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Pe
     Raises:
         ExportError: some sites have none; all of them are listed.
     """
-    chosen = {key: _target_of(model, key, site) for key, site in found.items()}
+    paths = module_paths(model)
+    chosen = {key: _target_of(model, paths, key, site) for key, site in found.items()}
     modules = [target.module for target in chosen.values() if isinstance(target, PeftTarget)]
     for key, target in chosen.items():
         inside = [name for name in modules if isinstance(target, PeftTarget) and name.startswith(f"{target.module}.")]
@@ -68,12 +69,12 @@ def peft_targets(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Pe
     return {key: target for key, target in chosen.items() if isinstance(target, PeftTarget)}
 
 
-def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
+def _target_of(model: nn.Module, paths: Mapping[nn.Module, str], key: str, site: Adapter) -> PeftTarget | str:
     if site.host.inlined:
         return "is inlined in a graph, which has no module to wrap; export the model that the graph was made of"
     if site.rows:
         return "is a part of a packed weight, which PEFT adapts whole"
-    path, _, local = parameter_names(module_paths(model), site)[0].rpartition(".")
+    path, _, local = parameter_names(paths, site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
     if isinstance(owner, CONVOLUTIONS) and local == "weight" and path:
         return _why_no_convolution(owner) or PeftTarget(path)

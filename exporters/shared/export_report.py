@@ -64,7 +64,7 @@ def working_copy(model: nn.Module) -> nn.Module:
     Parameters are objects of its own, so that it can be undone, merged or wrapped without a flag of the model's being
     set; their values must not be written.
     """
-    shared: dict[int, object] = dict(shared_tensors(model))
+    shared: dict[int, object] = dict(shared_tensors(model.modules()))
     for tensor in list(shared.values()):
         if type(tensor) is nn.Parameter:
             shared[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)

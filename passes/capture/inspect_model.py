@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import fx, nn
 
-from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_from_graph, sites_from_walk
-from passes.analysis.matmul_rules import Product, casts_its_weight
-from passes.capture.capture import capture, default_inputs, forward_call, normalised
+from passes.analysis.linear_sites import Site, Skipped, sites_from_graph, sites_from_walk
+from passes.capture.capture import capture, default_inputs, forward_call
+from passes.capture.graph_products import Products, graph_products
 from passes.capture.module_calls import CallRecord, record_calls
 from passes.capture.without_graph import sites_without_graph
-from passes.ir.parameter_names import ParameterNames, tensor_name
+from passes.ir.parameter_names import tensor_name
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Inspection:
         how: the way of capture; "module walk" means not captured.
         notes: why it was not captured, what could not be recorded.
         calls: what a recorded forward showed; None without example inputs.
+        products: of a graph, those that an adapter can be written beside.
     """
 
     sites: tuple[Site, ...]
@@ -33,6 +33,7 @@ class Inspection:
     how: str
     notes: tuple[str, ...] = ()
     calls: CallRecord | None = None
+    products: Products = field(default_factory=dict)
 
     @property
     def captured(self) -> bool:
@@ -69,6 +70,7 @@ def inspect_model(
             notes.append(f"default inputs do not fit: {error}")
             example_inputs = None
     recorded, built = calls is not None, calls.built if calls else {}
+    products: Products = {}
     captured = capture(model, example_inputs)
     if captured.note:
         notes.append(f"not captured: {captured.note}")
@@ -77,11 +79,12 @@ def inspect_model(
         sites, skipped = sites_without_graph(model, call)
     else:
         sites, skipped = sites_from_graph(captured.graph, model)
-        refused: list[Skipped] = []
+        refused: tuple[Skipped, ...] = ()
         if isinstance(model, fx.GraphModule):
-            rewritable, whole, refused = _sorted_products(model, model.graph)
+            found_in_graph = graph_products(model, model.graph, captured.graph)
+            products, refused = found_in_graph.rewritable, found_in_graph.refused
             skipped = [*skipped, *refused]
-            sites = [site for site in sites if site.key in rewritable or site.key in whole]
+            sites = [site for site in sites if site.key in products or site.key in found_in_graph.whole]
         hidden = _reached(model, calls) if calls else _inside_leaf_modules(model, captured.graph)
         calls = calls or _calls_of(captured.graph)
         known = {site.weight for site in sites}
@@ -101,7 +104,7 @@ def inspect_model(
         skip for skip in skipped if skip.where not in found and not (skip.weights and operated.issuperset(skip.weights))
     ]
     sites, skipped = [s for s in sites if s.weight not in built], [*skipped, *_built(sites, skipped, built)]
-    return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls)
+    return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls, products)
 
 
 def _built(sites: list[Site], skipped: list[Skipped], built: Mapping[str, str]) -> Iterator[Skipped]:
@@ -125,65 +128,6 @@ def _by_evidence(model: nn.Module, skipped: list[Skipped], accepts: Callable[[nn
             weight, bias = (f"{skip.where}.{name}".lstrip(".") for name in ("weight", "bias"))
             sizes = (module.out_features, module.in_features)
             yield Site(skip.where, weight, None if module.bias is None else bias, "out_in", *sizes)
-
-
-def graph_products(model: fx.GraphModule, graph: fx.Graph) -> tuple[dict[str, list[Product]], list[Skipped]]:
-    """The products that can be rewritten in a graph, by the key of their site, and those that cannot, with the reason.
-
-    Args:
-        graph: a graph whose attributes are the model's; the names of the products' nodes are those of this graph.
-    """
-    products, _, refused = _sorted_products(model, graph)
-    return products, refused
-
-
-def _sorted_products(
-    model: fx.GraphModule, graph: fx.Graph
-) -> tuple[dict[str, list[Product]], set[str], list[Skipped]]:
-    """Products that a term can be added to, keys of sites whose weight is changed as a whole, and what is refused."""
-    read = normalised(model, graph)
-    products, _ = products_by_site(read, model)
-    weights = ParameterNames(model, read.graph).tensors
-    nodes = {node.name: node for node in graph.nodes}
-    refused: list[Skipped] = []
-    whole: set[str] = set()
-    for key, of_site in list(products.items()):
-        reasons = (
-            _elsewhere(nodes.get(p.node.name))
-            if p.matrices
-            else _why_not(model, p, nodes.get(p.node.name), weights[p.weight].dtype)
-            for p in of_site
-        )
-        reason = next(filter(None, reasons), None)
-        if not reason and any(p.matrices for p in of_site) and len({nodes[p.node.name].op for p in of_site}) > 1:
-            reason = "its weight is read by a module's call, and without one"
-        if reason:
-            refused.append(Skipped(key, "linear", reason))
-        elif any(p.matrices for p in of_site):
-            whole.add(key)
-        else:
-            continue
-        del products[key]
-    return products, whole, refused
-
-
-def _elsewhere(node: fx.Node | None) -> str | None:
-    if node is None:
-        return "it stands in a region of its own (autocast or no_grad), which is not rewritten"
-    return None
-
-
-def _why_not(model: fx.GraphModule, product: Product, node: fx.Node | None, dtype: torch.dtype) -> str | None:
-    """Why a product with a weight of some dtype cannot be rewritten in a graph, or None."""
-    if node is None:
-        return _elsewhere(node)
-    if casts_its_weight(product, dtype):
-        return "its weight is cast before the product"
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "its module carries forward hooks, which a rewritten graph would pass by"
-    return None
 
 
 def _reached(model: nn.Module, calls: CallRecord) -> list[Site]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
-from passes.capture.inspect_model import Inspection, graph_products
+from passes.capture.graph_products import Products
+from passes.capture.inspect_model import Inspection
 from passes.errors import InputError
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.module_utils import copy_graph
@@ -23,7 +24,7 @@ from surgery.errors import TargetError
 from surgery.hosting.attach import graph_adapter
 from surgery.hosting.checks import check_form
 from surgery.hosting.graph_site import GraphSite
-from surgery.hosting.graph_surgery import register_sites
+from surgery.hosting.graph_surgery import products_of, register_sites
 from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import initial_core
@@ -113,11 +114,12 @@ class Choice:
         graph, _ = capture_base(self.model, example_inputs)
         graph.requires_grad_(False)
         site, r = sites[key], self.ranks.get(key, min(sites[key].d_out, sites[key].d_in, self.variant.r))
-        node = _meta_site(graph, site, self.variant, self.variant.rank(r))
+        products = products_of(graph)
+        node = _meta_site(graph, site, products, self.variant, self.variant.rank(r))
         if form == "residual" and not node.host.changes_weight:
             node.register_buffer("W_res", torch.empty(site.d_out, site.d_in, device="meta"))
             node.form = form
-        run_pipeline(graph, [Insert(_insertion_points(graph, node))])
+        run_pipeline(graph, [Insert(_insertion_points(graph, products, node))])
         return draw_site(graph, key)
 
 
@@ -137,16 +139,16 @@ def _short(key: str, other: str) -> str:
     return ".".join(parts)
 
 
-def _insertion_points(graph: fx.GraphModule, node: Adapter) -> list[InsertionPoint]:
+def _insertion_points(graph: fx.GraphModule, products: Products, node: Adapter) -> list[InsertionPoint]:
     original = graph.graph
-    points = register_sites(graph, original, [node])
+    points = register_sites(graph, original, products, [node])
     graph.graph = copy_graph(original)
     if not points:
         raise TargetError(f"site {node.key!r} does not run on the example inputs, so the graph does not show it")
     return points
 
 
-def _meta_site(graph: fx.GraphModule, site: Site, variant: Variant, r: int) -> Adapter:
+def _meta_site(graph: fx.GraphModule, site: Site, products: Products, variant: Variant, r: int) -> Adapter:
     """A site whose factors have shapes and no values."""
     weight = graph.get_parameter(site.weight)
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
@@ -155,8 +157,7 @@ def _meta_site(graph: fx.GraphModule, site: Site, variant: Variant, r: int) -> A
     empty = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     core_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     core = Core(initial_core(variant, site.key, r, 0, site.stack), core_dtype, torch.device("meta"))
-    changes_weight = site.key not in graph_products(graph, graph.graph)[0]
-    host = GraphSite(graph, site.weight, site.bias, changes_weight=changes_weight)
+    host = GraphSite(graph, site.weight, site.bias, changes_weight=site.key not in products)
     adapter = graph_adapter(host, site, variant, Factors(*empty), core)
     adapter.share(adapter.steering, register=True)
     return adapter

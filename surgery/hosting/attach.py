@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
+from passes.capture.graph_products import Products
 from passes.errors import CaptureError, InputError
 from passes.ir.module_utils import private_module
 from passes.ir.torch_internals import Convolution
@@ -20,12 +22,13 @@ from surgery.hosting.graph_site import GraphSite
 from surgery.hosting.graph_surgery import GraphState, copy_whole, register_sites, rewrite
 from surgery.hosting.read_weight import ReadWeight
 from surgery.hosting.root import share_steering
-from surgery.hosting.state import adapters_of, own_tensors, parameter_names, record_of
+from surgery.hosting.state import own_tensors, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.modules.base_weights import base_weight_in, base_weight_of
 from surgery.modules.convolution_adapter import ConvolutionAdapter
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
+from surgery.modules.weight_record import WeightRecord
 from surgery.support.strides import overlaps
 from surgery.variants import Variant
 
@@ -43,13 +46,15 @@ class AdapterPlan:
     form: str = "delta"
     keep_base: bool = True
     trained: bool = False  # whether the weight was trained beside the adapter, so that the factors are not its own
+    dtypes: frozenset[torch.dtype] = frozenset()  # that the factors were rounded to before
 
 
-def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None) -> None:
+def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None, products: Products) -> None:
     """Put adapters on their sites; the caller undoes what is done if one of them fails.
 
     Args:
         original: of a graph, what it was before any surgery.
+        products: of a graph, those that an adapter can be written beside.
     """
     inlined = []
     reads = {n.target for n in original.graph.nodes if n.op == "get_attr"} if original else set()
@@ -68,7 +73,7 @@ def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphSt
         assert isinstance(model, fx.GraphModule)
         assert original is not None
         share_steering(model, record_of(model), inlined)  # before their forwards are traced
-        rewrite(model, [Insert(register_sites(model, original.graph, inlined)), Annotate()])
+        rewrite(model, [Insert(register_sites(model, original.graph, products, inlined)), Annotate()])
 
 
 def make_adapter(host: Host, site: Site, variant: Variant, factors: Factors, core: Core) -> Adapter:
@@ -90,7 +95,7 @@ def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
         raise CaptureError(f"site {site.key!r} is a part of a packed weight, which graphs cannot hold; merge it first")
     host = GraphSite(model, site.weight, site.bias, changes_weight=plan.host != "graph")
     adapter = graph_adapter(host, site, plan.variant, plan.factors, plan.core)
-    _record(adapter, trained=plan.trained)
+    _record(adapter, plan)
     adapter.train(model.training)
     if plan.form == "residual" and not host.changes_weight:
         host.split()
@@ -104,12 +109,12 @@ def graph_adapter(host: GraphSite, site: Site, variant: Variant, factors: Factor
     return adapter
 
 
-def _record(adapter: Adapter, *, trained: bool = False) -> None:
+def _record(adapter: Adapter, plan: AdapterPlan) -> None:
     """Record which weight the factors belong to; its hash is what files know it by, so that saving takes none."""
     weight = adapter.host.registered()
     if weight is not None and not weight.is_meta:
-        adapter.record.trained = trained
-        adapter.record.fingerprint = adapter.base_weight.fingerprint()
+        fingerprint = adapter.base_weight.fingerprint()
+        adapter.record = WeightRecord(fingerprint, trained=plan.trained, dtypes=plan.dtypes)
         adapter.record.adopt(adapter, weight)
 
 
@@ -138,7 +143,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
     adapter = make_adapter(host, site, plan.variant, plan.factors, plan.core)
     adapter.train(owner.training)
     host.attach(adapter)
-    _record(adapter, trained=plan.trained)
+    _record(adapter, plan)
     if host.name == "module":
         try:
             adapter.reschedule(plan.lowering)
@@ -146,7 +151,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
             raise InputError(f"site {site.key!r}: {error}") from error
 
 
-def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
+def plan_of(paths: Mapping[nn.Module, str], key: str, site: Adapter) -> AdapterPlan:
     """The adapter of a site, of the model of these paths, as it can be made anew."""
     weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
@@ -160,16 +165,19 @@ def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
         site.lowering,
         site.form,
         trained=site.record.trained,
+        dtypes=site.record.dtypes,
     )
 
 
-def check_not_operated(model: nn.Module, sites: Sequence[Site]) -> None:
+def check_not_operated(present: Mapping[str, Adapter], sites: Sequence[Site]) -> None:
     """Refuse a second adapter on one site, and one on a part of it.
+
+    Args:
+        present: the adapters of the model.
 
     Raises:
         TargetError: one of the sites carries an adapter.
     """
-    present = adapters_of(model)
     whole = {key.rpartition(".")[0] for key, site in present.items() if site.rows}
     if twice := [
         site.key

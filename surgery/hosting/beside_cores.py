@@ -143,7 +143,7 @@ def put_back(state: State) -> None:
 def brought_by_name(model: nn.Module, state: State) -> dict[str, torch.Tensor]:
     """What loads have brought to a root, by the names that it has in a model around it, or in the root itself."""
     paths = module_paths(model)
-    return {".".join(filter(None, (paths[id(one.owner)], one.name))): present(one) for one in state.replaced}
+    return {".".join(filter(None, (paths[one.owner], one.name))): present(one) for one in state.replaced}
 
 
 def trained_in_place(model: nn.Module) -> list[str]:

@@ -11,7 +11,6 @@ from surgery.errors import VariantError, WeightError
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY
 from surgery.modules.base_weights import BaseWeight, base_weight_in
 from surgery.modules.core import Factors
-from surgery.modules.site_module import SiteModule
 from surgery.variants import Variant
 
 
@@ -33,20 +32,6 @@ def check_whole(key: str, base: BaseWeight) -> None:
     """
     if reason := base.why_not_whole():
         raise WeightError(f"site {key!r}: {reason}")
-
-
-def check_there(key: str, site: SiteModule) -> None:
-    """Refuse a site whose values are gone, or not loaded yet, where they are to be read.
-
-    Raises:
-        WeightError: its weight, its factors or its core are on the meta device.
-    """
-    held = [*site.core.tensors().values(), site.factors.U]
-    if any(tensor.is_meta for tensor in held) or (site.host.keeps_base and site.host.parameter().is_meta):
-        raise WeightError(
-            f"site {key!r} is on the meta device, where there are no values to read; move the model to a device with "
-            "to_empty and load its weights and adapter first"
-        )
 
 
 def check_factors(site: Site, factors: Factors) -> None:

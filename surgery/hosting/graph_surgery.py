@@ -16,8 +16,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import fx, nn
 
-from passes.analysis.matmul_rules import Product
-from passes.capture.inspect_model import graph_products
+from passes.capture.graph_products import GraphProduct, Products, are_current, graph_products
 from passes.errors import SurgeryError
 from passes.infra.pass_base import PassResult
 from passes.infra.pass_manager import Stages, run_pipeline
@@ -37,9 +36,14 @@ CONTAINER = "sspace"
 
 @dataclass(frozen=True)
 class GraphState:
-    """What a graph module was: enough to put it back, since surgery changes no graph and no shared module."""
+    """What a graph module was: enough to put it back, since surgery changes no graph and no shared module.
+
+    Attributes:
+        products: those of the graph that an adapter can be written beside.
+    """
 
     graph: fx.Graph
+    products: Products
     modules: dict[str, nn.Module | None]
     parameters: dict[str, nn.Parameter | None]
     sites: dict[str, nn.Module | None]
@@ -47,8 +51,8 @@ class GraphState:
     buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None], set[str]]]
 
 
-def graph_state(model: nn.Module) -> GraphState | None:
-    """The state of a graph module; None for a module that is operated on in place."""
+def graph_state(model: nn.Module, products: Products) -> GraphState | None:
+    """The state of a graph module that has these products; None for a module that is operated on in place."""
     if not isinstance(model, fx.GraphModule):
         return None
     nodes = graph_sites(model)
@@ -58,7 +62,7 @@ def graph_state(model: nn.Module) -> GraphState | None:
     rows = [module for module in model.children() if isinstance(module, StackedRows)]
     holders = [*nodes.values(), *(site.factors for site in nodes.values()), *rows]
     buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in holders]
-    return GraphState(model.graph, dict(model._modules), dict(model._parameters), inner, forms, buffers)
+    return GraphState(model.graph, products, dict(model._modules), dict(model._parameters), inner, forms, buffers)
 
 
 def restore_state(model: Any, state: GraphState) -> None:
@@ -98,11 +102,14 @@ class _Sites(nn.Module):
     """Holds the sites of a graph module."""
 
 
-def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[Adapter]) -> list[InsertionPoint]:
+def register_sites(
+    model: fx.GraphModule, original: fx.Graph, products: Products, sites: Iterable[Adapter]
+) -> list[InsertionPoint]:
     """Give a graph module the submodules of sites, and say where their adapters go.
 
     Args:
-        original: the graph before any surgery, in which the products are looked up.
+        original: the graph before any surgery.
+        products: of that graph.
     """
     holder = _container(model)
     if holder is None:
@@ -110,8 +117,6 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[Ad
         model.add_module(_free(model, CONTAINER), holder)
         copy_whole(model)
     prefix = next(name for name, module in model._modules.items() if module is holder)
-    products, _ = graph_products(model, original)
-    known = {node.name for node in original.nodes}
     places = []
     for site in sites:
         name = _free(holder, site.key.replace(".", "_"))
@@ -127,9 +132,8 @@ def register_sites(model: fx.GraphModule, original: fx.Graph, sites: Iterable[Ad
             continue
         for p in products[site.key]:
             if site.host.in_place is None:
-                site.host.in_place = _in_place_host(model, site, p)
-            added = p.added.name if p.added is not None and p.added.name in known else None
-            places.append(InsertionPoint(site.key, path, p.node.name, p.input.name, added, p.bias))
+                site.host.in_place = _in_place_host(site, p)
+            places.append(InsertionPoint(site.key, path, p.node, p.input, p.added, p.bias))
     return places
 
 
@@ -137,18 +141,11 @@ def _free(module: nn.Module, name: str) -> str:
     return next(n for i in itertools.count() if not hasattr(module, n := name + (f"_{i}" if i else "")))
 
 
-def _in_place_host(model: nn.Module, site: Adapter, product: Product) -> Literal["module", "weight"]:
+def _in_place_host(site: Adapter, product: GraphProduct) -> Literal["module", "weight"]:
     """Whether the product was that of a linear module that is called, so that an in-place model can host it there."""
-    path = product.node.meta.get("called_module")
-    if path is not None:
-        return "module" if path == site.key else "weight"
-    stack = product.node.meta.get("nn_module_stack") or {"": ("", "")}
-    names = [k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for _, k in reversed(stack.values())]
-    path = next(reversed(stack.values()))[0]
-    plain = names[0].rpartition(".")[2] in ("Linear", "Conv1D") and f"{path}.weight" == site.weight_name
-    # PyTorch's own composite modules may read the weight without the call (TransformerEncoderLayer in eval mode)
-    composite = len(names) > 1 and names[1].startswith("torch.nn.") and ".container." not in names[1]
-    return "module" if plain and not composite else "weight"
+    if product.called is not None:
+        return "module" if product.called == site.key else "weight"
+    return "module" if product.linear is not None and f"{product.linear}.weight" == site.weight_name else "weight"
 
 
 def rewrite(
@@ -181,6 +178,17 @@ def original_graph(model: fx.GraphModule) -> fx.Graph:
     """The graph of a graph module before any surgery."""
     record = vars(model).get(STATE)
     return record.original.graph if record is not None else model.graph
+
+
+def products_of(model: nn.Module) -> Products:
+    """The products of a graph module before any surgery: read once, and then known by its state; of others none."""
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    record = vars(model).get(STATE)
+    known: Products | None = record.original.products if record is not None else None
+    if known is not None and are_current(model, known):
+        return known
+    return graph_products(model, original_graph(model)).rewritable
 
 
 def copy_whole(model: fx.GraphModule) -> None:

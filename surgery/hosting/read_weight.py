@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class ReadWeight(Host):
                 f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
             ) from error
         _read_quickly(type(self.owner), self.weight_name)
+        _told_of_conversions(type(self.owner))
         if new:
             _picklable(type(self.owner))
 
@@ -137,6 +138,25 @@ class Quick(property):
         self.its = its
 
 
+def _told_of_conversions(cls: Any) -> None:
+    """Let the adapters of a parametrised module know when its weights have been moved or cast."""
+    if "_apply" in vars(cls):
+        return
+
+    def apply(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        mine: Any = next(
+            c for c in type(module).__mro__ if vars(c).get("_apply") is apply
+        )  # detaching copies the class
+        super(mine, module)._apply(fn, recurse)
+        for parts in module.parametrizations.values():
+            for part in parts:
+                if isinstance(part, Adapter):
+                    part.record.converted(part, part.host.registered())
+        return module
+
+    setattr(cls, "_apply", apply)  # noqa: B010
+
+
 def _read_quickly(cls: type, name: str) -> None:
     its = vars(cls)[name]
     setattr(cls, name, its if isinstance(its, Quick) else Quick(name, its))
@@ -160,5 +180,6 @@ def _unpickled(cls: type, mixins: tuple[type, ...], names: list[str], hosted: li
     parametrised_class(module, names)
     for name in hosted:
         _read_quickly(type(module), name)
+    _told_of_conversions(type(module))
     _picklable(type(module))
     return module

@@ -87,7 +87,7 @@ def make_root(model: nn.Module, state: State) -> None:
     Raises:
         SurgeryError: it has an attribute of that name, or its class cannot be subclassed.
     """
-    if STATE in vars(model):
+    if STATE in vars(model) and state_of(model) is None:
         raise SurgeryError(
             f"{type(model).__name__} has an attribute {STATE!r} of its own, which surgery would take: put it into "
             "another module, as nn.Sequential(model), and operate on that"

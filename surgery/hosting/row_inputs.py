@@ -71,9 +71,8 @@ class TrialMaker:
         if any(found.given.get(name) is not None for name in CACHES):  # without the cache the call is its own text
             args = tuple(None if name in CACHES else value for name, value in zip(names, args, strict=True))
             kwargs = {name: value for name, value in kwargs.items() if name not in CACHES}
-            if found.first is not None and found.first.dim() > 1:  # a mask of what is in the cache too does not fit
-                length = found.first.shape[1 - dim]
-                kwargs = {k: v for k, v in kwargs.items() if "mask" not in k or v is None or v.shape[-1] == length}
+            length = None if found.first is None or found.first.dim() < 2 else found.first.shape[1 - dim]
+            kwargs = {name: value for name, value in kwargs.items() if "mask" not in name or _spans(value, length)}
             found = Sequences(model, args, kwargs)
         self.vocabulary, self.main = Vocabulary.of(model), found.first
         self.dim, self.batch = dim, 0 if found.first is None else found.first.shape[dim]
@@ -166,6 +165,11 @@ class TrialMaker:
             elif other or row + seed:
                 filled[row] = noisy(filled[row], scale, 1000 * seed + 2 * row + other, same=same)
         return filled.movedim(0, leaf.dim)
+
+
+def _spans(mask: object, length: int | None) -> bool:
+    """Whether a mask is one of the positions of a call, and not also of what is in a cache."""
+    return isinstance(mask, torch.Tensor) and mask.shape[-1] == length
 
 
 def _cut_short(mask: torch.Tensor, dim: int) -> torch.Tensor:

@@ -114,7 +114,12 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """All adapters of a model by the keys of their sites, in the order of the modules."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module, found {type(model).__name__}")
-    return {_key(path, module, model): module for path, module in model.named_modules() if isinstance(module, Adapter)}
+    return adapters_in(module_paths(model))
+
+
+def adapters_in(paths: Mapping[nn.Module, str]) -> dict[str, Adapter]:
+    """All adapters of the model of these paths, by the keys of their sites."""
+    return {_key(path, module, paths): module for module, path in paths.items() if isinstance(module, Adapter)}
 
 
 def sites_of(root: nn.Module, state: State) -> dict[str, Adapter]:
@@ -125,11 +130,10 @@ def sites_of(root: nn.Module, state: State) -> dict[str, Adapter]:
     return state.staleness.sites
 
 
-def _key(path: str, adapter: Adapter, model: nn.Module) -> str:
-    """The key of a site in the model where its adapter has a path."""
+def _key(path: str, adapter: Adapter, paths: Mapping[nn.Module, str]) -> str:
+    """The key of a site in the model of these paths, where its adapter has a path."""
     if adapter.host.inlined:  # of the model itself, or of a graph module inside
-        owner = next(path for path, module in model.named_modules() if module is adapter.host.owner)
-        return f"{owner}.{adapter.key}".lstrip(".")
+        return f"{paths[adapter.host.owner]}.{adapter.key}".lstrip(".")
     if adapter.host.name == "module":
         return path.rpartition(".")[0]
     owner, _, local = path.rpartition("parametrizations.")
@@ -139,15 +143,15 @@ def _key(path: str, adapter: Adapter, model: nn.Module) -> str:
     return f"{key}.{part}" if part else key
 
 
-def module_paths(model: nn.Module) -> dict[int, str]:
-    """The path of every module by its identity."""
-    return {id(module): path for path, module in model.named_modules()}
+def module_paths(model: nn.Module) -> dict[nn.Module, str]:
+    """The path of every module, by the module."""
+    return {module: path for path, module in model.named_modules()}
 
 
-def parameter_names(paths: Mapping[int, str], site: Adapter) -> tuple[str, str | None]:
+def parameter_names(paths: Mapping[nn.Module, str], site: Adapter) -> tuple[str, str | None]:
     """Names that the weight and bias of a site have, or had before surgery, in the model of these paths."""
     host = site.host
-    path = "" if host.inlined else paths[id(host.owner)]
+    path = "" if host.inlined else paths[host.owner]
     join = (lambda name: f"{path}.{name}") if path else (lambda name: name)
     return join(host.weight_name), join(host.bias_name) if host.bias_name else None
 
@@ -167,12 +171,28 @@ def residual_site(module: nn.Module) -> Adapter | None:
     return site if isinstance(site, Adapter) and site.form == "residual" and not site.host.inlined else None
 
 
-def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
-    tensors = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in own_tensors(m))]
-    states = [state for state in map(state_of, model.modules()) if state is not None]
+def shared_tensors(modules: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+    """Every tensor of some modules by identity, as the memo of a ``deepcopy`` that shares them."""
+    found = list(modules)
+    tensors = [tensor for m in found for tensor in (*own_tensors(m), *m._buffers.values())]
+    states = [state for state in map(state_of, found) if state is not None]
     tensors += [one.before for state in states for one in state.replaced]
     return {id(tensor): tensor for tensor in tensors if tensor is not None}
+
+
+def check_there(key: str, site: Adapter) -> None:
+    """Refuse a site whose values are gone, or not loaded yet, where they are to be read.
+
+    Raises:
+        WeightError: some of its tensors are on the meta device.
+    """
+    held = (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
+    if any(tensor is not None and tensor.is_meta for tensor in held):
+        raise WeightError(
+            f"site {key!r}: its tensors are offloaded, or were never loaded: they are on the meta device, where there "
+            "are no values to read; load them first, or bring back what accelerate offloads with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
 
 
 def check_weights(model: nn.Module) -> None:
@@ -180,28 +200,21 @@ def check_weights(model: nn.Module) -> None:
 
     Raises:
         SurgeryError: names the first site, and says what to do.
-        WeightError: its tensors are offloaded.
+        WeightError: its tensors are offloaded, or not loaded.
     """
     for key, site in adapters_of(model).items():
-        if any(
-            t is not None and t.is_meta
-            for t in (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
-        ):
-            raise WeightError(
-                f"site {key!r}: its tensors are offloaded, and on the meta device between calls; bring them back with "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-            )
+        check_there(key, site)
         if site.host.keeps_base:
             site.record.require(site)
 
 
-def require_bases(model: nn.Module) -> None:
-    """Refuse what goes back to the model before surgery, where it has lost its weights.
+def require_bases(adapters: Mapping[str, Adapter]) -> None:
+    """Refuse what goes back to the model before surgery, where it has lost the weights of some sites.
 
     Raises:
         SurgeryError: a base weight was not kept.
     """
-    if missing := [key for key, site in adapters_of(model).items() if not site.host.keeps_base]:
+    if missing := [key for key, site in adapters.items() if not site.host.keeps_base]:
         raise SurgeryError(
             f"site {missing[0]!r}: its base weight was not kept (keep_base=False), so what was before surgery is gone; "
             "begin again from the base model"

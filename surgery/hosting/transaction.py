@@ -58,9 +58,8 @@ class Snapshot:
         own = [type(m) for m in modules if isinstance(m, fx.GraphModule) or parametrize.is_parametrized(m)]
         self.members = [(cls, dict(vars(cls))) for cls in dict.fromkeys(own)]
         self.tables = [(table, table.copy()) for part in objects for table in _tables(part)]
-        held = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-        held |= {i: t for i, t in shared_tensors(model).items() if isinstance(t, nn.Parameter)}
-        self.flags = [(parameter, parameter.requires_grad) for parameter in held.values()]
+        held = [tensor for tensor in shared_tensors(modules).values() if isinstance(tensor, nn.Parameter)]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in held]
         self.values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _written(modules, forwards)]
         self.numbers = random.getstate(), torch.get_rng_state()
         self.fused = torch.backends.mha.get_fastpath_enabled()
@@ -98,7 +97,8 @@ def _objects(model: nn.Module) -> Iterator[object]:
     record = state_of(model)
     original = getattr(record, "original", None)
     roots = [model, *(m for m in (original.modules.values() if original else ()) if m is not None)]
-    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    seen: set[nn.Module] = set()
+    modules = [module for root in roots for _, module in root.named_modules(seen)]
     yield from modules
     for adapter in (module for module in modules if isinstance(module, Adapter)):
         yield adapter.host

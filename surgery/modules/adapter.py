@@ -219,7 +219,7 @@ class Adapter(InlinedAdapter):
         self.cache.clear()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self.record.converting(self, self.host.registered(), told_after=self.host.name == "module")
+        self.record.converting(self, self.host.registered())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self

@@ -8,6 +8,8 @@ as they are. They are adopted as well where the factors were written too and are
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,24 +33,32 @@ class WeightRecord:
         fingerprint: of the weight that the factors belong to; None after a cast, of which nothing is hashed.
         trained: whether the weight was trained since: the factors are no longer its own, and no lowering may take them
             for that.
+        dtypes: that weight and factors have had, and were rounded to.
     """
 
-    def __init__(self, fingerprint: str | None = None, *, trained: bool = False) -> None:
-        self.fingerprint, self.trained = fingerprint, trained
+    def __init__(
+        self,
+        fingerprint: str | None = None,
+        *,
+        trained: bool = False,
+        dtypes: Iterable[torch.dtype] = (),
+    ) -> None:
+        self.fingerprint, self.trained, self.dtypes = fingerprint, trained, frozenset(dtypes)
         self._dtype: torch.dtype | None = None  # that the fingerprint is of
         self._is_converted = False  # from a weight that had not changed
         self._required_grad = False  # since it was last compared
-        self._seen: tuple[torch.Tensor, int, int] | None = None
+        self._seen: tuple[weakref.ref[torch.Tensor], int, int] | None = None
         self._factors: Versions | None = None
 
     def adopt(self, site: Adapter, weight: torch.Tensor) -> None:
         """Take what is there for the weight that the factors belong to."""
         self._is_converted, self._required_grad, self._dtype = False, False, weight.dtype
-        self._seen, self._factors = (weight, version_of(weight), address_of(weight)), _versions(site)
+        self._seen = (weakref.ref(weight), version_of(weight), address_of(weight))  # it may go, with its memory
+        self._factors, self.dtypes = _versions(site), self.dtypes | {weight.dtype, site.factors.U.dtype}
 
     def for_copy(self) -> WeightRecord:
         """The record of a copy of the site; its weight is compared when it is first seen."""
-        found = WeightRecord(self.fingerprint, trained=self.trained)
+        found = WeightRecord(self.fingerprint, trained=self.trained, dtypes=self.dtypes)
         found._dtype = self._dtype
         return found
 
@@ -96,23 +106,17 @@ class WeightRecord:
         if weight is not None:
             forget_fingerprints(weight)
 
-    def converting(self, site: Adapter, weight: torch.Tensor | None, *, told_after: bool) -> None:
-        """Before the model is moved or cast: what comes of a weight that has not changed is the recorded one.
-
-        Args:
-            told_after: whether :meth:`converted` follows. Else the next comparison asks whether the factors fit.
-        """
+    def converting(self, site: Adapter, weight: torch.Tensor | None) -> None:
+        """Before the model is moved or cast: what comes of a weight that has not changed is the recorded one."""
         if weight is None or weight.is_meta or is_sharded(weight):
             return
-        if self._seen is None:  # of a copy; where it is tied, it may have been cast already
-            same = self._dtype != weight.dtype or site.base_weight.fingerprint() == self.fingerprint
-            self.fingerprint = None if self._dtype != weight.dtype else self.fingerprint
+        if self._seen is None and self.fingerprint is not None and self._dtype == weight.dtype:  # of a copy
+            same = site.base_weight.fingerprint() == self.fingerprint
+        elif self._seen is None:  # nothing is known to compare with: where it is tied, it has been cast already
+            same = self.trained or self._why_not(site) is None
         else:
-            same = (weight is self._seen[0] and version_of(weight) == self._seen[1]) or self._unchanged(weight)
-        if same and (not told_after or self.fingerprint is None):
-            self._seen, self.fingerprint = None, None
-        elif same:
-            self._is_converted = True
+            same = (weight is self._seen[0]() and version_of(weight) == self._seen[1]) or self._unchanged(weight)
+        self._is_converted = same
 
     def converted(self, site: Adapter, weight: torch.Tensor | None) -> None:
         """After that."""
@@ -126,15 +130,20 @@ class WeightRecord:
         """Whether nothing has written to the weight since it was seen, as far as versions and addresses tell."""
         if self._seen is None:
             return False
-        seen, version, address = self._seen
+        seen, version, address = self._seen[0](), *self._seen[1:]
         if version_of(weight) != version or address_of(weight) != address:
             return False
-        return weight is seen or (address != 0 and _alike(weight, seen))  # as a detached one that is put in its place
+        return weight is seen or (
+            seen is not None and address != 0 and _alike(weight, seen)
+        )  # as a detached one that is put in its place
+
+    def _why_not(self, site: Adapter) -> str | None:
+        return why_not_of(site.base_weight.matrix().detach(), site.factors, site.variant, tuple(self.dtypes))
 
     def _find_out_whether_trained(self, site: Adapter) -> None:
         found = site.base_weight.fingerprint()
         if self.fingerprint is None:
-            self.trained |= why_not_of(site.base_weight.matrix(), site.factors, site.variant) is not None
+            self.trained |= self._why_not(site) is not None
         else:
             self.trained |= found != self.fingerprint
         self.fingerprint = found
@@ -148,7 +157,7 @@ class WeightRecord:
                 return
         why: str | None = "its values are others"
         if written or self.fingerprint is None:
-            why = None if self.trained and not written else why_not_of(_matrix(site), site.factors, site.variant)
+            why = None if self.trained and not written else self._why_not(site)
         if why is not None:
             raise SurgeryError(
                 f"site {site.key!r}: its base weight is not the one that its factors were made for: {why} (expected "
@@ -156,10 +165,6 @@ class WeightRecord:
                 "there; or call undo_surgery and then apply_surgery on the new one; or recalibrate(model, reset=True)"
             )
         self.fingerprint, self.trained = found, self.trained and not written
-
-
-def _matrix(site: Adapter) -> torch.Tensor:
-    return site.base_weight.matrix().detach()
 
 
 def _alike(weight: torch.Tensor, seen: torch.Tensor) -> bool:

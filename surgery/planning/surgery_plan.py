@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.capture.inspect_model import Inspection, graph_products, inspect_model
+from passes.capture.graph_products import Products
+from passes.capture.inspect_model import Inspection, inspect_model
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import VariantError
 from surgery.hosting.attach import check_not_operated
 from surgery.hosting.checks import check_loaded, check_weight
 from surgery.hosting.choose import choose_host, is_product
-from surgery.hosting.graph_surgery import original_graph
-from surgery.hosting.state import require_bases, state_of
+from surgery.hosting.graph_surgery import products_of
+from surgery.hosting.state import adapters_of, require_bases, state_of
 from surgery.planning.peft_layers import base_sites
 from surgery.planning.target_selection import GROUPS, Patterns, select_sites, site_ranks
 from surgery.variants import Variant
@@ -28,11 +29,13 @@ class Plan:
 
     Attributes:
         inspection: of the model.
+        products: of a graph, those that an adapter can be written beside.
         sites: in order of execution.
         ranks, hosts: by key.
     """
 
     inspection: Inspection
+    products: Products
     sites: list[Site]
     ranks: dict[str, int]
     hosts: dict[str, str]
@@ -74,7 +77,8 @@ def make_plan(
         SurgeryError: nothing fits, or a chosen weight cannot be operated on.
     """
     check_loaded(model)
-    require_bases(model)
+    present = adapters_of(model)
+    require_bases(present)
     inspection = inspection_of(model, example_inputs)
     chosen = select_sites(
         model,
@@ -84,11 +88,11 @@ def make_plan(
         layers_to_transform=layers_to_transform,
         config=config,
     )
-    check_not_operated(model, chosen)
+    check_not_operated(present, chosen)
     ranks = site_ranks(chosen, config, rank_pattern)
     for site in chosen:
         check_weight(model, site)
-    products = graph_products(model, original_graph(model))[0] if isinstance(model, fx.GraphModule) else {}
+    products = inspection.products if state_of(model) is None else products_of(model)
     hosts = {s.key: "graph" if s.key in products else choose_host(model, s, inspection.calls) for s in chosen}
     if not config.linear and (read := [key for key, host in hosts.items() if host == "weight"]):
         message = (
@@ -102,7 +106,7 @@ def make_plan(
             f"is not seen, so that there are none for it ({len(stacks)} such)"
         )
         chosen = _without(chosen, stacks, message, config, target_modules)
-    return Plan(inspection, chosen, ranks, hosts)
+    return Plan(inspection, products, chosen, ranks, hosts)
 
 
 def _without(

@@ -66,15 +66,15 @@ def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[Jso
     return {**unsigned, "sha256": digest}, [header, memoryview(data)[size:]]
 
 
-def is_adapter(folder: Path) -> bool:
+def holds_adapter(folder: Path) -> bool:
     """Whether a folder looks like what ``save_adapter`` writes."""
     return (folder / TENSORS).exists() or (folder / CONFIG).exists()
 
 
-def is_checkpoint(folder: Path) -> bool:
+def holds_checkpoint(folder: Path) -> bool:
     """Whether a folder looks like a model's, and like no adapter's."""
     names = ("config.json", "model.safetensors", "model.safetensors.index.json")
-    return not is_adapter(folder) and any((folder / name).exists() for name in names)
+    return not holds_adapter(folder) and any((folder / name).exists() for name in names)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
         hub = f"; one on the Hub is fetched by pull_adapter({str(folder)!r})" if on_hub(folder) else ""
         raise AdapterError(f"{str(folder)!r} is not a directory; expected an adapter with {TENSORS}{hub}")
     file = folder / TENSORS
-    if is_checkpoint(folder):
+    if holds_checkpoint(folder):
         raise AdapterError(f"{str(folder)!r} is a model's checkpoint; expected an adapter with {TENSORS}")
     while True:
         try:

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from passes.analysis.linear_sites import Site
-from passes.capture.inspect_model import graph_products
 from surgery.errors import AdapterError, WeightError
 from surgery.hosting.attach import AdapterPlan
 from surgery.hosting.beside_cores import base_buffers, present
 from surgery.hosting.choose import why_not_called
-from surgery.hosting.graph_surgery import original_graph
-from surgery.hosting.state import adapters_of, module_paths, parameter_names, state_of
+from surgery.hosting.state import state_of
 from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
 from surgery.storage.trained_parameters import read_trained
+from surgery.support.fingerprint import DTYPES
 from surgery.support.progress_bar import track
 from surgery.support.untrusted_files import JsonObject
 
@@ -44,20 +43,26 @@ class LoadedAdapter:
     trained: dict[str, torch.Tensor]
 
 
-def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> LoadedAdapter:
+def read_adapter(
+    model: nn.Module,
+    path: Path,
+    hosted: Mapping[str, torch.Tensor],
+    products: Collection[str],
+    *,
+    progress: bool = False,
+) -> LoadedAdapter:
     """Read an adapter for a model.
 
     Args:
+        hosted: the weights of the model that adapters host, by the names that they had before surgery.
+        products: of a graph, keys of those that an adapter can be written beside.
         progress: show a progress bar where factors are recomputed.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    parameters, buffers = _own_tensors(model)
-    products: Collection[str] = ()
+    parameters, buffers = _own_tensors(model, hosted)
     names_of = SavedNames(model, {**parameters, **buffers})
-    if isinstance(model, fx.GraphModule):
-        products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
         trained, expected = read_trained(model, repr(str(path)), config, names_of, parameters, buffers, tensors)
         parameters |= {name: tensor for name, tensor in trained.items() if name in parameters}
@@ -81,12 +86,11 @@ def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> Loa
     return LoadedAdapter(config, plans, notes, trained)
 
 
-def _own_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _own_tensors(
+    model: nn.Module, hosted: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The parameters and the buffers that a model would have without adapters, by every name."""
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    paths = module_paths(model)
-    for site in adapters_of(model).values():
-        parameters[parameter_names(paths, site)[0]] = site.host.parameter()
+    parameters: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **hosted}
     state = state_of(model)
     before = {id(present(one)): one.before for one in state.replaced} if state else {}
     return tuple(  # type: ignore[return-value]
@@ -153,4 +157,5 @@ def _read_site(
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
-    return AdapterPlan(site, host, variant, factors, core, trained=entry.get("trained", False)), names
+    trained, dtypes = entry.get("trained", False), frozenset({DTYPES[entry["dtype"]]})
+    return AdapterPlan(site, host, variant, factors, core, trained=trained, dtypes=dtypes), names

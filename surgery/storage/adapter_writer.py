@@ -10,8 +10,7 @@ from torch import nn
 from passes.capture.capture import is_pretrained
 from surgery.errors import AdapterError
 from surgery.hosting.beside_cores import beside_cores
-from surgery.hosting.checks import check_there
-from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of
+from surgery.hosting.state import adapters_in, check_there, module_paths, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.storage.adapter_config import FORMAT, mirror
 from surgery.storage.adapter_file import CONFIG, TENSORS, encode
@@ -53,9 +52,9 @@ def adapter_content(
     Raises:
         AdapterError: the adapter would not load: a tensor is not finite, factors do not follow from their weight.
     """
-    notes, present = record_of(model).factorisation, adapters_of(model)
+    notes, paths = record_of(model).factorisation, module_paths(model)
+    present = adapters_in(paths)
     first = next(iter(present.values())).variant
-    paths = module_paths(model)
     names = SavedNames(model, ())
     entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}

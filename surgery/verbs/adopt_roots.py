@@ -78,9 +78,9 @@ def adopt_roots(model: nn.Module) -> Adopted:
             raise SurgeryError(
                 f"{path!r} is a graph that was operated on: merge or undo it before surgery on its parent"
             )
-        require_bases(root)
         check_weights(root)
         found = adapters_of(root)
+        require_bases(found)
         adopted.plans += [plan_of(paths, f"{path}.{key}", site) for key, site in found.items()]
         adopted.factorisation |= {f"{path}.{key}": note for key, note in state.factorisation.items()}
         adopted.brought |= brought_by_name(model, state)

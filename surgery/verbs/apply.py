@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
+from passes.capture.graph_products import Products
 from passes.capture.inspect_model import Inspection
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
@@ -20,6 +21,7 @@ from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
 from surgery.hosting.state import State, adapters_of, record_of, require_bases, restore_flags, state_of, unwrap
 from surgery.hosting.transaction import transaction
+from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
@@ -145,7 +147,7 @@ def apply_surgery(
                 measure(model, example_inputs, progress=progress)
 
         plans, notes = [*adopted.plans, *plans], adopted.factorisation | notes
-        operate(model, plans, plan.inspection, notes, finish, adopted.brought)
+        operate(model, plans, plan.inspection, plan.products, notes, finish, adopted.brought)
     return given
 
 
@@ -153,36 +155,36 @@ def operate(
     model: nn.Module,
     plans: Iterable[AdapterPlan],
     inspection: Inspection | None,
+    products: Products,
     notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
     trained: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
+    """Attach all adapters, freeze the rest and finish; within a transaction, which undoes what is done if it fails.
 
     Args:
         trained: what was trained beside the cores, to put in the place of the model's own, by name.
     """
-    with transaction(model, forwards=False):  # a forward in it is in the caller's
-        is_new = state_of(model) is None
-        if is_new:
-            flags = {name: p.requires_grad for name, p in model.named_parameters()}
-            make_root(model, State(flags, inspection, {}, graph_state(model)))
-            record_of(model).replaced = bring(model, trained or {})
-            model.requires_grad_(False)
-        state = record_of(model)
-        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-            attach_all(model, plans, state.original)
-            share_steering(model, state)
-        for tensor in (trained or {}).values():
-            tensor.requires_grad_(isinstance(tensor, nn.Parameter))
-        state.factorisation.update(notes)
-        finish()
-        dropped = {plan.site.key for plan in plans if not plan.keep_base}
-        for key, site in adapters_of(model).items():
-            if key in dropped and site.host.set_aside is not None:
-                site.host.drop_base(site.base_weight.fingerprint())
-        if is_new:
-            state.buffers = watched_buffers(model)
+    is_new = state_of(model) is None
+    if is_new:
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        make_root(model, State(flags, inspection, {}, graph_state(model, products)))
+        record_of(model).replaced = bring(model, trained or {})
+        model.requires_grad_(False)
+    state = record_of(model)
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+        attach_all(model, plans, state.original, products)
+        share_steering(model, state)
+    for tensor in (trained or {}).values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    state.factorisation.update(notes)
+    finish()
+    dropped = {plan.site.key for plan in plans if not plan.keep_base}
+    for key, site in adapters_of(model).items() if dropped else ():
+        if key in dropped and site.host.set_aside is not None:
+            site.host.drop_base(site.base_weight.fingerprint())
+    if is_new:
+        state.buffers = watched_buffers(model)
 
 
 def undo_surgery(model: Model) -> Model:
@@ -204,18 +206,23 @@ def restore_base(model: Model) -> Model:
     """Undo surgery without a word; of an operated copy, whose owner undoes nothing."""
     for root in roots_of(model):
         state = record_of(root)
-        require_bases(root)
+        found = adapters_of(root)
+        require_bases(found)
         with transaction(root, forwards=False):
-            detach_all(root)
+            detach_all(root, found)
             restore_flags(root, state.requires_grad)
             unmake_root(root)
     return model
 
 
-def detach_all(model: nn.Module) -> None:
-    """Take every adapter off an operated model, and what was loaded beside the cores."""
+def detach_all(model: nn.Module, found: Mapping[str, Adapter]) -> None:
+    """Take every adapter off an operated model, and what was loaded beside the cores.
+
+    Args:
+        found: the adapters.
+    """
     state = record_of(model)
-    for site in adapters_of(model).values():
+    for site in found.values():
         if not site.host.inlined:
             site.host.detach()
     put_back(state)

@@ -13,8 +13,17 @@ from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import ExampleInputs, outside_inference_mode
 from surgery.factors.statistics_file import Statistics
 from surgery.hosting.attach import AdapterPlan, plan_of
-from surgery.hosting.checks import check_flags, check_seed, check_there, check_whole
-from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, unwrap
+from surgery.hosting.checks import check_flags, check_seed, check_whole
+from surgery.hosting.graph_surgery import products_of
+from surgery.hosting.state import (
+    adapters_in,
+    check_there,
+    module_paths,
+    record_of,
+    require_bases,
+    restore_flags,
+    unwrap,
+)
 from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
@@ -101,10 +110,11 @@ def recalibrate(
     check_seed(seed)
     inner: nn.Module = unwrap(model)
     record = record_of(inner)
-    require_bases(inner)
+    paths = module_paths(inner)
+    found = adapters_in(paths)
+    require_bases(found)
     if calibration is None:
         raise InputError("recalibrate needs calibration data: an iterable of batches, a Contrast or Statistics")
-    found = adapters_of(inner)
     for key, site in found.items():
         check_whole(key, site.base_weight)
         check_there(key, site)
@@ -116,7 +126,6 @@ def recalibrate(
     inspection = known_inspection(inner)
     sites = {site.key: site for site in inspection.sites} if inspection else {}
     wanted: list[Wanted] = []
-    paths = module_paths(inner)
     for key, site in found.items():
         plan = plan_of(paths, key, site)
         place = replace(plan.site, group=sites[key].group) if key in sites else plan.site
@@ -133,7 +142,7 @@ def recalibrate(
         return plans, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
-    replace_adapters(inner, make)
+    replace_adapters(inner, found, products_of(inner), make)
     restore_flags(inner, flags)
     write_coefficient(record_of(inner), coefficient)
     return given

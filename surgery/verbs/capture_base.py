@@ -20,7 +20,7 @@ from passes.capture.capture import (
     is_pretrained,
     with_two_rows,
 )
-from passes.capture.inspect_model import graph_products
+from passes.capture.graph_products import Products
 from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.infra.tolerance import RELATIVE, disagreement
 from passes.infra.translation_validation import Validation
@@ -33,7 +33,7 @@ from surgery.hosting.graph_site import GraphSite
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, original_graph
 from surgery.hosting.model_kinds import private_parameters
 from surgery.hosting.root import unmake_root
-from surgery.hosting.state import adapters_of, module_paths, parameter_names, require_bases, shared_tensors
+from surgery.hosting.state import adapters_of, parameter_names, require_bases, shared_tensors
 from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
 
@@ -50,8 +50,8 @@ def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) 
         InputError: there are no example inputs.
         CaptureError: the model cannot be captured.
     """
-    require_bases(model)
-    copied = copy.deepcopy(model, shared_tensors(model))
+    require_bases(adapters_of(model))
+    copied = copy.deepcopy(model, shared_tensors(model.modules()))
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(copied, fx.GraphModule):
         if hosted := [key for key, site in adapters_of(copied).items() if not site.host.inlined]:
@@ -61,6 +61,7 @@ def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) 
             )
         drop_sites(copied, graph_sites(copied))
         copied.graph = copy_graph(original_graph(copied))
+        unmake_root(copied)
         return private_parameters(copied), forward_call(() if example_inputs is None else example_inputs)
     if example_inputs is None:
         raise InputError(f"capturing {type(model).__name__} needs example_inputs: a dict, a tuple or a tensor")
@@ -120,15 +121,19 @@ def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
             graph.get_submodule(parent)._modules[local] = one
 
 
-def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> list[Adapter]:
-    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own."""
-    _split_packed(graph, model, only)
-    products, _ = graph_products(graph, graph.graph)
+def sites_for(
+    graph: fx.GraphModule, products: Products, paths: Mapping[nn.Module, str], hosted: Mapping[str, Adapter]
+) -> list[Adapter]:
+    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own.
+
+    Args:
+        products: of the graph, those that an adapter can be written beside.
+        paths: of the model's modules.
+        hosted: the model's adapters.
+    """
     reads = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    found, missing, paths = [], [], module_paths(model)
-    for key, site in adapters_of(model).items():
-        if only is not None and key not in only:
-            continue
+    found, missing = [], []
+    for key, site in hosted.items():
         weight, bias = parameter_names(paths, site)
         if key in products:  # of tied names, a capture may keep another, and so may a product read another
             weight = products[key][0].weight
@@ -155,12 +160,11 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
     return found
 
 
-def _split_packed(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | None) -> None:
+def split_packed(graph: fx.GraphModule, paths: Mapping[nn.Module, str], hosted: Mapping[str, Adapter]) -> None:
     """Split the reads of packed weights into the parts that are sites."""
     found: dict[str, list[Adapter]] = {}
-    paths = module_paths(model)
-    for key, site in adapters_of(model).items():
-        if site.rows and (only is None or key in only):
+    for site in hosted.values():
+        if site.rows:
             found.setdefault(parameter_names(paths, site)[0], []).append(site)
     for weight, parts in found.items():
         split_reads(graph.graph, weight, len(parts[0].host.parameter()), [part.rows for part in parts])  # type: ignore[misc]

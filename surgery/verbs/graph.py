@@ -30,12 +30,21 @@ from passes.transforms.merge_adapters import Merge
 from passes.transforms.propagate_metadata import Annotate
 from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.checks import check_flags, check_form
-from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite
+from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, products_of, register_sites, rewrite
 from surgery.hosting.root import make_root, share_steering, unmake_root
-from surgery.hosting.state import State, adapters_of, check_weights, record_of, restore_flags, unwrap
+from surgery.hosting.state import (
+    State,
+    adapters_in,
+    adapters_of,
+    check_weights,
+    module_paths,
+    record_of,
+    restore_flags,
+    unwrap,
+)
 from surgery.hosting.transaction import transaction
 from surgery.verbs.argument_types import ExampleInputs, Form, Stage, Verify
-from surgery.verbs.capture_base import capture_base, check_capture, sites_for
+from surgery.verbs.capture_base import capture_base, check_capture, sites_for, split_packed
 from surgery.verbs.verification import call_to_verify, graph_validation
 
 
@@ -134,21 +143,26 @@ def pipeline(
     check_weights(model)
     with transaction(model):  # whose cores the graph shares
         graph, call = capture_base(model, example_inputs)
-        state = State(dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph))
+        paths = module_paths(model)
+        hosted = {key: site for key, site in adapters_in(paths).items() if only is None or key in only}
+        split_packed(graph, paths, hosted)
+        products = products_of(model if isinstance(model, fx.GraphModule) else graph)
+        before = graph_state(graph, products)
+        state = State(dict(record.requires_grad), record.inspection, dict(record.factorisation), before)
         state.captured_call = copied(call)
         make_root(graph, state)
         state.steering.to(record.steering.coeff.device, record.steering.coeff.dtype)
         state.steering.write(record.steering.coeff)
         state.number, state.coefficient = record.number, record.coefficient
         state.brought_in_place = set(beside_cores(model))  # the graph has parameters of its own on the same memory
-        sites = sites_for(graph, model, only)
+        sites = sites_for(graph, products, paths, hosted)
         for site in sites if form == "residual" else ():
             if not site.host.changes_weight:
                 site.host.split()
         for site in () if keep_base else sites:
             site.host.base_fingerprint = site.base_weight.fingerprint()
         share_steering(graph, state, sites)
-        places = register_sites(graph, graph.graph, sites)
+        places = register_sites(graph, graph.graph, products, sites)
         graph.graph = copy_graph(graph.graph)
         merging = Merge.name not in disable and stop_after in (None, Merge.name)
         stages: list[Pass] = [

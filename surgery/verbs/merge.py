@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -11,10 +12,11 @@ from passes.errors import InputError
 from passes.ir.forward_context import outside_inference_mode
 from passes.transforms.merge_adapters import Merge, other_readers
 from surgery.errors import VariantError, WeightError
-from surgery.hosting.checks import check_flags, check_there, check_whole
+from surgery.hosting.checks import check_flags, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.root import roots_of, unmake_root
 from surgery.hosting.state import (
+    adapters_in,
     adapters_of,
     check_weights,
     module_paths,
@@ -61,21 +63,20 @@ def merge(model: Model, *, untie: bool = False, progress: bool | None = None, ve
 
 
 def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> None:
-    state, found = record_of(model), adapters_of(model)
+    state, paths = record_of(model), module_paths(model)
+    found = adapters_in(paths)
     check_weights(model)
     nodes = {key: site for key, site in found.items() if site.host.inlined}
-    shared = _shared(model, found)
+    shared = _shared(model, paths, found)
     for key, site in found.items():
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
         check_whole(key, site.base_weight)
-        check_there(key, site)
         if key in shared and not untie:
             raise WeightError(
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
                 "would change these too; untie=True gives the site a weight of its own"
             )
-    paths = module_paths(model)
     bases = [(parameter_names(paths, site)[0], _base(site)) for site in found.values()]
     if verify is not False and verify is not None and not nodes:
         raise InputError("verify= compares a graph before and after; this model is no graph: use to_graph first")
@@ -126,9 +127,9 @@ def _base(site: Adapter) -> torch.Tensor:
     return site.host.parameter() if site.host.set_aside is None else site.host.set_aside
 
 
-def _shared(model: nn.Module, found: dict[str, Adapter]) -> dict[str, list[str]]:
+def _shared(model: nn.Module, paths: Mapping[nn.Module, str], found: dict[str, Adapter]) -> dict[str, list[str]]:
     """What else has or reads the weight of a site, by the site's key."""
-    owners, shared = _owners(model), {}
+    owners, shared = _owners(paths), {}
     for key, site in found.items():
         if site.host.inlined:
             continue
@@ -140,10 +141,10 @@ def _shared(model: nn.Module, found: dict[str, Adapter]) -> dict[str, list[str]]
     return {key: names for key, names in shared.items() if names}
 
 
-def _owners(model: nn.Module) -> dict[int, set[str]]:
+def _owners(paths: Mapping[nn.Module, str]) -> dict[int, set[str]]:
     """Paths of the modules that register each parameter, by the parameter's identity."""
     owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules():
+    for module, path in paths.items():
         for parameter in own_tensors(module):
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(path.partition(".parametrizations.")[0])

@@ -34,7 +34,16 @@ from torch import nn
 
 from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.state import check_weights, record_of, require_bases, unwrap
+from surgery.hosting.graph_surgery import products_of
+from surgery.hosting.state import (
+    adapters_in,
+    check_weights,
+    module_paths,
+    parameter_names,
+    record_of,
+    require_bases,
+    unwrap,
+)
 from surgery.storage.adapter_config import STORED
 from surgery.storage.adapter_reader import read_adapter
 from surgery.storage.adapter_writer import AdapterContent, adapter_content
@@ -159,8 +168,11 @@ def load_adapter(
     given: Model
     bars = wanted_on(progress)
     (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
-    require_bases(model)
-    loaded = read_adapter(model, path, progress=bars)
-    replace_adapters(model, lambda: (loaded.plans, loaded.notes), loaded.trained)
+    paths = module_paths(model)
+    present, products = adapters_in(paths), products_of(model)
+    require_bases(present)
+    named = {parameter_names(paths, site)[0]: site.host.parameter() for site in present.values()}
+    loaded = read_adapter(model, path, named, products, progress=bars)
+    replace_adapters(model, present, products, lambda: (loaded.plans, loaded.notes), loaded.trained)
     say_coefficient(loaded.config, f"in {str(path)!r} saved")
     return given

@@ -410,3 +410,28 @@ def test_an_interrupt_waits_for_torchs_writer(handler: Any, tmp_path: Path, monk
         assert_close(first(load(tmp_path / "model.pt2"), found.inputs), found.run())
     else:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ['say "x"', "class"])
+def test_a_module_name_that_torch_cannot_write_as_code_is_named(name, tmp_path):
+    model = apply_surgery(Named(name), "antipasto", r=2, progress=False)
+    with pytest.raises(ExportError, match=r"a tensor named 'layers.*rename the module"):
+        export(model, "pt2", tmp_path / "model.pt2", mode="live", example_inputs=torch.randn(3, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_unusual_module_name_is_exported(tmp_path):
+    model = apply_surgery(Named("it's x\\y [0]"), "antipasto", r=2, progress=False)
+    report = export(model, "pt2", tmp_path / "model.pt2", mode="live", example_inputs=torch.randn(3, 4))
+    assert report.max_error < 1e-5
+
+
+class Named(nn.Module):
+    """A linear module under a name of any kind."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layers, self.name = nn.ModuleDict({name: nn.Linear(4, 4)}), name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[self.name](x)

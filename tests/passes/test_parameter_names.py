@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch import fx, nn
 from passes.analysis.linear_sites import sites_from_graph
 from passes.capture.capture import capture, normalised
 from passes.capture.inspect_model import inspect_model
-from passes.ir.parameter_names import name_placeholders, placeholder_parameters, tensor_name
+from passes.ir.parameter_names import name_placeholders, placeholder_parameters, tensor_name, unwritable
 from surgery import apply_surgery
 from surgery.errors import TargetError
 
@@ -99,3 +100,18 @@ def test_surgery_on_such_a_graph_is_refused():
     graph = in_backend(Block(), lambda graph, _: graph)
     with pytest.raises(TargetError, match="they are among its inputs"):
         apply_surgery(graph, "antipasto", progress=False)
+
+
+@pytest.mark.parametrize("part", ['say "x"', "class", "a\nb", "a\\", "x\\n", "it's", "a b", "a[0]", "ünï", "0", "{x}"])
+def test_names_that_cannot_stand_in_the_code_of_a_graph(part):
+    graph = fx.Graph()
+    graph.output(graph.get_attr(f"layers.{part}.weight"))
+    model = nn.Module()
+    model.layers = nn.ModuleDict({part: nn.Linear(2, 2)})
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = fx.GraphModule(model, graph)()
+    except (SyntaxError, AttributeError):
+        found = None
+    assert (found is None) == unwritable(f"layers.{part}.weight")
+    assert found is None or found is model.layers[part].weight

@@ -201,6 +201,6 @@ def one_by_one(model: nn.Module, coeffs: torch.Tensor, run: Callable[[nn.Module]
         undo_surgery(wide)
         with torch.no_grad():
             for key, change in changes.items():
-                wide.get_submodule(key).weight.add_(change)
+                wide.get_submodule(key).weight.add_(change.reshape(wide.get_submodule(key).weight.shape))
             rows.append(run(wide).select(dim, i))
     return torch.stack(rows, dim).float()

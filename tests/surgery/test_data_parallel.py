@@ -55,6 +55,12 @@ def model() -> Flat:
     return found
 
 
+def turn(root: nn.Module, rank: int) -> None:
+    """Other factors of the same weight on each rank: the signs of pairs of directions are free."""
+    for factor in (sites(root)["outer"].factors.U, sites(root)["outer"].factors.Vh):
+        factor.mul_((-1) ** rank)
+
+
 def inputs(rank: int) -> torch.Tensor:
     return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(rank))
 
@@ -82,13 +88,13 @@ def work(rank: int, folder: Path, port: int, inside: bool) -> None:
         root = model()
         with torch.no_grad():
             root.shift.fill_(float(rank))
-            sites(root)["outer"].factors.S.mul_(1 + rank)
+            turn(root, rank)
         set_coeff(root, 0.25 + rank)
         run = DistributedDataParallel(Holder(root) if inside else root)
         said = {"set": trained(run, root, rank, float(get_coeff(root))), "rows": trained(run, root, rank, ROWS[rank])}
         with torch.no_grad():
             said["kept"] = run(inputs(rank))
-        said["shift"], said["S"] = root.shift.clone(), sites(root)["outer"].factors.S.clone()
+        said["shift"], said["U"] = root.shift.clone(), sites(root)["outer"].factors.U.clone()
         torch.save(said, folder / f"said{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -108,14 +114,13 @@ def test_each_rank_keeps_its_own_coefficients(inside: bool, tmp_path: Path) -> N
     alone: list[dict[str, Any]] = []
     for rank in range(WORLD):
         root = model()
-        if not inside:  # the factors too stay the rank's own where the root is what is wrapped
-            sites(root)["outer"].factors.S.mul_(1 + rank)
         alone.append({k: trained(root, root, rank, c) for k, c in (("set", 0.25 + rank), ("rows", ROWS[rank]))})
         with torch.no_grad(), steer(root, 0.25 + rank):
             assert_close(found[rank]["kept"], root(inputs(rank)))
         assert found[rank]["shift"] == 0  # what is the user's is still broadcast
-        if not inside:
-            assert torch.equal(found[rank]["S"], sites(root)["outer"].factors.S)
+        if not inside:  # the factors too stay the rank's own where the root is what is wrapped
+            turn(root, rank)
+        assert torch.equal(found[rank]["U"], sites(root)["outer"].factors.U)
     assert not torch.allclose(alone[0]["rows"]["outs"][0], alone[1]["rows"]["outs"][0], atol=0.01)
     for kind in ("set", "rows"):
         for rank in range(WORLD):

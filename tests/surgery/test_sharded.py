@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import surgery
 from surgery import apply_surgery, load_adapter, merge, recalibrate, save_adapter, sites
 from surgery.storage.adapter_file import CONFIG, TENSORS
+from surgery.storage.trainer_files import CHECKPOINT
 from tests.support.operated_models import randomise
 from tests.support.zoo import Patient, patient
 
@@ -27,7 +29,8 @@ WORLD = 2
 
 def operated() -> Patient:
     found = patient("qwen3")
-    randomise(apply_surgery(found.model, "antipasto", r=8, progress=False), 0.3)
+    hub: Any = randomise(apply_surgery(found.model, "antipasto", r=8, progress=False), 0.3)
+    hub.model.layers[0].input_layernorm.requires_grad_(True)  # is trained beside the cores
     return found
 
 
@@ -68,6 +71,11 @@ def work(rank: int, folder: Path, port: int) -> None:
         path = save_adapter(found.model, folder / "adapter")
         said["saved"] = sorted(os.listdir(path))
         save_adapter(found.model, folder / "small", factors="recompute")
+        hub: Any = found.model
+        hub.save_pretrained(folder / "pretrained", is_main_process=rank == 0)
+        whole = get_model_state_dict(hub, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank == 0:  # as a Trainer does, which has gathered the values
+            hub.save_pretrained(folder / "given", state_dict=whole)
         blocked = folder / "file" / "below"  # no process may wait for ever for one that failed
         said["blocked"] = message(lambda: save_adapter(found.model, blocked))
         said["merge"] = message(lambda: merge(found.model))
@@ -98,10 +106,12 @@ def test_a_model_in_shards(tmp_path):
     outs = [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert torch.equal(*outs)
     assert (outs[0] - alone.run()).abs().max() < 1e-5
-    for name in ("adapter", "small"):
+    for name in ("adapter", "small", "pretrained", "given"):
         fresh = patient("qwen3")
         load_adapter(fresh.model, tmp_path / name, progress=False)
         assert torch.equal(fresh.run(), outs[0])
+    for file in (CONFIG, TENSORS, CHECKPOINT):
+        assert (tmp_path / "given" / file).read_bytes() == (tmp_path / "pretrained" / file).read_bytes()
     save_adapter(copy.deepcopy(fresh.model), tmp_path / "again")
     for file in (CONFIG, TENSORS):
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
@@ -111,5 +121,6 @@ def test_a_model_in_shards(tmp_path):
         assert said["clean"]
         assert said["saved"] == ["README.md", CONFIG, TENSORS]
         assert said["blocked"].startswith("AdapterError: " + ("cannot write", "the first process could not")[rank])
-        for verb in ("merge", "recalibrate", "load", "apply"):
+        assert "lies in shards; load the adapter before the model is sharded" in said["load"]
+        for verb in ("merge", "recalibrate", "apply"):
             assert "its weight is sharded; operate, load or merge before fully_shard" in said[verb], verb
