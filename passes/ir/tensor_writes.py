@@ -23,6 +23,7 @@ from passes.ir.torch_internals import (
     storage_address,
     tensor_hooks,
     tree_iter,
+    without_modes,
     without_torch_function,
 )
 
@@ -79,7 +80,8 @@ class Watch(TorchDispatchMode):
             return
         address = storage_address(tensor)
         if address in self.memories and address not in self.copies:
-            self.copies[address] = self.memories[address].clone()
+            with without_modes():
+                self.copies[address] = self.memories[address].clone()
 
     def shrunk(self, address: int) -> bool:
         """Whether memory was given back, and with it what it held."""

@@ -111,11 +111,14 @@ def test_what_cannot_be_put_back_is_said():
         with torch.no_grad():
             model.inner.weight.add_(1)
 
-    model = made([])
-    with pytest.raises(SurgeryError, match=r"inner\.weight.*lost"), state_kept(model):
+    def write_elsewhere():
         thread = threading.Thread(target=write)
         thread.start()
         thread.join()
+
+    model = made([])
+    with pytest.raises(SurgeryError, match=r"inner\.weight.*lost"), state_kept(model):
+        write_elsewhere()
 
 
 def test_without_a_watch_a_write_to_a_parameter_is_refused():
@@ -127,7 +130,6 @@ def test_without_a_watch_a_write_to_a_parameter_is_refused():
 def test_memory_is_copied_only_where_it_is_written():
     model = made(["large_buffer_in_place"])
     held: list[int] = []
-
 
     before = Watch._copy
 
