@@ -5,30 +5,41 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PARALLEL := -n 2 --dist loadgroup # tests that share a model, an export or a capture run in one process
+# tests that share a model, an export or a capture run in one process; tests/conftest.py says which are begun first
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo check test test-full lint format wheel clean
+.PHONY: demo check test test-full fast-tests gate-tests lint style types format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/surgery demo
 
 # on every save, under two minutes: no transformers, no ONNX
-check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m fast
+check: style
+	@$(MAKE) --no-print-directory --jobs 2 types fast-tests
 
 # the gate
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not full and not bench"
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types gate-tests
 
 # everything, and the benchmarks' own tests
 test-full: lint
 	HYPOTHESIS_PROFILE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-lint: $(VENV)/.installed
+fast-tests: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m fast
+
+gate-tests: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not full and not bench"
+
+lint: style types
+
+style: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: $(VENV)/.installed # while the tests run: it takes one processor
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -197,6 +197,25 @@ def lowerings(
 
 
 @app.command()
+def fuse(
+    out: Path = OUT,
+    model: str = typer.Option(
+        "bench.models.decoder_layer:layer", help="A hub id, a folder, or package.module:callable."
+    ),
+    repeats: int = typer.Option(15, min=2, help="Pairs of samples."),
+    modes: str = typer.Option("eager,compiled", help="With commas."),
+    ranks: str = typer.Option("64,256", help="With commas."),
+    tokens: str = typer.Option("1,512", help="Tokens of the one row, with commas: 1 is decoding."),
+) -> None:
+    """Time a folded graph with and without one down-projection for the sites of one input, beside the plain base."""
+    from bench.micro.fused import measure
+
+    chosen = _known("modes", tuple(_names(modes)), ("eager", "compiled"))
+    sizes = {"ranks": _numbers("ranks", ranks), "tokens": _numbers("tokens", tokens)}
+    print(measure(out, model, repeats=repeats, modes=chosen, **sizes))
+
+
+@app.command()
 def factors(out: Path = OUT, repeats: int = typer.Option(7, min=1, help="Runs of each.")) -> None:
     """Time initialisation, and the cores alone."""
     from bench.micro.factors import measure

@@ -29,12 +29,11 @@ from exporters.compile import compiled
 from exporters.onnx.cores import check_core, export_core
 from exporters.program.swap import swap
 from exporters.shared.export_report import Exported, ExportReport
-from exporters.shared.exporter import load_exporter
-from exporters.shared.options import parse
+from exporters.shared.exporter import parsed_options
 from exporters.shared.publish import publish, staged
 from surgery.errors import ExportError
 from surgery.hosting.root import roots_of
-from surgery.hosting.state import adapters_of, unwrap
+from surgery.hosting.state import adapters_of, check_weights, unwrap
 from surgery.hosting.transaction import transaction
 
 importlib.import_module("exporters.formats")  # now: the first import of it gives its name to this package
@@ -84,17 +83,16 @@ def export(
     """
     if not isinstance(unwrap(model), nn.Module):
         raise ExportError(f"an nn.Module is exported, found {type(model).__name__}")
-    if not isinstance(format, str) or format not in formats():
-        raise ExportError(f"unknown format {format!r:.80} (known: {', '.join(formats())})")
     if core is not None:
         raise ExportError(f"core={core!r:.80}: a model has one core so far, and that is exported; leave core out")
-    exporter = load_exporter(format)
     shared = {"base_model": base_model, "tokenizer": tokenizer}
-    given = {**options, **{name: value for name, value in shared.items() if value is not None}}
-    parsed: object = parse(exporter.Options, format, given)
+    exporter, parsed = parsed_options(
+        format, {**options, **{name: value for name, value in shared.items() if value is not None}}
+    )
     model = unwrap(model)
     if adapters_of(model):
-        roots_of(model)  # of a part by itself, the coefficient would be a constant
+        for root in roots_of(model):  # of a part by itself, the coefficient would be a constant
+            check_weights(root)
     with staged(path, exporter.DEFAULT_NAME) as (written, target):
         with transaction(model):  # an exporter works on a copy that shares the model's tensors
             exported = exporter.write(model, written, example_inputs, parsed)

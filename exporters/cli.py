@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from exporters import export, formats, merge_checkpoint
-from exporters.shared.exporter import load_exporter
+from exporters.shared.exporter import load_exporter, parsed_options
 from exporters.shared.options import flags
+from exporters.shared.publish import target_of
+from passes.errors import InputError
+from surgery.storage.hub import check_adapter
 
 if TYPE_CHECKING:
     import transformers
@@ -39,10 +43,17 @@ def export_model(
     """Export a model, with an adapter or without, and compare the result with PyTorch."""
     from surgery import load_adapter, set_coeff
 
+    chosen = {name: value for name, value in given.items() if value is not None}
+    exporter, _ = parsed_options(format, chosen)  # what is wrong is refused before a model is loaded
+    target_of(out, exporter.DEFAULT_NAME)
+    if adapter is not None:
+        check_adapter(adapter)
+        if not math.isfinite(coeff):
+            raise InputError(f"--coeff must be a finite number, found {coeff}")
     loaded = _load(model)
     if adapter is not None:
         set_coeff(load_adapter(loaded, adapter), coeff)
-    report = export(loaded, format, out, **{name: value for name, value in given.items() if value is not None})
+    report = export(loaded, format, out, **chosen)
     typer.echo(f"wrote {report.path} ({len(report.files)} files); largest deviation {report.max_error:.2g}")
 
 
@@ -70,7 +81,7 @@ def merge_command(
     out_dir: Path = typer.Argument(help="A new or empty folder."),
     coeff: float = typer.Option(1.0, help="The coefficient to merge at."),
     untie: bool = typer.Option(False, "--untie", help="Give tied weights tensors of their own."),
-    progress: bool = typer.Option(True, help="Show a progress bar."),
+    progress: bool | None = typer.Option(None, help="Show a progress bar; by default on a terminal."),
 ) -> None:
     """Merge an adapter into a checkpoint tensor by tensor, without loading the model; a killed run can be resumed."""
     report = merge_checkpoint(base_dir, adapter_dir, out_dir, coeff=coeff, untie=untie, progress=progress)
@@ -82,13 +93,12 @@ def _load(source: str) -> transformers.PreTrainedModel:
     """Load a model from a folder or the hub, with the class that its configuration names."""
     import transformers
 
-    from passes.errors import InputError
     from passes.ir.forward_context import quiet
     from surgery.support.hf_config import first_line, hub_config, model_class
 
     cls = model_class(hub_config(source), transformers.AutoModel)
     try:
-        with quiet("transformers"):
+        with quiet("transformers", "huggingface_hub"):
             return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False).eval()
     except Exception as error:  # damaged weights fail in many ways
-        raise InputError(f"cannot load a model from {source!r} (a folder, or a hub id): {first_line(error)}") from error
+        raise InputError(f"cannot load a model from {source!r}: {first_line(error)}") from error

@@ -22,6 +22,7 @@ from surgery.variants.antipasto_dplr import AntiPaSTODPLR
 from surgery.variants.antipasto_rot import AntiPaSTORot
 from surgery.variants.lora_xs import LoRAXS
 from surgery.variants.sspace import SSpace
+from surgery.variants.sspace_scale import SSpaceScale
 from surgery.verbs.apply import apply_surgery, inspect_sites, undo_surgery
 from surgery.verbs.argument_types import Calibration, ExampleInputs, Form, LoweringName, VariantName
 from surgery.verbs.calibrate import calibrate, recalibrate
@@ -29,6 +30,7 @@ from surgery.verbs.graph import Compiled, fold, fuse, pipeline, to_graph
 from surgery.verbs.merge import merge, print_trainable_parameters, refresh
 from surgery.verbs.report import Report, report
 from surgery.verbs.save_load import load_adapter, save_adapter
+from surgery.verbs.save_pretrained import SavesAdapter as _SavesAdapter  # noqa: F401 - found by roots
 from surgery.verbs.set_lowering import set_lowering
 from surgery.verbs.steer import disable_adapter, get_coeff, get_scale, set_coeff, set_scale, sites, steer
 
@@ -56,6 +58,7 @@ __all__ = [
     "RankError",
     "Report",
     "SSpace",
+    "SSpaceScale",
     "Statistics",
     "SurgeryError",
     "TargetError",

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.fault_points import POINTS
-from tests.support.lanes import group_of, imported, is_fast, may_be_fast
+from tests.support.lanes import begun_first, group_of, imported, is_fast, may_be_fast
 
 torch.set_num_threads(1)
 settings.register_profile("fast", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -41,11 +41,14 @@ def pytest_ignore_collect(collection_path, config):
     return True if wanted and not may_be_fast(collection_path) else None
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+def pytest_collection_modifyitems(config, items):
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
         if is_fast(item):
             item.add_marker(pytest.mark.fast)
+    if hasattr(config, "workerinput"):  # one of several processes, none of which should be left with much at the end
+        items.sort(key=begun_first(groups))
 
 
 def pytest_sessionfinish(session):

@@ -28,7 +28,7 @@ class DemoSettings:
 class Results:
     """Everything that one run measured."""
 
-    patient: str
+    model: str
     unit: str
     rows: list[tuple[str, str, bool | None]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

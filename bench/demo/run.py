@@ -19,7 +19,7 @@ from bench.common.result_provenance import environment
 from bench.demo.graph_path import through_the_compiler
 from bench.demo.results import DemoSettings, Results, bits
 from bench.models.byte_lm import held_out_loss, language_model_loss
-from bench.models.demo_model import Patient, hub_patient, small_patient
+from bench.models.demo_model import DemoModel, hub_demo_model, small_demo_model
 from bench.models.logits import frozen_logits, logits
 from exporters import export
 from passes.errors import InputError
@@ -50,18 +50,18 @@ def run(settings: DemoSettings) -> bool:
     started = time.perf_counter()
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.model:
-        patient = hub_patient(settings.model, settings.text)
+        demo = hub_demo_model(settings.model, settings.text)
     else:
-        patient = small_patient(settings.cache, settings.base_steps, settings.text, settings.seed)
-    results = Results(patient.name, patient.unit, notes=patient.notes)
+        demo = small_demo_model(settings.cache, settings.base_steps, settings.text, settings.seed)
+    results = Results(demo.name, demo.unit, notes=demo.notes)
     results.seconds["base model"] = time.perf_counter() - started
-    model = patient.load()
-    probe = _probe(patient)
+    model = demo.load()
+    probe = _probe(demo)
     base_logits = frozen_logits(model, probe)
     _operate(settings, model, probe, base_logits, results)
-    _train(settings, patient, model, results)
-    _steer(settings, patient, model, probe, base_logits, results)
-    _restore(settings, patient, model, probe, base_logits, results)
+    _train(settings, demo, model, results)
+    _steer(settings, demo, model, probe, base_logits, results)
+    _restore(settings, demo, model, probe, base_logits, results)
     through_the_compiler(model, probe, base_logits, results)
     _merge_and_export(settings, model, probe, base_logits, results)
     _show(settings, results)
@@ -75,9 +75,9 @@ def _check(settings: DemoSettings) -> None:
         raise InputError(f"there is no text file {str(settings.text)!r}")
 
 
-def _probe(patient: Patient) -> Tensor:
+def _probe(demo: DemoModel) -> Tensor:
     """Two held-out rows to compare models on."""
-    data = next(iter(patient.held_out.values()))
+    data = next(iter(demo.held_out.values()))
     return next(iter(corpus.windows(data, batch=2, length=32, count=2)))
 
 
@@ -91,15 +91,15 @@ def _operate(settings: DemoSettings, model: nn.Module, probe: Tensor, base: Tens
     results.add("identity at insertion", bits(same), same)
 
 
-def _train(settings: DemoSettings, patient: Patient, model: nn.Module, results: Results) -> None:
+def _train(settings: DemoSettings, demo: DemoModel, model: nn.Module, results: Results) -> None:
     """Train the core on the new domain, and measure the held-out loss of both domains before and after."""
-    before = {domain: held_out_loss(model, data) for domain, data in patient.held_out.items()}
+    before = {domain: held_out_loss(model, data) for domain, data in demo.held_out.items()}
     cores = [p for p in model.parameters() if p.requires_grad]
     frozen = {name: p._version for name, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW(cores, lr=settings.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps)
     rows = corpus.batches(
-        patient.train, batch=settings.batch, length=settings.length, steps=settings.steps, seed=settings.seed
+        demo.train, batch=settings.batch, length=settings.length, steps=settings.steps, seed=settings.seed
     )
     started = time.perf_counter()
     model.train()
@@ -114,19 +114,19 @@ def _train(settings: DemoSettings, patient: Patient, model: nn.Module, results: 
     results.seconds["training"] = time.perf_counter() - started
     untouched = all(p._version == frozen[n] for n, p in model.named_parameters() if n in frozen)
     results.add("base untouched by training", "no base tensor was written" if untouched else "WRITTEN", untouched)
-    for i, (domain, data) in enumerate(patient.held_out.items()):
+    for i, (domain, data) in enumerate(demo.held_out.items()):
         results.held_out[domain] = {"before": before[domain], "after": held_out_loss(model, data)}
-        line = f"{before[domain]:.3f} → {results.held_out[domain]['after']:.3f} nats/{patient.unit}"
+        line = f"{before[domain]:.3f} → {results.held_out[domain]['after']:.3f} nats/{demo.unit}"
         learned = results.held_out[domain]["after"] < before[domain] if i == 0 else None
         results.add(f"held-out loss, {domain}", line, learned)
 
 
 def _steer(
-    settings: DemoSettings, patient: Patient, model: nn.Module, probe: Tensor, base: Tensor, results: Results
+    settings: DemoSettings, demo: DemoModel, model: nn.Module, probe: Tensor, base: Tensor, results: Results
 ) -> None:
     """Sweep coeff, check that 0 is the base bit for bit, and that one batch can hold several values."""
     started = time.perf_counter()
-    for domain, data in patient.held_out.items():
+    for domain, data in demo.held_out.items():
         results.sweep[domain] = []
         for coeff in track(COEFFS, f"coeff sweep, {domain}", enabled=True):
             with steer(model, coeff):
@@ -150,13 +150,13 @@ def _steer(
 
 
 def _restore(
-    settings: DemoSettings, patient: Patient, model: nn.Module, probe: Tensor, base: Tensor, results: Results
+    settings: DemoSettings, demo: DemoModel, model: nn.Module, probe: Tensor, base: Tensor, results: Results
 ) -> None:
     """Save, reload on a fresh base, undo on a copy."""
     steered = logits(model, probe)
     folder = save_adapter(model, settings.out / "adapter")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    fresh = patient.load()
+    fresh = demo.load()
     tensors = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     load_adapter(fresh, folder)
     same = torch.equal(logits(fresh, probe), steered)
@@ -230,7 +230,7 @@ def _table(results: Results) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{results.patient}: what was verified", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=f"{results.model}: what was verified", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("measured")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""The demo's patient and its two domains: a small byte-level model trained here, or a causal LM of the user's own."""
+"""The demo's model and its two domains: a small byte-level model trained here, or a causal LM of the user's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from passes.errors import InputError
 
 
 @dataclass(frozen=True)
-class Patient:
+class DemoModel:
     """What the demo works on.
 
     Attributes:
@@ -48,14 +48,14 @@ def _split(text: Path | None) -> tuple[Tensor, Tensor]:
         raise InputError(f"{str(text)!r}: {error}") from error
 
 
-def small_patient(cache: Path | None, base_steps: int | None, text: Path | None, seed: int) -> Patient:
+def small_demo_model(cache: Path | None, base_steps: int | None, text: Path | None, seed: int) -> DemoModel:
     """The byte-level model, trained on Python source unless it is cached; the new domain is English prose."""
     folder = cache or default_cache_dir()
     steps = base_steps or DEFAULT_STEPS
     new, new_held_out = _split(text)
     _, source_held_out = corpus.split(corpus.python_source())
     _, info = base_model(folder, seed=seed, steps=steps)
-    return Patient(
+    return DemoModel(
         "Qwen3, byte-level",
         lambda: base_model(folder, seed=seed, steps=steps, progress=False)[0],
         new,
@@ -65,7 +65,7 @@ def small_patient(cache: Path | None, base_steps: int | None, text: Path | None,
     )
 
 
-def hub_patient(model: str, text: Path | None) -> Patient:
+def hub_demo_model(model: str, text: Path | None) -> DemoModel:
     """A causal LM of the user's own, from a path or the hub, and the user's text (or the English prose).
 
     Raises:
@@ -88,4 +88,4 @@ def hub_patient(model: str, text: Path | None) -> Patient:
     new, new_held_out = _split(text)
     _, source_held_out = corpus.split(corpus.python_source()[:400_000])
     held_out = {text.name if text else "English": tokens(new_held_out), "Python source": tokens(source_held_out)}
-    return Patient(model, load, tokens(new), held_out, "token", {})
+    return DemoModel(model, load, tokens(new), held_out, "token", {})

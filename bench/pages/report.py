@@ -48,7 +48,7 @@ FIGURES = {"cost.json": _cost, "quality.jsonl": _quality, "scaling.jsonl": _scal
 def tables(root: Path) -> Iterator[tuple[str, str]]:
     """Every table that can be made from the data that is there: its file, from the root, and what it should hold."""
     from bench.cost import table as cost_table
-    from bench.micro import factors, lowerings
+    from bench.micro import factors, fused, lowerings
     from bench.pages import targets
     from bench.quality import run as quality
     from bench.scaling import report as scaling_report
@@ -58,6 +58,7 @@ def tables(root: Path) -> Iterator[tuple[str, str]]:
     made: dict[str, Callable[[Path], str]] = {
         "cost.json": lambda path: cost_table.markdown(json.loads(path.read_text())["rows"]),
         "lowerings.jsonl": lambda path: lowerings.markdown(lowerings.read(path)),
+        "fuse.jsonl": lambda path: fused.markdown(fused.read(path)),
         "factors.json": lambda path: factors.markdown(json.loads(path.read_text())),
         "passes.json": _passes,
         "quality.jsonl": lambda path: quality.markdown(path.parent),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.common import corpus
 from bench.models.byte_lm import DEFAULT_STEPS, held_out_loss, language_model_loss
-from bench.models.demo_model import small_patient
+from bench.models.demo_model import small_demo_model
 from bench.models.logits import frozen_logits, logits
 from bench.quality.methods import Method, build
 
@@ -71,10 +71,10 @@ class Setting:
 
 def prepare(settings: QualitySettings, cache: Path | None) -> Setting:
     """The demo's base model and its English text, whose held-out part is split once more, for the choice of rates."""
-    patient = small_patient(cache, settings.base_steps, None, 0)
-    held_out, validation = corpus.split(bytes(patient.held_out["English"].tolist()), held_out=0.5)
-    base, probe = patient.load(), next(iter(corpus.windows(held_out, batch=2, length=settings.length, count=2)))
-    return Setting(base, patient.train, validation, held_out, probe, frozen_logits(base, probe))
+    demo = small_demo_model(cache, settings.base_steps, None, 0)
+    held_out, validation = corpus.split(bytes(demo.held_out["English"].tolist()), held_out=0.5)
+    base, probe = demo.load(), next(iter(corpus.windows(held_out, batch=2, length=settings.length, count=2)))
+    return Setting(base, demo.train, validation, held_out, probe, frozen_logits(base, probe))
 
 
 def schedule(step: int, steps: int) -> float:

@@ -73,14 +73,16 @@ def prepare(
     return _session(path)
 
 
-def own_code(model: nn.Module) -> Call:
-    """A function that calls the model, with a code object that no other has."""
+def own_code(model: nn.Module) -> nn.Module:
+    """The model, whose forward runs by a code object that no other has; compiled as users do, ``torch.compile(model)``.
 
-    def call(x: Tensor) -> Tensor:
-        return model(x)  # type: ignore[no-any-return]
-
-    code = call.__code__.replace(co_name=f"call_{next(COUNTER)}")
-    return types.FunctionType(code, call.__globals__, closure=call.__closure__)
+    A function around the call would have the graph contain the call of the root, where sites run low-rank.
+    """
+    forward: Any = type(model).forward
+    code = forward.__code__.replace(co_name=f"forward_{next(COUNTER)}")
+    own = types.FunctionType(code, forward.__globals__, argdefs=forward.__defaults__, closure=forward.__closure__)
+    model.forward = types.MethodType(own, model)  # type: ignore[method-assign]
+    return model
 
 
 def _marked(program: Any) -> Call:

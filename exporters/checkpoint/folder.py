@@ -6,13 +6,12 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from exporters.checkpoint.tensor_io import CHUNK, Entry, SafetensorsFile, read_header
 from surgery.errors import ExportError
-from surgery.support.untrusted_files import read_json
+from surgery.support.untrusted_files import JsonObject, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights of this and of other libraries, and pickles; none of them would be the merged model's
@@ -20,7 +19,6 @@ WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".gguf", ".npz",
 )  # fmt: skip
-Json = dict[str, Any]
 ADAPTER = "adapter_config.json"  # from_pretrained would take it for a PEFT adapter to load
 
 
@@ -38,8 +36,8 @@ class Checkpoint:
     folder: Path
     files: dict[str, SafetensorsFile]
     where: dict[str, str]
-    index: Json | None
-    config: Json | None
+    index: JsonObject | None
+    config: JsonObject | None
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -127,7 +125,7 @@ def other_files(folder: Path) -> list[Path]:
     )
 
 
-def _json(path: Path) -> Json:
+def _json(path: Path) -> JsonObject:
     try:
         content = read_json(path, finite=False)  # some configurations say Infinity
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from exporters.checkpoint.tensor_io import sync
 from exporters.shared.publish import is_movable
 from surgery.errors import ExportError
 from surgery.support.atomic_directory import locked, parents_of
-from surgery.support.untrusted_files import parse_json, read_limited
+from surgery.support.untrusted_files import naming, parse_json, read_limited
 
 JOURNAL = "journal"
 
@@ -97,7 +97,8 @@ def resumable(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
                     _clear(staging)
                 files.mkdir(exist_ok=True)
                 journal = Journal(staging / JOURNAL, digest)
-                yield files, journal
+                with naming(files, target):
+                    yield files, journal
                 os.rename(files, target)
                 shutil.rmtree(staging)
             except Exception:

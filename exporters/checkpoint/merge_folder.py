@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from exporters.checkpoint.folder import INDEX, other_files
+from exporters.checkpoint.folder import INDEX, SINGLE, other_files
 from exporters.checkpoint.hf_names import Group
 from exporters.checkpoint.journal import Journal, resumable
 from exporters.checkpoint.plan import MergePlan, plan_merge
 from exporters.checkpoint.tensor_io import read_header, sync
+from exporters.checkpoint.trained_tensors import trained_values
 from exporters.checkpoint.verify import merge_error
 from exporters.shared.export_report import ExportReport
 from passes.analysis.linear_sites import part_of
@@ -28,9 +29,9 @@ from surgery.hosting.checks import check_flags
 from surgery.modules.adapter import Adapter
 from surgery.modules.detached import detached_adapter
 from surgery.modules.merged_weight import merged_weight
-from surgery.storage.adapter_file import AdapterFile, open_adapter
+from surgery.storage.adapter_file import AdapterFile, is_adapter, is_checkpoint, open_adapter
 from surgery.storage.site_entry import base_of, read_parts
-from surgery.support.progress_bar import track
+from surgery.support.progress_bar import track, wanted_on
 from surgery.support.untrusted_files import path_of
 
 
@@ -41,7 +42,7 @@ def merge_checkpoint(
     *,
     coeff: float = 1.0,
     untie: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> ExportReport:
     """Write a checkpoint folder that holds ``W + dW``, from a base folder and an adapter, without loading the model.
 
@@ -54,7 +55,7 @@ def merge_checkpoint(
         out_dir: a new or empty directory. Files of the base without a site become hard links where possible.
         coeff: the steering coefficient to merge at.
         untie: give tied weights tensors of their own, and say so in config.json.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
 
     Returns:
         Where it is, which files it has, and the largest deviation of a weight relative to its largest entry.
@@ -65,16 +66,29 @@ def merge_checkpoint(
         VariantError: a variant is not linear, so that no weight has the same effect.
         WeightError: a weight is tied and ``untie`` is false.
     """
-    check_flags(untie=untie, progress=progress)
+    check_flags(untie=untie)
+    bars = wanted_on(progress)
     base, adapter, out = (path_of(given, ExportError) for given in (base_dir, adapter_dir, out_dir))
+    _check_order(base, adapter)
     with open_adapter(adapter) as file:
         plan = plan_merge(base, adapter, file.config, coeff, untie)
         with resumable(out, plan.digest) as (files, journal):
-            touched = _write(plan, file, files, journal, progress=progress)
+            touched = _write(plan, file, files, journal, progress=bars)
     names = sorted(file.name for file in out.iterdir())
     details = {"sites": len(plan.sites), "rewritten": touched}
     worst = max(journal.done.values(), default=0.0)
     return ExportReport("dense", out, tuple(out / name for name in names), worst, details)
+
+
+def _check_order(base: Path, adapter: Path) -> None:
+    """Refuse the folders in another order, of which each would be refused for what it lacks."""
+    order = "the order is base_dir, adapter_dir, out_dir"
+    if is_checkpoint(adapter):
+        if is_adapter(base):
+            raise ExportError(f"{str(base)!r} is an adapter and {str(adapter)!r} a checkpoint: {order}; swap the two")
+        raise ExportError(f"adapter_dir={str(adapter)!r} is a model's checkpoint and no adapter: {order}")
+    if is_adapter(base) and not (base / SINGLE).exists() and not (base / INDEX).exists():
+        raise ExportError(f"base_dir={str(base)!r} is an adapter and no checkpoint: {order}")
 
 
 def _write(plan: MergePlan, tensors: AdapterFile, folder: Path, journal: Journal, *, progress: bool) -> list[str]:
@@ -115,7 +129,8 @@ def _start_file(plan: MergePlan, name: str, folder: Path, *, linked: bool) -> No
 
 def _merge_group(plan: MergePlan, group: Group, tensors: AdapterFile, folder: Path) -> float:
     """Merge the sites of a group of tensors, write the tensors, and compare what was written."""
-    originals = plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key)))
+    originals = dict(plan.names.parameters(group, lambda key: plan.base.read(plan.copies.get(key, key))))
+    originals |= trained_values(tensors, plan.trained, originals)
     merged, sites = dict(originals), {}
     for key, entry in plan.sites.items():
         if entry["weight"] in group.names:

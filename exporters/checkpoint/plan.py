@@ -7,18 +7,21 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.checkpoint.folder import Checkpoint, Json, read_checkpoint
+from exporters.checkpoint.folder import Checkpoint, read_checkpoint
 from exporters.checkpoint.hf_names import INSTEAD, CheckpointNames, Group
 from exporters.checkpoint.tensor_io import DTYPES
 from exporters.checkpoint.ties import copies_to_untie
+from exporters.checkpoint.trained_tensors import plan_trained
 from passes.errors import InputError
 from surgery.cli.inspect import load_model
 from surgery.errors import AdapterError, ExportError, VariantError
 from surgery.storage.site_entry import base_of, check_entry, variant_of
+from surgery.support.fingerprint import dtype_name
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class MergePlan:
         sites: of the adapter, by key.
         variant: of the adapter's first site.
         stored: what the adapter holds of factors.
+        trained: parameters that were trained beside the cores, with the names of their tensors in the adapter.
         digest: of everything that the result depends on.
     """
 
@@ -47,14 +51,15 @@ class MergePlan:
     copies: dict[str, str]
     groups: list[Group]
     rewritten: set[str]
-    sites: dict[str, Json]
+    sites: dict[str, JsonObject]
     variant: Variant
     stored: str
+    trained: dict[str, str]
     coeff: float
     digest: str
 
 
-def plan_merge(folder: Path, adapter: Path, config: Json, coeff: float, untie: bool) -> MergePlan:
+def plan_merge(folder: Path, adapter: Path, config: JsonObject, coeff: float, untie: bool) -> MergePlan:
     """MergePlan the merge of an adapter into a checkpoint.
 
     Args:
@@ -79,13 +84,17 @@ def plan_merge(folder: Path, adapter: Path, config: Json, coeff: float, untie: b
     new = copies_to_untie(base, names, model, config["sites"], untie)
     copies = new or {}
     groups: dict[str, Group] = {}
+    cast = False
     for key, entry in config["sites"].items():
         group = names.groups.get(entry["weight"])
         if group is None or group.problem:
             problem = "none of its tensors is" if group is None else f"its conversion fails ({group.problem}), as"
             raise ExportError(f"site {key!r}: {problem} {entry['weight']!r} in {str(folder)!r}; {INSTEAD}")
-        _check_weight(f"{str(adapter)!r}: site {key!r}", base, names, group, entry, copies)
+        weight = _check_weight(f"{str(adapter)!r}: site {key!r}", base, names, group, entry, copies)
+        cast |= dtype_name(weight) != entry["dtype"]
         groups[group.name] = group
+    trained = plan_trained(base, names, model, adapter, config, copies, cast=cast)
+    groups |= {names.groups[name].name: names.groups[name] for name in trained}
     ordered = sorted(groups.values(), key=lambda group: min(_position(base, copies.get(k, k)) for k in group.sources))
     result = base.with_copies(copies)
     if new is not None and model is not None:
@@ -93,8 +102,9 @@ def plan_merge(folder: Path, adapter: Path, config: Json, coeff: float, untie: b
     rewritten = {key for group in ordered for key in group.sources}
     digest = _digest(base, config, coeff, untie)
     return MergePlan(
-        base, result, names, copies, ordered, rewritten, config["sites"], variant, config["factors"], coeff, digest
-    )
+        base, result, names, copies, ordered, rewritten, config["sites"], variant, config["factors"], trained, coeff,
+        digest,
+    )  # fmt: skip
 
 
 def _meta_model(base: Checkpoint) -> transformers.PreTrainedModel | None:
@@ -107,15 +117,15 @@ def _meta_model(base: Checkpoint) -> transformers.PreTrainedModel | None:
         model, _ = load_model(str(base.folder.resolve()))
     except InputError as error:
         raise ExportError(f"{error}; {INSTEAD}") from error
-    hub: Any = model
+    hub: transformers.PreTrainedModel = model
     hub.tie_weights()
     return hub
 
 
 def _check_weight(
-    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: Json, copies: dict[str, str]
-) -> None:
-    """Check shape and dtype of a weight, of which only the header was read."""
+    where: str, base: Checkpoint, names: CheckpointNames, group: Group, entry: JsonObject, copies: dict[str, str]
+) -> torch.Tensor:
+    """Check shape and dtype of a weight, of which only the header was read; gives it without values."""
 
     def meta_tensor(key: str) -> torch.Tensor:
         found = base.entries[copies.get(key, key)]
@@ -125,13 +135,14 @@ def _check_weight(
 
     weight = names.parameters(group, meta_tensor)[entry["weight"]]
     base_of(where, where, weight, entry, entry["host"])
+    return weight
 
 
 def _position(base: Checkpoint, key: str) -> tuple[str, int]:
     return base.where[key], base.files[base.where[key]].entries[key].start
 
 
-def _digest(base: Checkpoint, config: Json, coeff: float, untie: bool) -> str:
+def _digest(base: Checkpoint, config: JsonObject, coeff: float, untie: bool) -> str:
     """Of all that decides what is written; of the base's tensors, header, size and time stand for the content."""
     digest = hashlib.sha256(json.dumps(config).encode())  # it has the digest of the adapter's tensors
     state = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in base.files.items()}

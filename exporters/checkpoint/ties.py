@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.checkpoint.folder import Checkpoint, Json
+from exporters.checkpoint.folder import Checkpoint
 from exporters.checkpoint.hf_names import INSTEAD, CheckpointNames, Group, owners
 from surgery.errors import ExportError, WeightError
+from surgery.support.untrusted_files import JsonObject
 
 if TYPE_CHECKING:
     import transformers
 
 
 def copies_to_untie(
-    base: Checkpoint, names: CheckpointNames, model: transformers.PreTrainedModel | None, sites: Json, untie: bool
+    base: Checkpoint, names: CheckpointNames, model: transformers.PreTrainedModel | None, sites: JsonObject, untie: bool
 ) -> dict[str, str] | None:
     """New keys for tied weights that must have tensors of their own, each with the key that it is copied from.
 

@@ -2,7 +2,7 @@
 
 A ``transformers`` model is saved by its own ``save_pretrained``: configuration, generation configuration and weights,
 under the names of its checkpoints. Tokenizer and processor go along where the model was loaded from a folder, or one is
-given. Any other module becomes ``model.safetensors``, which has every name of its state dict. The folder is loaded
+given. Every other module becomes ``model.safetensors``, which has every name of its state dict. The folder is loaded
 again, every tensor is compared bit for bit, every merged weight with ``W + dW`` in float64, and the outputs with those
 of the model.
 """

@@ -4,7 +4,8 @@ Where D has full rank, ``A = Vh`` and ``B = U D^T``; ablation of k directions ha
 and ``B = 0``, so that every site stays in the adapter. ``max_rank`` leaves out the smallest singular values of the
 change itself, which is the best that a LoRA of that rank can do, for oblique factors (CorDA) too. Linear modules,
 ``Conv1D`` and 1x1 convolutions are PEFT's ``target_modules``; weights that a called module reads, such as stacked
-experts, are its ``target_parameters``. Names of tensors are PEFT's own, and what it loads is compared with the model.
+experts, are its ``target_parameters``; modules trained beside the cores are its ``modules_to_save``. Names of tensors
+are PEFT's own, and what it loads is compared with the model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from exporters.peft.layers import PeftTarget, config_as_written, fill, layers, lora_config, peft_targets
 from exporters.peft.low_rank import LowRankProduct, low_rank
 from exporters.peft.peft_check import check_sites, output_deviation, outputs_of, wrapped_outputs
+from exporters.peft.saved_modules import BesideCores, kept_whole
 from exporters.shared.export_report import Exported, example_call, need, working_copy
 from exporters.shared.options import option
 from passes.capture.capture import hub_inputs, is_pretrained
@@ -32,7 +34,8 @@ from passes.infra.tolerance import RELATIVE
 from passes.ir.forward_context import quiet
 from surgery.errors import ExportError, VariantError, WeightError
 from surgery.modules.adapter import Adapter
-from surgery.verbs.apply import undo_surgery
+from surgery.modules.merged_weight import why_not_finite
+from surgery.verbs.apply import restore_base
 from surgery.verbs.steer import sites
 
 if TYPE_CHECKING:
@@ -84,11 +87,16 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
     call = ((), hub_inputs(model, call)) if is_pretrained(model) else call
     expected = outputs_of(working_copy(model), call)
     factors = {key: _factors(key, site, written, options) for key, site in found.items()}
-    config = lora_config(_base(model), {target: factors[key].rank for key, target in where.items()}, options.base_model)
+    beside = kept_whole(model, where.values())
+    ranks = {target: factors[key].rank for key, target in where.items()}
+    config = lora_config(
+        _base(model), ranks, options.base_model, modules_to_save=beside.modules, biases=bool(beside.biases)
+    )
     with torch.random.fork_rng(devices=[]), quiet(*NOISY), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT tells what it decides, layer by layer
-        _save(peft, model, path, config, {where[key]: factors[key] for key in found})
+        _save(peft, model, path, config, {where[key]: factors[key] for key in found}, beside)
         base = _base(model)
+        beside.clear_in(base)
         before = {target: base.get_submodule(target.module) for target in where.values()}
         loaded = peft.PeftModel.from_pretrained(base, path).eval()
         adapted = layers(loaded, before)
@@ -102,7 +110,8 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
         raise ExportError(
             f"PEFT's outputs differ from those of {whose} by {error:.3g} of the largest, allowed {limit:.0e}"
         )
-    return Exported(output_deviation(outputs, expected), _details(path, found, factors, written))
+    details = _details(path, found, factors, written) | ({"beside": sorted(beside.values)} if beside.values else {})
+    return Exported(output_deviation(outputs, expected), details)
 
 
 def _factors(key: str, site: Adapter, dtype: torch.dtype, options: Options) -> LowRankProduct:
@@ -113,7 +122,7 @@ def _factors(key: str, site: Adapter, dtype: torch.dtype, options: Options) -> L
             raise type(error)(f"site {key!r}: {error}") from error
         A = site.factors.Vh.to(torch.float64)
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-            raise ExportError(f"site {key!r}: the change of its weight is not finite; lower coeff or the gains")
+            raise ExportError(f"site {key!r}: {why_not_finite(site, 'the change of its weight overflows float64')}")
         made = low_rank(B, A, dtype, options.max_rank, options.prune_tol)
     if not (torch.isfinite(made.B).all() and torch.isfinite(made.A).all()):
         raise ExportError(f"site {key!r}: its factors overflow {dtype}; use a wider dtype")
@@ -122,11 +131,16 @@ def _factors(key: str, site: Adapter, dtype: torch.dtype, options: Options) -> L
 
 def _base(model: nn.Module) -> nn.Module:
     """The model without its adapters, on the same memory."""
-    return undo_surgery(working_copy(model))
+    return restore_base(working_copy(model))
 
 
 def _save(
-    peft: ModuleType, model: nn.Module, path: Path, config: LoraConfig, factors: Mapping[PeftTarget, LowRankProduct]
+    peft: ModuleType,
+    model: nn.Module,
+    path: Path,
+    config: LoraConfig,
+    factors: Mapping[PeftTarget, LowRankProduct],
+    beside: BesideCores,
 ) -> None:
     """Write what PEFT would write of a model that has these factors: it names the tensors."""
     text = json.dumps(config_as_written(config), indent=2, sort_keys=True)
@@ -138,6 +152,7 @@ def _save(
         raise ExportError(f"PEFT cannot wrap {type(base).__name__}: {error}") from error
     for target, layer in layers(wrapped, before).items():
         fill(layer, target, factors[target])
+    beside.put_into(wrapped)
     named = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     save_file({name: t.cpu().contiguous() for name, t in named.items()}, path / TENSORS, metadata={"format": "pt"})
     (path / CONFIG).write_text(text + "\n")

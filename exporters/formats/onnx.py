@@ -76,11 +76,7 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
     inputs = named_inputs(reference, example_inputs)
     with state_kept(reference):
         subject = _subject(reference, inputs, use_cache=options.use_cache)
-    rows = (
-        1
-        if mode == "merged"
-        else steerable_rows(reference, lambda: subject.run(reference, subject.inputs), subject.inputs)
-    )
+    rows = 1 if mode == "merged" else steerable_rows(reference, inputs)
     steering = [] if mode == "merged" else [coefficient_input(reference, rows)]
     cores = core_inputs(reference) if mode == "swappable" else []
     source = merge(working_copy(model), untie=True) if mode == "merged" and operated else reference

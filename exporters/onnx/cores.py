@@ -23,7 +23,7 @@ from torch import nn
 
 from exporters.shared.export_report import Exported, ExportReport, need
 from exporters.shared.publish import publish, staged
-from exporters.shared.site_signature import SiteSignature, digest
+from exporters.shared.site_signature import SiteSignature, beside_fingerprints, digest
 from surgery.errors import ExportError
 from surgery.hosting.state import unwrap
 from surgery.modules.core import Core
@@ -50,7 +50,7 @@ class Slot(NamedTuple):
 def core_slots(model: nn.Module) -> dict[str, Slot]:
     """All core tensors of a model under the names that they have in a graph and in a file, in the order of names."""
     found = sites(model)
-    same = digest({key: SiteSignature.of(site) for key, site in found.items()})
+    same = digest({key: SiteSignature.of(site) for key, site in found.items()}, beside_fingerprints(model))
     slots = {
         f"{key}.core.{local}@{same}": Slot(site.core, local)
         for key, site in found.items()

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,8 @@ from passes.errors import InputError
 from passes.ir.forward_context import copied, quiet, state_kept
 from passes.ir.torch_internals import tree_flatten_with_path, tree_iter
 from surgery.errors import ExportError
-from surgery.verbs.steer import sites, steer
+from surgery.hosting.state import record_of, sites_of
+from surgery.verbs.steer import sites
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -57,29 +58,17 @@ def flat_inputs(inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
     return flat
 
 
-def steerable_rows(model: nn.Module, run: Callable[[], object], inputs: Mapping[str, object]) -> int:
-    """Rows of the batch if every site sees them as dimension 0 of its input, so that each can have its coeff, or 1."""
+def steerable_rows(model: nn.Module, inputs: Mapping[str, object]) -> int:
+    """Rows of the batch if the rows of every site are known, so that each can have its coeff, or 1."""
     rows = _first(inputs).shape[0]
-    found = sites(model).values()
-    hosts = {site.host.name for site in found}
-    if "graph" in hosts and "weight" not in hosts:
-        try:
-            with state_kept(model), steer(model, torch.linspace(-1, 1, rows)), torch.no_grad():
-                run()
-        except (RuntimeError, InputError):  # the graph itself refuses rows that do not divide what a site sees
-            return 1
-        return rows
-    fits = [host == "module" for host in hosts]
-
-    def look(site: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        x = next(iter((*args, *kwargs.values())))
-        fits.append(x.dim() > 1 and x.shape[0] == rows)
-
-    with state_kept(model), torch.no_grad():
-        for owner in (site.host.owner for site in found if site.host.name == "module"):
-            owner.register_forward_pre_hook(look, with_kwargs=True)  # gone after the block
-        run()
-    return rows if all(fits) else 1
+    state = record_of(model)
+    if any(site.host.changes_weight for site in sites(model).values()):
+        return 1
+    try:
+        known = state.rows.prepare(model, sites_of(model, state), state.steering, ((), dict(inputs)))
+    except InputError:  # the exported graph then takes one coeff for all rows
+        return 1
+    return rows if known else 1
 
 
 def _first(inputs: Mapping[str, object]) -> torch.Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from passes.capture.capture import is_pretrained
 from surgery.errors import ExportError
 from surgery.hosting.state import module_paths, parameter_names
 from surgery.modules.adapter import Adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -68,16 +71,16 @@ def peft_targets(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Pe
 def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
     if site.host.inlined:
         return "is inlined in a graph, which has no module to wrap; export the model that the graph was made of"
-    if site.host.name == "module":
-        return PeftTarget(key)
     if site.rows:
         return "is a part of a packed weight, which PEFT adapts whole"
     path, _, local = parameter_names(module_paths(model), site)[0].rpartition(".")
     owner, shape = model.get_submodule(path), site.factors.shape
+    if isinstance(owner, CONVOLUTIONS) and local == "weight" and path:
+        return _why_no_convolution(owner) or PeftTarget(path)
+    if site.host.name == "module":
+        return PeftTarget(key)
     if not path:
         return "its weight is a parameter of the model itself, and PEFT wraps modules inside a model"
-    if isinstance(owner, CONVOLUTIONS) and local == "weight" and owner.groups == 1 and site.factors.stack is None:
-        return PeftTarget(path)
     stored = shape if site.layout == "out_in" else (*shape[:-2], shape[-1], shape[-2])
     if tuple(site.weight.shape) != stored:
         return f"its product sees a weight of shape {tuple(site.weight.shape)} as {tuple(shape)}, and PEFT does not"
@@ -85,13 +88,33 @@ def _target_of(model: nn.Module, key: str, site: Adapter) -> PeftTarget | str:
     return PeftTarget(path, local, flipped=(site.layout == "in_out") != bool(turned))
 
 
-def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model: str | None = None) -> LoraConfig:
+def _why_no_convolution(owner: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    """Why PEFT's pair of convolutions, which have kernel, stride and padding of their own, is not that of a site."""
+    if owner.groups != 1:
+        return f"its {owner.groups} groups have factors each, and PEFT gives a convolution one pair"
+    if any(gap != 1 and size != 1 for gap, size in zip(owner.dilation, owner.kernel_size, strict=True)):
+        return f"its kernel is dilated by {owner.dilation}, and PEFT's is not"
+    if owner.padding_mode != "zeros" and (isinstance(owner.padding, str) or any(owner.padding)):
+        return f"its padding is {owner.padding_mode!r}, and PEFT pads with zeros"
+    return None
+
+
+def lora_config(
+    model: nn.Module,
+    targets: Mapping[PeftTarget, int],
+    base_model: str | None = None,
+    *,
+    modules_to_save: Sequence[str] = (),
+    biases: bool = False,
+) -> LoraConfig:
     """PEFT's configuration for ranks by target, with a scaling of 1 everywhere.
 
     ``r`` and ``lora_alpha`` are the largest rank, so that a reader that knows no patterns has the right scaling too.
 
     Args:
         base_model: what to name as the base; the model's own name if None, unless that is a folder of this machine.
+        modules_to_save: modules that the adapter has whole.
+        biases: whether it has the biases of the modules that it wraps.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -111,6 +134,8 @@ def lora_config(model: nn.Module, targets: Mapping[PeftTarget, int], base_model:
         target_modules=modules,
         target_parameters=parameters or None,
         fan_in_fan_out=kinds == {"Conv1D"},  # of a mixed model PEFT decides by each module
+        modules_to_save=list(modules_to_save) or None,
+        bias="lora_only" if biases else "none",
         inference_mode=True,
         task_type=_task(model),
         base_model_name_or_path=base_model or (None if own and os.path.isabs(own) else own),
@@ -130,7 +155,7 @@ def _task(model: nn.Module) -> str | None:
     """The task of a language model; of classifiers PEFT would make the head a trained copy that the file must hold."""
     if not is_pretrained(model) or getattr(model, "main_input_name", "") != "input_ids":
         return None
-    hub: Any = model
+    hub: PreTrainedModel = model
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return None
     return "SEQ_2_SEQ_LM" if hub.config.is_encoder_decoder else "CAUSAL_LM"
@@ -175,8 +200,8 @@ def fill(layer: LoraLayer, target: PeftTarget, factors: LowRankProduct) -> None:
     if A.dim() == 3:  # experts: (stack * r, d_in), and (d_out, r * stack) with the stack running fastest
         A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     for linear, factor in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
-        extra = linear.weight.dim() - factor.dim()  # of a 1x1 convolution
-        factor = factor.reshape(*factor.shape, *[1] * extra) if extra > 0 else factor
+        if linear.weight.dim() > 2 and linear.weight.numel() == factor.numel():  # a convolution, and one of 1x1
+            factor = factor.reshape(linear.weight.shape)
         if linear.weight.shape != factor.shape:
             raise ExportError(
                 f"PEFT's layer of {target.name!r} has factors of shape {tuple(linear.weight.shape)}, "

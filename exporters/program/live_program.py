@@ -22,6 +22,7 @@ from exporters.shared.subject import Subject, plain
 from passes.capture.capture import export_program, hub_inputs, is_pretrained, with_two_rows
 from passes.errors import SurgeryError
 from passes.ir.forward_context import Call, copied, quiet, state_kept
+from passes.ir.parameter_names import unwritable
 from passes.ir.torch_internals import OpOverload, tree_map_only
 from surgery.errors import ExportError
 from surgery.hosting.called_module import ATTRIBUTE
@@ -120,6 +121,11 @@ def program_of(subject: Subject) -> ExportedProgram:
         ExportError: the model cannot be exported; the cause is chained.
     """
     program = _exported(subject)
+    if bad := [name for name in (*program.state_dict, *program.constants) if unwritable(name)]:
+        raise ExportError(
+            f"torch cannot load a program with a tensor named {bad[0]!r}: quotes, line ends and keywords of Python "
+            'break the code that it makes; rename the module, or export another format, such as "dense"'
+        )
     root: Any = subject.root
     if foreign_operations(program) and hasattr(root, "set_experts_implementation"):
         root.set_experts_implementation("batched_mm")  # of the copy

@@ -11,17 +11,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.shared.functional import COEFF
-from exporters.shared.site_signature import SiteSignature, TensorSignature
+from exporters.shared.site_signature import SiteSignature, TensorSignature, beside_fingerprints
 from surgery.errors import ExportError
 from surgery.support.fingerprint import dtype_name
-from surgery.support.untrusted_files import parse_json
+from surgery.support.untrusted_files import JsonObject, parse_json
 from surgery.verbs.steer import sites
 
 FORMAT, VERSION = "sspace-program", 1
 PARTS = ("core", "factors")
 LoadedProgram = Any  # an ExportedProgram, its module, or a compiled package, whose class torch keeps to itself
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Json = dict[str, Any]
 Names = dict[str, list[str]]  # of one part of a site: its tensors, and what the program calls each
 
 
@@ -39,15 +38,17 @@ class ProgramMetadata:
 
     Attributes:
         coefficient: name of the buffer that steers, of this dtype and on this device.
+        beside: fingerprints of what was trained beside the cores, which the program holds as it is.
     """
 
     coefficient: str
     dtype: torch.dtype
     device: str
     sites: Mapping[str, ProgramSite]
+    beside: Mapping[str, str]
 
 
-def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Tensor]) -> Json:
+def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Tensor]) -> JsonObject:
     """The metadata of a live program, as JSON.
 
     Args:
@@ -72,6 +73,7 @@ def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Ten
                 for part, signatures in parts.items()
             },
         }
+    beside = beside_fingerprints(model)
     # "knob" is the word of format version 1
     return {
         "version": VERSION,
@@ -79,10 +81,11 @@ def contents(model: nn.Module, coeff: torch.Tensor, read: Mapping[str, torch.Ten
         "dtype": dtype_name(coeff),
         "device": str(coeff.device),
         "sites": entries,
+        **({"beside": beside} if beside else {}),
     }
 
 
-def replaceable_names(meta: Json) -> set[str]:
+def replaceable_names(meta: JsonObject) -> set[str]:
     """Names of all tensors of a live program that can be replaced, from the metadata of its graph."""
     held = meta.get("custom", {}).get(FORMAT)
     if held is None:
@@ -123,7 +126,7 @@ def read_metadata(loaded: LoadedProgram) -> ProgramMetadata:
     return _parsed(held)
 
 
-def _parsed(held: Json) -> ProgramMetadata:
+def _parsed(held: JsonObject) -> ProgramMetadata:
     found = {}
     for key, entry in held["sites"].items():
         core, factors = (
@@ -133,13 +136,16 @@ def _parsed(held: Json) -> ProgramMetadata:
         own = entry["variant"], entry["hyperparameters"], entry["r"], entry["fingerprint"]
         names = {part: {name: tensor["names"] for name, tensor in entry[part].items()} for part in PARTS}
         found[key] = ProgramSite(SiteSignature(*own, core, factors), names)
-    return ProgramMetadata(held["knob"], DTYPES[held["dtype"]], held["device"], found)
+    return ProgramMetadata(held["knob"], DTYPES[held["dtype"]], held["device"], found, held.get("beside", {}))
 
 
-def _is_whole(held: Json) -> bool:
+def _is_whole(held: JsonObject) -> bool:
     """Whether what a program says of its adapter is what :func:`contents` makes."""
     kinds = {"variant": str, "hyperparameters": dict, "r": int, "fingerprint": str, "core": dict, "factors": dict}
     if not _has(held, {"knob": str, "dtype": str, "device": str, "sites": dict}):
+        return False
+    beside = held.get("beside", {})
+    if not isinstance(beside, dict) or not all(isinstance(value, str) for value in beside.values()):
         return False
     if not all(_has(entry, kinds) for entry in held["sites"].values()) or held["dtype"] not in DTYPES:
         return False
@@ -156,8 +162,8 @@ def _has(value: object, kinds: Mapping[str, type]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
-def _tensor_entry(tensor: TensorSignature, names: list[str]) -> Json:
-    entry: Json = {"names": names, "shape": list(tensor.shape), "dtype": tensor.dtype}
+def _tensor_entry(tensor: TensorSignature, names: list[str]) -> JsonObject:
+    entry: JsonObject = {"names": names, "shape": list(tensor.shape), "dtype": tensor.dtype}
     return entry if tensor.fingerprint is None else {**entry, "fingerprint": tensor.fingerprint}
 
 

@@ -23,11 +23,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.program.metadata import PARTS, LoadedProgram, ProgramSite, read_metadata
-from exporters.shared.site_signature import SiteSignature, TensorSignature
+from exporters.shared.site_signature import SiteSignature, TensorSignature, beside_fingerprints
 from passes.errors import InputError
 from surgery.errors import AdapterError, ExportError
 from surgery.storage.adapter_reader import opened_adapter
 from surgery.storage.site_entry import SITE_FIELDS, variant_of
+from surgery.storage.trained_parameters import PREFIX, trained_field
 from surgery.support.fingerprint import dtype_name, fingerprint
 from surgery.support.untrusted_files import path_of
 from surgery.verbs.steer import sites
@@ -53,7 +54,13 @@ def swap(
     program = read_metadata(loaded)
     values: dict[str, torch.Tensor] = {}
     if adapter is not None:
-        values = _values(program.sites, _adapter(adapter))
+        found, beside = _adapter(adapter)
+        if odd := sorted(name for name, _ in set(beside.items()) ^ set(program.beside.items())):
+            raise AdapterError(
+                f"{odd[0].removeprefix(PREFIX)!r} was trained beside the cores, and the program has other values of it "
+                f"({len(odd)} such): export the operated model again"
+            )
+        values = _values(program.sites, found)
     if coeff is not None:
         if not isinstance(coeff, int | float) or not math.isfinite(coeff):
             raise InputError(f"coeff of a program must be a finite number, found {coeff!r}")
@@ -61,13 +68,16 @@ def swap(
     _put(loaded, {name: tensor.detach().to(program.device) for name, tensor in values.items()})
 
 
-def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[SiteSignature, Tensors]]:
-    """The signature of each site of an adapter, and its tensors."""
+def _adapter(
+    adapter: nn.Module | str | os.PathLike[str],
+) -> tuple[dict[str, tuple[SiteSignature, Tensors]], dict[str, str]]:
+    """The signature of each site of an adapter, its tensors, and fingerprints of what was trained beside them."""
     if isinstance(adapter, nn.Module):
-        return {
+        of_sites = {
             key: (SiteSignature.of(site), {"core": site.core.tensors(), "factors": dict(site.factors.named_buffers())})
             for key, site in sites(adapter).items()
         }
+        return of_sites, beside_fingerprints(adapter)
     found = {}
     with opened_adapter(path_of(adapter, AdapterError)) as (config, tensors):
         if config["factors"] != "exact":
@@ -85,7 +95,9 @@ def _adapter(adapter: nn.Module | str | os.PathLike[str]) -> dict[str, tuple[Sit
                 start = f"{key}.{part}."
                 parts[part] = {n.removeprefix(start): tensors.get_tensor(n) for n in names if n.startswith(start)}
             found[key] = SiteSignature.of_file(variant, entry["r"], entry["fingerprint"], parts), parts
-    return found
+        trained = [PREFIX + name for name in trained_field(repr(str(adapter)), config)]
+        beside = {name: fingerprint(tensors.get_tensor(name)) for name in trained if name in names}
+    return found, beside
 
 
 def _values(

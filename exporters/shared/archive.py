@@ -9,7 +9,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import FrameType
+from typing import IO, Any, BinaryIO
 
 
 class _Sink(io.RawIOBase):
@@ -39,7 +40,7 @@ class _Sink(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def archive(path: Path) -> Iterator[Any]:
+def archive(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for torch's archive writer.
 
     Raises:
@@ -47,7 +48,7 @@ def archive(path: Path) -> Iterator[Any]:
     """
     with open(path, "wb") as file, _interrupts_wait():
         sink = _Sink(file)
-        yield sink
+        yield sink  # type: ignore[misc]
         if sink.error is not None:
             raise sink.error
 
@@ -58,8 +59,8 @@ def _interrupts_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    seen: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *given: seen.append(given))
+    seen: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
     try:
         yield
     finally:

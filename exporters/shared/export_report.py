@@ -7,7 +7,6 @@ import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from passes.errors import InputError
 from passes.ir.forward_context import Call, set_mode
 from surgery.errors import ExportError
 from surgery.hosting.state import shared_tensors
+from surgery.support.untrusted_files import JsonObject
 from surgery.verbs.steer import sites
 
 
@@ -24,7 +24,7 @@ class Exported:
     """What an exporter measured: largest deviation from PyTorch over the output's largest entry, and details."""
 
     max_error: float
-    details: dict[str, Any] = field(default_factory=dict)
+    details: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ExportReport:
     path: Path
     files: tuple[Path, ...]
     max_error: float
-    details: dict[str, Any]
+    details: JsonObject
 
 
 def need(package: str, extra: str) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
@@ -12,6 +13,8 @@ from typing import Protocol, TypeVar, cast
 from torch import nn
 
 from exporters.shared.export_report import Exported
+from exporters.shared.options import parse
+from surgery.errors import ExportError
 
 OptionsT = TypeVar("OptionsT", contravariant=True)
 FORMATS = "exporters.formats"
@@ -70,3 +73,15 @@ def load_exporter(format: str) -> Exporter:
     if tuple(inspect.signature(module.write).parameters) != ARGUMENTS:
         raise TypeError(f"{module.__name__}.write must take {', '.join(ARGUMENTS)}")
     return cast(Exporter, module)
+
+
+def parsed_options(format: str, given: Mapping[str, object]) -> tuple[Exporter, object]:
+    """A format and its options, checked without a model.
+
+    Raises:
+        ExportError: the format or an option is unknown, or a value is not what it may be.
+    """
+    if not isinstance(format, str) or format not in formats():
+        raise ExportError(f"unknown format {format!r:.80} (known: {', '.join(formats())})")
+    exporter = load_exporter(format)
+    return exporter, parse(exporter.Options, format, given)

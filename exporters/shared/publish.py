@@ -16,7 +16,25 @@ from pathlib import Path
 from exporters.shared.export_report import Exported, ExportReport
 from surgery.errors import ExportError
 from surgery.support.atomic_directory import aside, is_left_over, locked, parents_of, sync_folder
-from surgery.support.untrusted_files import path_of
+from surgery.support.untrusted_files import naming, path_of
+
+
+def target_of(path: str | os.PathLike[str], default_name: str | None) -> tuple[Path, Path, Path]:
+    """What a format would write for a path, without writing.
+
+    Returns:
+        The path itself, the target (a file, or a directory), and where a folder beside it can be.
+
+    Raises:
+        ExportError: the directory is not empty.
+    """
+    path = path_of(path, ExportError)
+    if default_name is not None and path.suffix == Path(default_name).suffix and not path.is_dir():
+        return path, path, path.parent
+    if path.is_file() or (path.is_dir() and any(not is_left_over(f.name, path.name) for f in path.iterdir())):
+        name = "" if default_name is None else f", or a file name with {default_name!r}'s suffix"
+        raise ExportError(f"{str(path)!r} must be a new or empty directory{name}")
+    return path, path if default_name is None else path / default_name, path.parent if is_movable(path) else path
 
 
 @contextlib.contextmanager
@@ -29,20 +47,14 @@ def staged(path: str | os.PathLike[str], default_name: str | None) -> Iterator[t
     Raises:
         ExportError: the directory is not empty, or cannot be written.
     """
-    path = path_of(path, ExportError)
-    if default_name is not None and path.suffix == Path(default_name).suffix and not path.is_dir():
-        target, place = path, path.parent
-    else:
-        if path.is_file() or (path.is_dir() and any(not is_left_over(f.name, path.name) for f in path.iterdir())):
-            name = "" if default_name is None else f", or a file name with {default_name!r}'s suffix"
-            raise ExportError(f"{str(path)!r} must be a new or empty directory{name}")
-        target = path if default_name is None else path / default_name
-        place = path.parent if is_movable(path) else path
+    path, target, place = target_of(path, default_name)
+    staging, named = place, target if default_name is None else target.parent
     try:
-        with parents_of(path), aside(place, path.name) as staging:
+        with parents_of(path), aside(place, path.name) as staging, naming(staging, named):
             yield (staging if default_name is None else staging / target.name), target
     except OSError as error:
-        raise ExportError(f"cannot write {str(target)!r}: {error}; nothing was left behind") from error
+        text = str(error).replace(str(staging), str(place))
+        raise ExportError(f"cannot write {str(target)!r}: {text}; nothing was left behind") from error
 
 
 def is_movable(folder: Path) -> bool:

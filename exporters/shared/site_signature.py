@@ -12,13 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
+from surgery.hosting.beside_cores import beside_cores
+from surgery.hosting.root import roots_of
 from surgery.modules.adapter import Adapter
+from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import FACTORS
+from surgery.storage.trained_parameters import trained_entries
+from surgery.support.distributed import whole
 from surgery.support.fingerprint import dtype_name, fingerprint
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
-
-Json = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class SiteSignature:
     """
 
     variant: str
-    hyperparameters: Json
+    hyperparameters: JsonObject
     r: int
     fingerprint: str
     core: Mapping[str, TensorSignature]
@@ -104,19 +109,37 @@ class SiteSignature:
         return None
 
 
-def digest(signatures: Mapping[str, SiteSignature]) -> str:
-    """Twelve hexadecimal digits that two models share if a core of one means the same in the other."""
+def beside_fingerprints(model: nn.Module) -> dict[str, str]:
+    """Fingerprints of what was trained beside the cores of a model, by the names of its tensors in an adapter's file.
+
+    A program has these values in it, and a core means nothing beside others.
+    """
+    found: dict[str, str] = {}
+    for root in roots_of(model):
+        tensors = trained_entries(beside_cores(root), SavedNames(root, ()), whole)[1]
+        found |= {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    return found
+
+
+def digest(signatures: Mapping[str, SiteSignature], beside: Mapping[str, str] | None = None) -> str:
+    """Twelve hexadecimal digits that two models share if a core of one means the same in the other.
+
+    Args:
+        beside: what was trained beside the cores, see :func:`beside_fingerprints`.
+    """
     only_factors = {field.name for field in fields(Variant)}  # these decide on the factors alone, which are hashed
-    whole = hashlib.sha256()
+    hashed = hashlib.sha256()
     for key, site in sorted(signatures.items()):
         settings = {name: value for name, value in site.hyperparameters.items() if name not in only_factors}
         factors = [site.factors[name].fingerprint for name in FACTORS]
         shapes = {name: list(tensor.shape) for name, tensor in site.core.items()}
         entry = [key, site.layout, site.variant, settings, site.fingerprint, factors, shapes]
-        whole.update(json.dumps(entry, sort_keys=True).encode())
-    return whole.hexdigest()[:12]
+        hashed.update(json.dumps(entry, sort_keys=True).encode())
+    if beside:
+        hashed.update(json.dumps(beside, sort_keys=True).encode())
+    return hashed.hexdigest()[:12]
 
 
-def _as_json(variant: Variant) -> Json:
-    settings: Json = json.loads(json.dumps(variant.hyperparameters()))
+def _as_json(variant: Variant) -> JsonObject:
+    settings: JsonObject = json.loads(json.dumps(variant.hyperparameters()))
     return settings

@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from passes.analysis.matmul_rules import Product, aten, read_product
+from passes.analysis.matmul_rules import ACTIVATIONS, Product, aten, parameters_read, read_product
 from passes.analysis.operands import Matrices
 from passes.analysis.residual_stream import residual_writers, strip_views
-from passes.analysis.weight_contractions import pointwise
+from passes.analysis.weight_contractions import CONVOLUTIONS, is_unfolded, unfolded
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import attribute
 from passes.ir.parameter_names import ParameterNames, tensor_name
@@ -88,11 +88,19 @@ def parts(site: Site, model: nn.Module) -> list[Site]:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A product that is no site: where it stands, what it is, and why."""
+    """A product that is no site.
+
+    Attributes:
+        where: the module that it stands in, or its node; of a weight that is read in several, its key.
+        operation: what it is.
+        reason: why it is no site.
+        weights: names of the parameters of two or more dimensions that it reads.
+    """
 
     where: str
     operation: str
     reason: str
+    weights: tuple[str, ...] = ()
 
 
 def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, list[Product]], list[Skipped]]:
@@ -106,13 +114,16 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
-        product = read_product(node, names.tensors.get)
+        product, path = read_product(node, names.tensors.get), _module_path(node)
         if node.op == "call_module" and isinstance(names.modules.get(str(node.target)), OPAQUE):
             product = _module_product(node, names)
+        elif isinstance(product, Product) and isinstance(names.modules.get(path or ""), RECURRENT):
+            product = "its products are inside one module, which holds its weights twice"
         if isinstance(product, Product):
-            products[names.key(product.weight, _module_path(node))].append(product)
+            products[names.key(product.weight, path)].append(product)
         elif isinstance(product, str):
-            skipped.append(Skipped(_module_path(node) or node.name, _operation(node), product))
+            weights = _weights_of(node, product, names)
+            skipped.append(Skipped(path or node.name, _operation(node), product, weights))
     for key, of_site in list(products.items()):
         reason = ""
         if len({p.layout for p in of_site}) > 1:
@@ -120,9 +131,19 @@ def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[di
         elif len({_matrices(p, names) for p in of_site}) > 1:
             reason = "its products see its weight as different matrices"
         if reason:
-            skipped.append(Skipped(key, "linear", reason))
+            skipped.append(Skipped(key, "linear", reason, (of_site[0].weight,)))
             del products[key]
     return products, skipped
+
+
+def _weights_of(node: fx.Node, reason: str, names: ParameterNames) -> tuple[str, ...]:
+    """The matrices that a product reads which is no site, by their names."""
+    if reason == ACTIVATIONS:
+        return ()
+    if node.op == "call_module":
+        owned = names.modules[str(node.target)].named_parameters(recurse=False, remove_duplicate=False)
+        return tuple(f"{node.target}.{local}" for local, tensor in owned if tensor.dim() > 1)
+    return tuple(name for name in parameters_read(node, names.tensors.get) if names.tensors[name].dim() > 1)
 
 
 def _matrices(product: Product, names: ParameterNames) -> Matrices:
@@ -137,7 +158,7 @@ def _module_product(node: fx.Node, names: ParameterNames) -> Product | str:
     """The product of a module that a symbolic trace does not look into, or why there is none."""
     path = str(node.target)
     module, weight = names.modules[path], f"{path}.weight"
-    single = pointwise(module)
+    single = is_unfolded(module)
     if single is not True:
         return single or f"{type(module).__name__.lower()} with a parameter: its products are inside one module"
     if weight not in names.tensors or nn.parameter.is_lazy(names.tensors[weight]):
@@ -145,8 +166,8 @@ def _module_product(node: fx.Node, names: ParameterNames) -> Product | str:
     x = (*node.args, *node.kwargs.values())[0]
     assert isinstance(x, fx.Node)
     bias = f"{path}.bias" if f"{path}.bias" in names.tensors else None
-    d_out, d_in = names.tensors[weight].shape[:2]
-    return Product(node, x, weight, "out_in", bias, None, Matrices(None, d_out, d_in, "out_in"))
+    assert isinstance(module, Convolution)
+    return Product(node, x, weight, "out_in", bias, None, unfolded(names.tensors[weight].shape, module.groups))
 
 
 def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[Skipped]]:
@@ -167,7 +188,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         weight = names.alias(first.weight, key)
         matrices = _matrices(first, names)
         d_out, d_in, stack = matrices.d_out, matrices.d_in, matrices.stack
-        read = (*dict.fromkeys(strip_views(p.input) for p in of_site), d_in)
+        read = (*dict.fromkeys(strip_views(p.input) for p in of_site), d_in, key if _unfolds(first.node) else "")
         group = groups.setdefault(read, len(groups))
         others = [k for k in products if k != key and names.same(products[k][0].weight, weight)]
         tied = tuple(dict.fromkeys([*names.ties(weight), *others])) or tuple(uses[names.canonical(weight)])
@@ -179,28 +200,38 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
     return sites, skipped
 
 
+def _unfolds(node: fx.Node) -> bool:
+    """Whether a product multiplies its input in an order of its own, which no other product shares."""
+    return _operation(node) in CONVOLUTIONS
+
+
 def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
     names = ParameterNames(model)
     sites, skipped = [], []
     for path, module, layout, local in _linear_weights(model):
-        if layout is None:
-            skipped.append(Skipped(path, type(module).__name__, "a subclass of nn.Linear with its own forward"))
+        weight, reason = f"{path}.{local}".lstrip("."), ""
+        single = is_unfolded(module)
+        if isinstance(single, str):
+            reason = single
+        elif layout is None:
+            reason = "a subclass of nn.Linear with its own forward"
+        elif weight not in names.tensors:
+            reason = "its weight is not a parameter"
+        elif nn.parameter.is_lazy(names.tensors[weight]):
+            reason = "its weight is not initialised yet: run the model once"
+        if layout is None or reason:
+            skipped.append(Skipped(path, type(module).__name__, reason, (weight,) * (weight in names.tensors)))
             continue
-        weight = f"{path}.{local}".lstrip(".")
-        if weight not in names.tensors:
-            skipped.append(Skipped(path, type(module).__name__, "its weight is not a parameter"))
-            continue
-        if nn.parameter.is_lazy(names.tensors[weight]):
-            skipped.append(
-                Skipped(path, type(module).__name__, "its weight is not initialised yet: run the model once")
-            )
-            continue
-        rows, columns = names.tensors[weight].shape[:2]
-        d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
+        if isinstance(module, Convolution):
+            matrices = unfolded(names.tensors[weight].shape, module.groups)
+        else:
+            rows, columns = names.tensors[weight].shape
+            matrices = Matrices(None, *((rows, columns) if layout == "out_in" else (columns, rows)), layout)
         bias = weight.removesuffix("weight") + "bias"
         bias_name = bias if bias in names.tensors else None
-        sites.append(Site(names.key(weight, path), weight, bias_name, layout, d_out, d_in, tied=names.ties(weight)))
+        sizes, ties = (matrices.d_out, matrices.d_in), names.ties(weight)
+        sites.append(Site(names.key(weight, path), weight, bias_name, layout, *sizes, tied=ties, stack=matrices.stack))
     return sites, skipped
 
 
@@ -213,11 +244,12 @@ def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | No
                 yield path, module, "out_in", local
         elif layout is not None or isinstance(module, nn.Linear):
             yield path, module, layout, "weight"
-        elif pointwise(module) is True:
+        elif isinstance(module, Convolution):
             yield path, module, "out_in", "weight"
 
 
-OPAQUE = (Convolution, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+OPAQUE = (Convolution, *RECURRENT, nn.Bilinear)
 
 
 def _module_path(node: fx.Node) -> str | None:

@@ -17,7 +17,7 @@ from passes.analysis.operands import Lookup, Matrices
 from passes.analysis.weight_contractions import RULES as REWRITE_RULES
 from passes.analysis.weight_contractions import WeightRewrite, read_weight_rewrite
 from passes.ir.parameter_names import tensor_name
-from passes.ir.torch_internals import OpOverload
+from passes.ir.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
@@ -41,11 +41,25 @@ class Product:
 
 Rule = Callable[[fx.Node, Lookup], Product | str]
 RULES: dict[object, Rule] = {}
+ACTIVATIONS = "both operands are activations"
 UNCOVERED = {
-    **dict.fromkeys(["bilinear", "addbilinear"], "it multiplies two inputs"),
+    **dict.fromkeys(["bilinear", "addbilinear", "_trilinear"], "it multiplies two inputs"),
     **dict.fromkeys(["chain_matmul", "linalg_multi_dot"], "it multiplies more than two operands at once"),
     **dict.fromkeys(
-        ["lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"],
+        [
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+            "lstm_cell",
+            "gru_cell",
+            "rnn_tanh_cell",
+            "rnn_relu_cell",
+            "mkldnn_rnn_layer",
+            "_cudnn_rnn",
+            "_thnn_fused_lstm_cell",
+            "_thnn_fused_gru_cell",
+        ],
         "its products are inside one fused operation",
     ),
 }
@@ -95,11 +109,11 @@ def read_product(node: fx.Node, parameter: Lookup) -> Product | str | None:
     name = str(getattr(packet, "__name__", packet))
     if name in UNCOVERED:
         held = any(_parameter(n, parameter) for n in node.all_input_nodes)
-        return f"{name} with a parameter: {UNCOVERED[name]}" if held else "both operands are activations"
+        return f"{name} with a parameter: {UNCOVERED[name]}" if held else ACTIVATIONS
     if name not in REWRITE_RULES and "grouped_mm" not in name:
-        return None
+        return _of_unknown_kind(node, name, parameter)
     reasons = [_not_a_parameter(n, parameter) for n in node.all_input_nodes]
-    return next((reason for reason in reasons if "parameter '" in reason), "both operands are activations")
+    return next((reason for reason in reasons if "parameter '" in reason), ACTIVATIONS)
 
 
 def rewritten_product(node: fx.Node, rewrite: WeightRewrite, parameter: Lookup) -> Product:
@@ -151,6 +165,8 @@ def _product(
     tensor = parameter(name)
     if tensor is None or tensor.dim() != 2:
         return f"the parameter {name!r} is not a matrix"
+    if (other := _parameter(x, parameter)) is not None and other[0] == name:
+        return "both operands are parameters"
     bias_name = None
     if isinstance(bias, fx.Node):
         read_bias = _parameter(bias, parameter)
@@ -159,9 +175,34 @@ def _product(
     return Product(node, x, name, layout, bias_name, bias if isinstance(bias, fx.Node) else None)
 
 
+def _of_unknown_kind(node: fx.Node, name: str, parameter: Lookup) -> str | None:
+    """Why an operation that is not torch's own is no site, where it reads a matrix; it may multiply by it."""
+    foreign = isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
+    if not foreign and not isinstance(node.target, HigherOrderOperator):
+        return None
+    reads = (_parameter(n, parameter) for n in node.all_input_nodes)
+    matrices = [read for read in reads if read and _is_matrix(parameter(read[0]))]
+    return f"{name} with a parameter: what it computes is not known" if matrices else None
+
+
+def _is_matrix(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() > 1
+
+
 def _not_a_parameter(weight: object, parameter: Lookup) -> str:
     """Say what a second operand is that is no parameter: made of one, a constant, or an activation."""
-    pending, seen, sources = [weight], set(), []
+    sources = _sources(weight)
+    if sources is None:
+        return ACTIVATIONS
+    named = [name for name in sources if parameter(name) is not None]
+    if named:
+        return f"the operand is computed from the parameter {named[0]!r}"
+    return "the operand is a constant, not a parameter"
+
+
+def _sources(operand: object) -> list[str] | None:
+    """The tensors of the model that an operand is computed from; None where an input is among what it is made of."""
+    pending, seen, sources = [operand], set(), []
     while pending:
         node = pending.pop()
         if not isinstance(node, fx.Node) or node in seen:
@@ -170,12 +211,15 @@ def _not_a_parameter(weight: object, parameter: Lookup) -> str:
         if (name := tensor_name(node)) is not None:
             sources.append(name)
         elif node.op == "placeholder":
-            return "both operands are activations"
+            return None
         pending.extend(node.all_input_nodes)
-    named = [name for name in sources if parameter(name) is not None]
-    if named:
-        return f"the operand is computed from the parameter {named[0]!r}"
-    return "the operand is a constant, not a parameter"
+    return sources
+
+
+def parameters_read(node: fx.Node, parameter: Lookup) -> list[str]:
+    """The parameters that the operands of a product are, or are computed from alone."""
+    names = [name for operand in node.all_input_nodes for name in _sources(operand) or ()]
+    return [name for name in dict.fromkeys(names) if parameter(name) is not None]
 
 
 @matmul_rule(aten.linear.default)

@@ -1,4 +1,4 @@
-"""Products with a weight that is best changed as a whole: stacks, 1x1 convolutions, views, slices, left operands.
+"""Products with a weight that is best changed as a whole: stacks, convolutions, views, slices, left operands.
 
 A change of the weight itself is right whatever the product is, so that all that has to be read off a product is which
 dimensions of the weight it sums over. One rule per operation gives the candidates, and
@@ -7,17 +7,21 @@ dimensions of the weight it sums over. One rule per operation gives the candidat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
-from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices, sizes_of
+from passes.analysis.operands import Lookup, Matrices, Operand, follow, see_matrices
 from passes.analysis.residual_stream import operation
 from passes.ir.torch_internals import Convolution
 
 Label = Callable[[Operand], str]
+FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+TRANSPOSED = "a transposed convolution, whose kernel spreads inputs over outputs"
 
 
 class _NoMatrixError(Exception):
@@ -31,7 +35,7 @@ class WeightRewrite:
     input: Any
     weight: str
     matrices: Matrices
-    bias: Any = None
+    bias: Argument = None
 
 
 def read_weight_rewrite(node: fx.Node, parameter: Lookup) -> WeightRewrite | str | None:
@@ -63,36 +67,35 @@ def read_weight_rewrite(node: fx.Node, parameter: Lookup) -> WeightRewrite | str
         tensor = parameter(operand.weight)
         assert tensor is not None
         try:
-            matrices = see_matrices(operand, label(operand), tensor.shape)
+            matrices = _in_groups(see_matrices(operand, label(operand), tensor.shape), node)
         except _NoMatrixError as reason:
             return str(reason)
         return matrices if isinstance(matrices, str) else WeightRewrite(other, operand.weight, matrices, bias)
     return None
 
 
-def pointwise(module: nn.Module) -> bool | str:
-    """Whether a module is a convolution of single positions in one group; a sentence says why another one is not."""
+def is_unfolded(module: nn.Module) -> bool | str:
+    """Whether a module is a convolution, whose weight is a matrix for unfolded inputs; a sentence says why not."""
     if not isinstance(module, Convolution):
         return False
-    kind = type(module).__name__.lower()
-    if "forward" in vars(module) or type(module).forward not in (
-        nn.Conv1d.forward,
-        nn.Conv2d.forward,
-        nn.Conv3d.forward,
-    ):
-        return f"{kind} with a parameter: transposed, or with a forward of its own"
-    return _kernel(kind, list(module.kernel_size), module.groups) or True
+    if module.transposed:
+        return f"{type(module).__name__.lower()} with a parameter: {TRANSPOSED}"
+    if "forward" in vars(module) or type(module).forward not in FORWARDS:
+        return f"{type(module).__name__.lower()} with a parameter: it has a forward of its own"
+    return True
 
 
-def _kernel(kind: str, sizes: list[int], groups: object) -> str:
-    if any(size != 1 for size in sizes):
-        return f"{kind} with a parameter: its kernel of {'x'.join(map(str, sizes))} mixes positions"
-    if groups != 1:
-        return f"{kind} with a parameter: its {groups} groups each see a part of the channels"
-    return ""
+def unfolded(shape: Sequence[int], groups: int) -> Matrices:
+    """The weight of a convolution as the matrix that multiplies unfolded inputs, of several groups as a stack of them.
+
+    Args:
+        shape: (d_out, channels per group, *kernel).
+    """
+    d_in = math.prod(shape[1:])
+    return Matrices(None if groups == 1 else groups, shape[0] // groups, d_in, "out_in")
 
 
-Candidate = tuple[Any, Any, Label, Any]
+Candidate = tuple[Argument, Argument, Label, Argument]
 
 
 def _matmul(first: int) -> Callable[[fx.Node], Iterator[Candidate]]:
@@ -156,29 +159,37 @@ def _einsum(node: fx.Node) -> Iterator[Candidate]:
 
 
 def _convolution(node: fx.Node) -> Iterator[Candidate]:
-    kind = operation(node, node.graph)
-    at, whole = (8, node.args[6]) if kind == "convolution" else (6, False)
-    groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    if whole:
+    if operation(node, node.graph) == "convolution" and node.args[6]:
         _transposed(node)
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    yield node.args[1], node.args[0], lambda w: "O" + "I" * (len(w.dims) - 1), bias
 
-    def label(w: Operand) -> str:
-        if reason := _kernel(kind, sizes_of(w)[2:], groups):
-            raise _NoMatrixError(reason)
-        return "OI" + "S" * (len(w.dims) - 2)
 
-    yield node.args[1], node.args[0], label, bias
+def _in_groups(matrices: Matrices | str, node: fx.Node) -> Matrices | str:
+    """The matrices of a convolution's groups, each of which sees a part of the channels."""
+    name = operation(node, node.graph)
+    if name not in CONVOLUTIONS or isinstance(matrices, str):
+        return matrices
+    at = 8 if name == "convolution" else 6
+    groups: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+    if groups == 1:
+        return matrices
+    if matrices.stack is not None or matrices.layout != "out_in" or matrices.d_out % groups:
+        return f"{name} with a parameter: its {groups} groups do not divide the parameter as it is stored"
+    return Matrices(groups, matrices.d_out // groups, matrices.d_in, "out_in")
 
 
 def _transposed(node: fx.Node) -> Iterator[Candidate]:
-    raise _NoMatrixError(f"{operation(node, node.graph)} with a parameter: a transposed convolution")
+    raise _NoMatrixError(f"{operation(node, node.graph)} with a parameter: {TRANSPOSED}")
+
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
 
 RULES: dict[str, Callable[[fx.Node], Iterator[Candidate]]] = {
     **dict.fromkeys(["mm", "matmul", "bmm", "mv", "grouped_mm"], _matmul(0)),
     **dict.fromkeys(["addmm", "baddbmm", "addbmm", "addmv"], _matmul(1)),
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], _convolution),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _transposed),
     "linear": _linear, "inner": _inner, "tensordot": _tensordot, "einsum": _einsum,
 }  # fmt: skip

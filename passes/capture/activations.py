@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.analysis.linear_sites import Site
-from passes.ir.torch_internals import TorchDispatchMode, storage_address
+from passes.ir.torch_internals import Convolution, OpOverload, TorchDispatchMode, storage_address
 
 aten = torch.ops.aten
 See = Callable[[str, torch.Tensor], None]
@@ -35,12 +35,12 @@ def observed(model: nn.Module, sites: Sequence[Site], called: Container[str], se
     Args:
         called: keys of the sites whose module is called for every product; the others are recognised by their weight.
     """
-    watch = _Products([site for site in sites if site.key not in called], model, see)
+    owners = {site.key: model.get_submodule(site.weight.rpartition(".")[0]) for site in sites}
+    hooked = [key for key, module in owners.items() if key in called and not isinstance(module, Convolution)]
+    watch = _Products([site for site in sites if site.key not in hooked], model, see)
     handles = []
-    for site in sites:
-        if site.key in called:
-            module = model.get_submodule(site.weight.rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(_hook(site.key, watch), with_kwargs=True))
+    for key in hooked:
+        handles.append(owners[key].register_forward_pre_hook(_hook(key, watch), with_kwargs=True))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -59,12 +59,16 @@ def _hook(key: str, watch: _Products) -> Callable[..., None]:
     return hook
 
 
-def _positions(x: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
-    """What a convolution of single positions multiplies of x (batch, d_in, ...), as (batch, ..., d_in)."""
-    around = [size for sizes in zip(reversed(padding), reversed(padding), strict=True) for size in sizes]
+def unfold(
+    x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> torch.Tensor:
+    """What a convolution's weight multiplies: (batch, *positions, channels * kernel) of x (batch, channels, ...)."""
+    around = [size for size in reversed(padding) for _ in range(2)]
     x = torch.nn.functional.pad(x, around) if any(around) else x
-    every: Any = (..., *(slice(None, None, step) for step in stride))
-    return x[every].movedim(1, -1)
+    for at, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(at, gap * (size - 1) + 1, step)[..., ::gap]  # the entries of the window are the last dimension
+    positions = len(kernel)
+    return x.movedim(1, 1 + positions).flatten(1 + positions)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class _Products(TorchDispatchMode):
         self.see, self.quiet = see, False
         self.weights: dict[int, list[_Weight]] = {}
         self.alive: dict[int, StorageWeakRef] = {}
-        self.leads: Any = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
+        self.leads: WeakIdKeyDictionary = WeakIdKeyDictionary()  # shape of a matrix before it was flattened
         for site in sites:
             weight = site.weight_of(model)
             owner = model.get_submodule(site.weight.rpartition(".")[0])
@@ -118,7 +122,9 @@ class _Products(TorchDispatchMode):
         finally:
             self.quiet = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "overloadpacket", None)
         if self.quiet or packet is None:
@@ -130,7 +136,7 @@ class _Products(TorchDispatchMode):
             self._product(args[0], args[1].t())
         elif packet is aten.convolution:
             for known in self._known(args[1]):
-                self.show(known.site.key, _positions(*args[:1], *args[3:5]))
+                self.show(known.site.key, unfold(args[0], args[1].shape[2:], *args[3:6]))
         elif packet in VIEWS and isinstance(out, torch.Tensor) and out.dim() == 2 and args[0].dim() > 2:
             if out.shape[-1] == args[0].shape[-1]:
                 self.leads[out] = args[0].shape[:-1]

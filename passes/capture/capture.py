@@ -29,7 +29,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from passes.errors import InputError
-from passes.ir.forward_context import Call, copied, inference_mode_of, quiet, state_kept
+from passes.ir.forward_context import Call, copied, inference_mode_of, partial_graph_unprinted, quiet, state_kept
 from passes.ir.linear_modules import linear_layout
 from passes.ir.module_utils import copy_graph
 from passes.ir.parameter_names import name_placeholders
@@ -70,7 +70,7 @@ def is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def default_inputs(model: nn.Module) -> dict[str, Any] | None:
+def default_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Small inputs that a ``transformers`` model accepts, or None where it does not tell.
 
     Text models use their own ``dummy_inputs``; image models get two random images of the configured size.
@@ -87,7 +87,7 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
         height, width = (size, size) if isinstance(size, int) else size
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
-        inputs: dict[str, Any] = {main: pixels.to(dtype)}
+        inputs: dict[str, torch.Tensor] = {main: pixels.to(dtype)}
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         inputs = {main: torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)}
         inputs["decoder_input_ids"] = torch.zeros(2, 4, dtype=torch.long)
@@ -105,7 +105,7 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
-def keyword_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
+def keyword_inputs(model: nn.Module, call: Call) -> dict[str, object]:
     """All inputs by the names of ``model.forward``, positional ones included."""
     args, kwargs = call
     if not args:
@@ -123,7 +123,7 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
     Args:
         dynamic: leave every size of the inputs free that the model leaves free; else all are those of the inputs.
     """
-    with state_kept(model), inference_mode_of(model), torch.no_grad():
+    with state_kept(model), inference_mode_of(model), torch.no_grad(), partial_graph_unprinted():
         if not is_pretrained(model):
             args, kwargs = copied(call)
             shapes = all_dynamic(keyword_inputs(model, call)) if dynamic else None
@@ -163,7 +163,7 @@ def with_two_rows(model: nn.Module, call: Call) -> Call:
     return doubled
 
 
-def hub_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
+def hub_inputs(model: nn.Module, call: Call) -> dict[str, object]:
     """Keyword inputs for a ``transformers`` exporter: no labels (no loss is exported) and no cache unless given."""
     inputs = keyword_inputs(model, copied(call))
     inputs.pop("labels", None)

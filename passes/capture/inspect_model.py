@@ -12,6 +12,7 @@ from passes.analysis.linear_sites import Site, Skipped, products_by_site, sites_
 from passes.analysis.matmul_rules import Product, casts_its_weight
 from passes.capture.capture import capture, default_inputs, forward_call, normalised
 from passes.capture.module_calls import CallRecord, record_calls
+from passes.capture.without_graph import sites_without_graph
 from passes.ir.parameter_names import ParameterNames, tensor_name
 
 
@@ -72,7 +73,8 @@ def inspect_model(
     if captured.note:
         notes.append(f"not captured: {captured.note}")
     if captured.graph is None:
-        sites, skipped = sites_from_walk(model)
+        call = forward_call(example_inputs) if recorded else None
+        sites, skipped = sites_without_graph(model, call)
     else:
         sites, skipped = sites_from_graph(captured.graph, model)
         refused: list[Skipped] = []
@@ -94,7 +96,10 @@ def inspect_model(
         sites.insert(next(later, len(sites)), site)
     if found and calls is not None and not recorded:  # the trace went through their calls
         calls = CallRecord(calls.called | found.keys(), calls.read - {site.weight for site in found.values()})
-    skipped = [skip for skip in skipped if skip.where not in found]
+    operated = {site.weight for site in sites} if not isinstance(model, fx.GraphModule) else set()
+    skipped = [
+        skip for skip in skipped if skip.where not in found and not (skip.weights and operated.issuperset(skip.weights))
+    ]
     sites, skipped = [s for s in sites if s.weight not in built], [*skipped, *_built(sites, skipped, built)]
     return Inspection(tuple(sites), tuple(skipped), captured.how, tuple(notes), calls)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, set_mode, state_kept
-from passes.ir.torch_internals import TorchDispatchMode, tree_iter
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode, tree_iter
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _run(model: nn.Module, call: Call) -> None:
     model(*args, **kwargs)
 
 
-class _Recorder(TorchDispatchMode):
+class ModuleStack(TorchDispatchMode):
     """Sees every ATen operation while a forward runs, and keeps the stack of modules that are being called.
 
     Neither hooks on the modules nor a torch-function mode would do: PyTorch leaves its fast paths where it finds them.
@@ -91,13 +90,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.called: set[str] = set()
-        self.read: set[str] = set()
         self.stack: list[nn.Module] = []
-        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in model.named_modules():
-            for local, parameter in module.named_parameters(recurse=False):
-                name = f"{path}.{local}".lstrip(".")
-                self.owners.setdefault(id(parameter), []).append((module, name))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -120,7 +113,22 @@ class _Recorder(TorchDispatchMode):
         if self.stack:
             self.stack.pop()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+
+class _Recorder(ModuleStack):
+    """Notes which parameters are used outside of their modules' calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.read: set[str] = set()
+        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in model.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{local}".lstrip(".")
+                self.owners.setdefault(id(parameter), []).append((module, name))
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         for leaf in tree_iter((args, kwargs)):
             owners = self.owners.get(id(leaf), ()) if isinstance(leaf, nn.Parameter) else ()
             if not any(owner in self.stack for owner, _ in owners):

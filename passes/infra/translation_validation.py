@@ -26,7 +26,7 @@ from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import tree_leaves, tree_map
 
 Values = dict[str, Any]
-Reference = Callable[[Any, Any], Any]
+Reference = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NOISE, COEFF_FACTOR = 0.3, 0.75
 
 
@@ -152,7 +152,7 @@ class _Runner(fx.Interpreter):
 def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> Iterator[None]:
     """Replace the trainable tensors of all adapters by noise, and scale their coefficients, but for frozen ones."""
     generator = torch.Generator().manual_seed(seed)
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
     adapters = [(path, module) for path, module in graph_module.named_modules() if is_adapter(module)]
     try:
         for prefix, adapter in adapters:

@@ -30,8 +30,8 @@ class ErasedNode:
     name: str
     op: str
     target: Target
-    args: Any  # as a node's, with a NodeRef for each node
-    kwargs: Any
+    args: object  # as a node's, with a NodeRef for each node
+    kwargs: object
     meta: dict[str, object] = field(repr=False, compare=False)
 
 

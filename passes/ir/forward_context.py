@@ -10,7 +10,7 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +24,9 @@ from passes.ir.torch_internals import tree_iter, without_torch_function
 P = ParamSpec("P")
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A tensor is the only argument, a tuple the positional ones, a mapping the keywords."""
 
 
 def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
@@ -130,3 +133,21 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def partial_graph_unprinted() -> Iterator[None]:
+    """Keep ``torch.export`` from printing the graph that it has where it fails; all else that is printed still is."""
+    logger, written, graph = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO(), ""
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = str(vars(error).get("partial_fx_graph", ""))
+        raise
+    finally:
+        logger.setLevel(level)
+        text = written.getvalue()
+        print(text.replace(f"{graph}\n", "") if graph else text, end="", file=sys.stderr)

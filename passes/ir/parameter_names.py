@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import keyword
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -57,6 +59,18 @@ def placeholder_parameters(graph: fx.Graph) -> dict[str, torch.Tensor]:
     nodes = [node for node in graph.nodes if node.op == "placeholder" and PARAMETER in node.meta]
     values = {node.meta[PARAMETER]: node.meta.get("example_value", node.meta.get("val")) for node in nodes}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def unwritable(name: str) -> bool:
+    """Whether a dotted name cannot stand in the code that torch writes of a graph, as a keyword or a quote cannot."""
+    return any(keyword.iskeyword(part) or not _quotable(part) for part in name.split("."))
+
+
+def _quotable(part: str) -> bool:
+    try:
+        return bool(ast.literal_eval(f'"{part}"') == part)
+    except (SyntaxError, ValueError):
+        return False
 
 
 def original_names(model: nn.Module) -> dict[str, str]:

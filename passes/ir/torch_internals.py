@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
@@ -34,12 +34,33 @@ __all__ = [
     "tree_map_only",
 ]
 
+NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"  # names that DistributedDataParallel asks a module for
 REPLICA = "_is_replica"  # set on the instances that nn.DataParallel makes for its devices
 # Asked in each forward, so without a function of our own around them.
 script_tracing_state = torch._C._get_tracing_state  # None where TorchScript's tracer does not run
 function_transforms = torch._C._functorch.peek_interpreter_stack  # None outside of ``vmap``, ``grad`` and their like
 
 Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transposed ones included
+
+# The frames of a module's call, by which one sees that a thread is in it.
+MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+
+
+def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve as a module does, padding of any mode included, by another weight and without a bias."""
+    return module._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+
+
+def convolves_as_ever(module: nn.Module) -> bool:
+    """Whether a convolution of one group is computed by torch's own code, whatever subclass it is of."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = [kind for kind in kinds if isinstance(module, kind) and type(module)._conv_forward is kind._conv_forward]
+    return any(type(module).forward is kind.forward for kind in own)
+
+
+def same_version(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let writes to a tensor go uncounted: what was derived from its value is still right after them."""
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
 
 
 def is_exporting() -> bool:
@@ -68,7 +89,9 @@ def put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = model
 
 
-def module_of_script(model: torch.jit.ScriptModule, args: Any, kwargs: Any) -> fx.GraphModule:
+def module_of_script(
+    model: torch.jit.ScriptModule, args: tuple[object, ...], kwargs: dict[str, object]
+) -> fx.GraphModule:
     """A TorchScript module as a graph module, by torch's converter."""
     from torch._export.converter import TS2EPConverter
 
@@ -175,7 +198,9 @@ def load_package(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def compile_ahead_of_time(module: nn.Module, args: Any, kwargs: Any, options: dict[str, Any]) -> list[object]:
+def compile_ahead_of_time(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], options: dict[str, object]
+) -> list[object]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
@@ -209,14 +234,27 @@ def has_line_tables() -> bool:
     return hasattr(config.aot_inductor, "enable_line_tables")
 
 
-def archive_reader(file: IO[bytes]) -> Any:
+def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
     """Torch's reader of the records of an archive."""
     return torch._C.PyTorchFileReader(file)
 
 
-def archive_writer(file: IO[bytes]) -> Any:
+def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
     """Torch's writer of the records of an archive."""
     return torch._C.PyTorchFileWriter(file)
+
+
+def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module that has no state yet the class that ``register_parametrization`` gives it, for these tensors."""
+    torch.nn.utils.parametrize._inject_new_class(module)
+    for name in names:
+        torch.nn.utils.parametrize._inject_property(module, name)
+
+
+def plainly(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of tensors without ``__torch_function__`` of their subclasses."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
 
 
 _ENTRY = re.compile(r"\b_(?:modules|parameters|buffers)\['([^']+)'\]")

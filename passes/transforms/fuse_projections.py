@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
@@ -62,12 +62,12 @@ class StackedRows(nn.Module):
             for (module, name), (start, stop) in zip(self.parts, bounds, strict=True):
                 module._buffers[name] = rows[start:stop]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tie(self.rows)  # a move to another device or dtype copies each view by itself
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         parts = [module.get_buffer(name) for module, name in self.parts]
         if any(storage_address(part) != storage_address(self.rows) for part in parts):

@@ -31,7 +31,7 @@ class Basis(Configuration):
     - "orthonormal U": ``U^T U = I`` and ``S * h = U^T (W x)``, so that the projection can be taken from the output.
     - "orthonormal Vh": ``Vh Vh^T = I``; with the former these are singular triples of the weight.
     - "contrast data": it is chosen by two sets of inputs, and gives the frozen ``direction`` (r,) from one to the
-      other.
+      other, and the ``midpoint`` (r,) between them.
     """
 
     def __init_subclass__(cls) -> None:

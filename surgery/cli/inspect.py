@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import fx, nn
 
+from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products
 from passes.errors import InputError
 from passes.infra.pass_manager import run_pipeline
 from passes.ir.module_utils import copy_graph
-from passes.transforms.insert import Insert
+from passes.transforms.insert import Insert, InsertionPoint
 from passes.viz.site_diagram import Drawing, draw_site
 from surgery.errors import TargetError
 from surgery.hosting.attach import graph_adapter
@@ -27,6 +29,7 @@ from surgery.modules.core import Core, Factors
 from surgery.planning.adapter_init import initial_core
 from surgery.planning.target_selection import select_sites, site_ranks, why_not_chosen
 from surgery.support.hf_config import first_line, hub_config, model_class
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import DEFAULT, Variant, resolve_variant
 from surgery.verbs.apply import inspect_sites
 from surgery.verbs.argument_types import ExampleInputs, VariantLike
@@ -48,10 +51,10 @@ class Choice:
     ranks: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One mapping per site and skipped product, for machines."""
         groups = _siblings(self.inspection)
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         for site in self.inspection.sites:
             chosen = {"chosen": site.key in self.ranks, "r": self.ranks.get(site.key)}
             reads_with = [key for key in groups[site.key] if key != site.key]
@@ -62,10 +65,9 @@ class Choice:
         ]
         return rows + skipped
 
-    def table(self, *, every: bool = False) -> Any:
+    def table(self, *, every: bool = False) -> Table:
         """A ``rich`` table; like sites of all layers share a row unless ``every`` is true."""
         from rich import box
-        from rich.table import Table
 
         how = self.inspection.how if self.inspection.captured else "module walk (not captured)"
         title = f"{type(self.model).__name__}: {len(self.inspection.sites)} sites, from {how}"
@@ -121,7 +123,7 @@ class Choice:
 
 def _siblings(inspection: Inspection) -> dict[str, list[str]]:
     """The sites that read the same input as each site, itself included."""
-    groups: dict[Any, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for site in inspection.sites:
         groups.setdefault(site.key if site.group is None else site.group, []).append(site.key)
     return {key: keys for keys in groups.values() for key in keys}
@@ -135,7 +137,7 @@ def _short(key: str, other: str) -> str:
     return ".".join(parts)
 
 
-def _insertion_points(graph: fx.GraphModule, node: Adapter) -> Any:
+def _insertion_points(graph: fx.GraphModule, node: Adapter) -> list[InsertionPoint]:
     original = graph.graph
     points = register_sites(graph, original, [node])
     graph.graph = copy_graph(original)
@@ -144,7 +146,7 @@ def _insertion_points(graph: fx.GraphModule, node: Adapter) -> Any:
     return points
 
 
-def _meta_site(graph: fx.GraphModule, site: Any, variant: Variant, r: int) -> Adapter:
+def _meta_site(graph: fx.GraphModule, site: Site, variant: Variant, r: int) -> Adapter:
     """A site whose factors have shapes and no values."""
     weight = graph.get_parameter(site.weight)
     dtype = getattr(torch, variant.factors_dtype) if variant.factors_dtype else weight.dtype
@@ -179,12 +181,12 @@ def choose(
     inspection = inspect_sites(model, example_inputs)
     pattern = targets.pop("rank_pattern", None)
     options = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, **targets}
-    chosen = select_sites(model, inspection, **options, default=config.default_targets)
+    chosen = select_sites(model, inspection, **options, config=config)
     ranks = site_ranks(chosen, config, pattern)
     return Choice(model, inspection, config, ranks, why_not_chosen(model, inspection, ranks))
 
 
-def load_model(source: str, device: str | torch.device = "meta") -> tuple[nn.Module, Any]:
+def load_model(source: str, device: str | torch.device = "meta") -> tuple[nn.Module, ExampleInputs | None]:
     """A model without the weights of its checkpoint, and its example inputs (None for its defaults).
 
     Args:
@@ -215,7 +217,7 @@ def is_callable(source: str) -> bool:
     return re.fullmatch(r"[\w.]+:[\w.]+", source) is not None
 
 
-def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, Any]:
+def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, ExampleInputs | None]:
     try:
         target: Any = importlib.import_module(module)
         for part in name.split("."):

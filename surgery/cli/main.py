@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from passes.errors import SurgeryError
-from surgery.variants import DEFAULT, REGISTRY, Variant
+from surgery.hosting.checks import check_form
+from surgery.variants import DEFAULT, REGISTRY, Variant, resolve_variant
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +51,7 @@ def variants() -> None:
         about.append(f"{trainable:,} trainable at r = {config.r}")
         about += ["needs calibration data"] * config.needs_calibration + ["cannot be merged"] * (not config.linear)
         about += [f"on {config.default_targets}"] * (config.default_targets != "all-linear")
+        about += ["in the middle third of the layers"] * config.middle_layers
         options = ", ".join(f"{o.name}={getattr(config, o.name)!r}" for o in fields(config) if o.name not in shared)
         summary = (getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0]
         typer.echo(f"{name:20}{summary}\n{'':20}{'; '.join(about)}" + (f"\n{'':20}{options}" if options else ""))
@@ -65,7 +67,9 @@ def inspect(
     variant: str = typer.Option(DEFAULT, help="The variant to choose sites for."),
     r: int | None = typer.Option(None, help="Upper bound of the rank; the variant's own by default."),
     target_modules: str | None = typer.Option(
-        None, help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas.'
+        None,
+        help='"all-linear", "residual-writers", a regular expression for whole keys, or suffixes with commas '
+        '("q_proj,").',
     ),
     exclude_modules: str | None = typer.Option(None, help="Sites to leave out, written like target_modules."),
     every: bool = typer.Option(False, "--all", help="One row per site, and not one for like sites of all layers."),
@@ -78,6 +82,8 @@ def inspect(
     """Print the sites of a model: shape, operation, what reads the same input, role, ties, chosen or why not."""
     from surgery.cli.inspect import choose, load_model, write_text
 
+    resolve_variant(variant, r)  # what is wrong is refused before a model is built
+    check_form(form)
     loaded, inputs = load_model(model)
     targets = {"target_modules": patterns(target_modules), "exclude_modules": patterns(exclude_modules)}
     choice = choose(loaded, variant, r, inputs, **targets)
@@ -125,8 +131,8 @@ def pull(
 
 
 def patterns(text: str | None) -> str | list[str] | None:
-    """A pattern of the command line as ``apply_surgery`` takes it: with commas, a list of suffixes."""
-    return [part.strip() for part in text.split(",")] if text and "," in text else text
+    """A pattern of the command line as ``apply_surgery`` takes it: with a comma, a list of suffixes."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text and "," in text else text
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ class CoreConfig(Configuration):
     depends_only_on_Sh: ClassVar[bool] = True
     """Whether delta is a function of ``S * h``: only then can the projection be taken from the output."""
     default_targets: ClassVar[str] = "all-linear"
+    middle_layers: ClassVar[bool] = False
+    """Whether it goes on the middle third of the layers where neither targets nor layers are named."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Core tensors that are not trained: the basis gives them with the factors."""
     needs: ClassVar[frozenset[str]] = frozenset()

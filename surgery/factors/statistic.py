@@ -138,7 +138,8 @@ def reranked(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisatio
 
 @one_thread()
 def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisation:
-    """The r singular triples of the largest ``|dS|``, and ``direction = dS / |dS|`` among them.
+    """The r singular triples of the largest ``|dS|``, ``direction = dS / |dS|`` among them, and the ``midpoint`` of
+    both means of ``sqrt(S) h``.
 
     Raises:
         InputError: the two sets have the same mean, so that there is no direction.
@@ -157,7 +158,8 @@ def contrasted(weight: torch.Tensor, r: int, statistic: Statistic) -> Factorisat
             if found.S[0] > 0
             else "its weight is zero, so there is no direction"
         )
-    return found.keep(chosen)._replace(core={"direction": direction / norm})
+    midpoint = (found.S.sqrt() * (found.Vh @ ((positive + negative) / 2)))[chosen]
+    return found.keep(chosen)._replace(core={"direction": direction / norm, "midpoint": midpoint})
 
 
 def top(scores: torch.Tensor, r: int) -> torch.Tensor:

@@ -161,7 +161,7 @@ class Statistics:
             raise AdapterError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(file: Any, i: int, entry: Any, where: str) -> Statistic:
+def _read(file: safe_open, i: int, entry: Any, where: str) -> Statistic:
     if type(entry["d_in"]) is not int:
         raise AdapterError(f"{where}: d_in of statistic {i} must be an integer, found {entry['d_in']!r:.40}")
     statistic = Statistic(entry["kind"], entry["side"], entry["d_in"], None, dict(entry["counts"]))

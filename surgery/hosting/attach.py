@@ -11,6 +11,7 @@ from torch import fx, nn
 from passes.analysis.linear_sites import Site
 from passes.errors import CaptureError, InputError
 from passes.ir.module_utils import private_module
+from passes.ir.torch_internals import Convolution
 from passes.transforms.insert import Insert
 from passes.transforms.propagate_metadata import Annotate
 from surgery.errors import TargetError, WeightError
@@ -22,8 +23,10 @@ from surgery.hosting.root import share_steering
 from surgery.hosting.state import adapters_of, own_tensors, parameter_names, record_of
 from surgery.modules.adapter import Adapter
 from surgery.modules.base_weights import base_weight_in, base_weight_of
+from surgery.modules.convolution_adapter import ConvolutionAdapter
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
+from surgery.support.strides import overlaps
 from surgery.variants import Variant
 
 
@@ -39,6 +42,7 @@ class AdapterPlan:
     lowering: str = "auto"
     form: str = "delta"
     keep_base: bool = True
+    trained: bool = False  # whether the weight was trained beside the adapter, so that the factors are not its own
 
 
 def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphState | None) -> None:
@@ -70,7 +74,14 @@ def attach_all(model: nn.Module, plans: Iterable[AdapterPlan], original: GraphSt
 def make_adapter(host: Host, site: Site, variant: Variant, factors: Factors, core: Core) -> Adapter:
     """An adapter for a host, not yet attached."""
     base = base_weight_of(site.key, host, site.layout, factors.shape, site.rows)
-    return Adapter(site.key, host, base, variant, factors, core)
+    if host.changes_weight and overlaps(host.parameter()):
+        raise WeightError(
+            f"site {site.key!r}: entries of its weight overlap in memory (strides {host.parameter().stride()}), which "
+            "those of a changed weight cannot; give it memory of its own with .contiguous(), or leave it out with "
+            "exclude_modules"
+        )
+    kind = ConvolutionAdapter if host.convolves else Adapter
+    return kind(site.key, host, base, variant, factors, core)
 
 
 def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
@@ -79,6 +90,7 @@ def _inlined(model: nn.Module, plan: AdapterPlan) -> Adapter:
         raise CaptureError(f"site {site.key!r} is a part of a packed weight, which graphs cannot hold; merge it first")
     host = GraphSite(model, site.weight, site.bias, changes_weight=plan.host != "graph")
     adapter = graph_adapter(host, site, plan.variant, plan.factors, plan.core)
+    _record(adapter, trained=plan.trained)
     adapter.train(model.training)
     if plan.form == "residual" and not host.changes_weight:
         host.split()
@@ -90,6 +102,15 @@ def graph_adapter(host: GraphSite, site: Site, variant: Variant, factors: Factor
     adapter = make_adapter(host, site, variant, factors, core)
     host.adapter = adapter
     return adapter
+
+
+def _record(adapter: Adapter, *, trained: bool = False) -> None:
+    """Record which weight the factors belong to; its hash is what files know it by, so that saving takes none."""
+    weight = adapter.host.registered()
+    if weight is not None and not weight.is_meta:
+        adapter.record.trained = trained
+        adapter.record.fingerprint = adapter.base_weight.fingerprint()
+        adapter.record.adopt(adapter, weight)
 
 
 def owners_of(model: nn.Module) -> Counter[int]:
@@ -110,13 +131,14 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
     host: CalledModule | ReadWeight
     if plan.host == "weight":
         host = ReadWeight(owner, local, bias)
-    elif plan.form == "residual":
+    elif plan.form == "residual" and not isinstance(owner, Convolution):
         host = ResidualModule(owner, shared=(owners or owners_of(model))[id(owner._parameters["weight"])] > 1)
     else:
         host = CalledModule(owner)
     adapter = make_adapter(host, site, plan.variant, plan.factors, plan.core)
     adapter.train(owner.training)
     host.attach(adapter)
+    _record(adapter, trained=plan.trained)
     if host.name == "module":
         try:
             adapter.reschedule(plan.lowering)
@@ -129,7 +151,16 @@ def plan_of(paths: Mapping[int, str], key: str, site: Adapter) -> AdapterPlan:
     weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
     place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack, rows=site.rows)
-    return AdapterPlan(place, site.host.name, site.variant, site.factors, site.core, site.lowering, site.form)
+    return AdapterPlan(
+        place,
+        site.host.name,
+        site.variant,
+        site.factors,
+        site.core,
+        site.lowering,
+        site.form,
+        trained=site.record.trained,
+    )
 
 
 def check_not_operated(model: nn.Module, sites: Sequence[Site]) -> None:

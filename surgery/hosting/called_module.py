@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from passes.errors import SurgeryError
 from passes.ir.linear_modules import layout_of_forward
+from passes.ir.torch_internals import Convolution
+from surgery.errors import WeightError
 from surgery.hosting.subclasses import Pickles, put_on, take_off
 from surgery.modules.host import Host
+from surgery.modules.outside_read import outside_read
 
 if TYPE_CHECKING:
     from surgery.modules.adapter import Adapter
@@ -29,9 +32,38 @@ class Called(Pickles):
             return type(self).forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         forward: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
-        return site.lower(x, lambda: forward(*args, **kwargs))
+        host = site.host
+        before, host.entered = host.entered, True
+        try:
+            return site.lower(x, lambda: forward(*args, **kwargs))
+        finally:
+            host.entered = before
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    @property
+    @torch.jit.unused  # type: ignore[untyped-decorator]
+    def weight(self) -> torch.Tensor:
+        """The base weight; to others that read it while the model runs, with the change that the adapter makes."""
+        weight: torch.Tensor | None = self._parameters.get("weight")  # type: ignore[attr-defined]
+        if weight is None:
+            weight = vars(self).get("weight")
+        if weight is None:  # a property of the user's class, or none: nn.Module says so
+            weight = super().weight  # type: ignore[misc]
+        site: Adapter | None = self._modules.get(ATTRIBUTE)  # type: ignore[attr-defined]
+        if site is None or site.host.entered or weight.is_meta or not site.runs():  # type: ignore[union-attr]
+            return weight  # type: ignore[return-value]
+        return outside_read(site, weight)  # type: ignore[arg-type]
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        vars(self)["weight"] = value  # as pruning does, which has taken the parameter off
+
+    @weight.deleter
+    def weight(self) -> None:
+        if "weight" not in vars(self):
+            raise AttributeError("weight")
+        del vars(self)["weight"]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[misc]
         self._modules[ATTRIBUTE].converted()  # type: ignore[attr-defined]
         return self
@@ -44,11 +76,11 @@ class CalledResidual(Called):
     on the CPU or another module has it too), unless it was dropped.
     """
 
-    @property
+    @property  # type: ignore[misc]
     def weight(self) -> torch.Tensor:
         """The base weight where the module is; if it was not kept, what the factors and the remainder give."""
         site: Adapter = self.sspace  # type: ignore[attr-defined]
-        return site.weight
+        return site.weight if site.host.entered or not site.runs() else outside_read(site, site.weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Let the weight be tied to what it is, as ``tie_weights`` does; refuse another."""
@@ -58,16 +90,17 @@ class CalledResidual(Called):
         elif param is not host.set_aside:
             raise SurgeryError("the weight of a site in residual form cannot be replaced: undo surgery or merge first")
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         self.sspace.host.finalised = False  # type: ignore[attr-defined]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         site: Adapter = self.sspace  # type: ignore[attr-defined]
         host: Any = site.host
         before, W_res = host.weight_dtype, site.get_buffer("W_res")
         super()._apply(fn, recurse)  # type: ignore[misc]
         host.converted(fn, before, W_res)
+        site.record.converted(site, host.registered())
         return self
 
 
@@ -77,13 +110,20 @@ class CalledModule(Host):
     name = in_place = "module"
 
     def __init__(self, owner: nn.Module) -> None:
-        super().__init__(owner, "weight", None if getattr(owner, "bias", None) is None else "bias")
+        super().__init__(owner, "weight", None if owner._parameters.get("bias") is None else "bias")
         self.exact = layout_of_forward(type(owner).forward) is not None
+        self.convolves = isinstance(owner, Convolution)
 
     def parameter(self) -> torch.Tensor:
         """The base weight."""
         weight = self.owner._parameters.get("weight")
-        return self.owner.weight if weight is None else weight  # type: ignore[return-value]
+        if weight is not None:
+            return weight
+        before, self.entered = self.entered, True  # what a parametrisation gives, without the adapter's change
+        try:
+            return self.owner.weight  # type: ignore[return-value]
+        finally:
+            self.entered = before
 
     def bias(self) -> torch.Tensor | None:
         """The base bias."""
@@ -100,7 +140,17 @@ class CalledModule(Host):
         del self.owner._modules[ATTRIBUTE]
 
     def put_weight(self, weight: torch.Tensor) -> None:
-        """Take it off, and give the module a new weight."""
+        """Take it off, and give the module a new weight.
+
+        Raises:
+            WeightError: the module was parametrised or pruned since surgery, so that its weight is computed.
+        """
+        adapter: Any = self.owner._modules[ATTRIBUTE]
+        if adapter.form == "delta" and self.registered() is None:
+            raise WeightError(
+                f"site {adapter.key!r}: its weight was parametrised or pruned since surgery, and is computed from "
+                "other tensors; take that off first (remove_parametrizations, prune.remove)"
+            )
         requires_grad = self.parameter().requires_grad
         self.detach()
         self.owner._parameters["weight"] = nn.Parameter(weight, requires_grad=requires_grad)
@@ -154,6 +204,10 @@ class ResidualModule(CalledModule):
         if self.set_aside is not None and not torch.equal(remainder(site), site.get_buffer("W_res")):
             weight = site.rebuilt_weight(self.dtype).to(self.set_aside.device)
             self.set_aside = nn.Parameter(weight, requires_grad=False)
+
+    def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """The base parameter is set aside."""
+        return vars(self), "set_aside"
 
     def converted(self, fn: Callable[[torch.Tensor], torch.Tensor], before: torch.dtype, W_res: torch.Tensor) -> None:
         """Follow a conversion of the model: the remainder stays in float32 or better."""

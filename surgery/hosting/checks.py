@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -13,6 +11,7 @@ from surgery.errors import VariantError, WeightError
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY
 from surgery.modules.base_weights import BaseWeight, base_weight_in
 from surgery.modules.core import Factors
+from surgery.modules.site_module import SiteModule
 from surgery.variants import Variant
 
 
@@ -36,6 +35,20 @@ def check_whole(key: str, base: BaseWeight) -> None:
         raise WeightError(f"site {key!r}: {reason}")
 
 
+def check_there(key: str, site: SiteModule) -> None:
+    """Refuse a site whose values are gone, or not loaded yet, where they are to be read.
+
+    Raises:
+        WeightError: its weight, its factors or its core are on the meta device.
+    """
+    held = [*site.core.tensors().values(), site.factors.U]
+    if any(tensor.is_meta for tensor in held) or (site.host.keeps_base and site.host.parameter().is_meta):
+        raise WeightError(
+            f"site {key!r} is on the meta device, where there are no values to read; move the model to a device with "
+            "to_empty and load its weights and adapter first"
+        )
+
+
 def check_factors(site: Site, factors: Factors) -> None:
     """Refuse factors that do not fit their dtype.
 
@@ -52,7 +65,7 @@ def check_factors(site: Site, factors: Factors) -> None:
 
 
 def check_options(
-    config: Variant, calibration: Any, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
+    config: Variant, calibration: object, form: str, lowering: str, keep_base: bool, seed: int, is_graph: bool
 ) -> tuple[str, str]:
     """Refuse options of ``apply_surgery`` that are wrong, or do not go together.
 
@@ -82,7 +95,7 @@ def check_options(
     return form, IN_RESIDUAL if form == "residual" and not is_graph else lowering
 
 
-def check_form(form: Any) -> None:
+def check_form(form: object) -> None:
     """Refuse what is no form of a site.
 
     Raises:
@@ -92,7 +105,7 @@ def check_form(form: Any) -> None:
         raise InputError(f"form must be 'delta' or 'residual', found {form!r:.80}")
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Refuse what is no seed.
 
     Raises:
@@ -102,7 +115,7 @@ def check_seed(seed: Any) -> None:
         raise InputError(f"seed must be an integer, found {seed!r:.80}")
 
 
-def check_flags(**flags: Any) -> None:
+def check_flags(**flags: object) -> None:
     """Refuse values that are neither True nor False, by the names of the arguments.
 
     Raises:

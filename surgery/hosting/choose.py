@@ -12,6 +12,7 @@ from passes.capture.module_calls import CallRecord
 from passes.infra.tolerance import disagreement
 from passes.ir.forward_context import state_kept
 from passes.ir.linear_modules import layout_of_forward
+from passes.ir.torch_internals import Convolution, convolves_as_ever
 from surgery.hosting.called_module import ATTRIBUTE, Called
 from surgery.hosting.subclasses import has_mixin, subclass_of
 from surgery.modules.base_weights import BaseWeight, Held, kind_of
@@ -49,12 +50,17 @@ def why_not_called(owner: nn.Module, layout: str) -> str | None:
         return "it is parametrised"
     if hasattr(owner, ATTRIBUTE):
         return f"it has an attribute {ATTRIBUTE!r}"
-    if layout_of_forward(type(owner).forward) == layout:
-        return None
+    if isinstance(owner, Convolution):
+        if not convolves_as_ever(owner):
+            return "it convolves in a way of its own"
+        if owner.groups != 1:
+            return f"its {owner.groups} groups have a core each"
     try:
         subclass_of(type(owner), Called)
     except TypeError as error:
         return f"its class cannot be subclassed: {error}"
+    if isinstance(owner, Convolution) or layout_of_forward(type(owner).forward) == layout:
+        return None
     return _differs(owner, layout)
 
 

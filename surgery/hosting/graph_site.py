@@ -50,6 +50,11 @@ class GraphSite(Host):
         parameter: torch.Tensor | None = attribute(self.owner, self.weight_name)
         return self.adapter.rebuilt_weight(self.weight_dtype) if parameter is None else parameter
 
+    def registered(self) -> torch.Tensor | None:
+        """The base parameter, which may be in a module of its own."""
+        found: torch.Tensor | None = attribute(self.owner, self.weight_name)
+        return found
+
     def bias(self) -> torch.Tensor | None:
         """The base bias, of a part its entries."""
         if self.bias_name is None:

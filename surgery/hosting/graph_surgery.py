@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -27,6 +27,7 @@ from passes.ir.torch_internals import put_graph
 from passes.transforms.fuse_projections import StackedRows, forget_rows
 from passes.transforms.insert import InsertionPoint
 from passes.transforms.split_packed_weight import reads_of_part
+from surgery.hosting.root import watch_calls
 from surgery.hosting.state import STATE
 from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
@@ -198,13 +199,14 @@ def copy_whole(model: fx.GraphModule) -> None:
         if STATE in vars(self):
             vars(copied)[STATE] = copy.deepcopy(vars(self)[STATE], memo)
             vars(copied)[STATE].steering.root = weakref.ref(copied)
+            watch_calls(copied)
         copy_whole(copied)
         return copied
 
     def refuse(self: fx.GraphModule) -> NoReturn:
         raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
 
-    def apply(self: fx.GraphModule, fn: Any, recurse: bool = True) -> Any:
+    def apply(self: fx.GraphModule, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         for key, site in graph_sites(self).items():
             dtype = fn(site.factors.S).dtype
             before, half = site.factors.S.dtype, (torch.float16, torch.bfloat16)

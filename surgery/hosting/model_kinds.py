@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from passes.capture.capture import forward_call
 from passes.errors import CaptureError, InputError
-from passes.ir.forward_context import state_kept
+from passes.ir.forward_context import ExampleInputs, state_kept
 from passes.ir.torch_internals import module_of_script
 
 
-def as_patient(model: Any, example_inputs: Any) -> Any:
+def as_module(model: object, example_inputs: ExampleInputs | None) -> nn.Module:
     """A module that can be operated on: the module itself, or a new ``GraphModule`` of what has no rewritable graph.
 
     Raises:
@@ -30,7 +28,7 @@ def as_patient(model: Any, example_inputs: Any) -> Any:
     return model
 
 
-def _from_script(model: torch.jit.ScriptModule, example_inputs: Any) -> fx.GraphModule:
+def _from_script(model: torch.jit.ScriptModule, example_inputs: ExampleInputs | None) -> fx.GraphModule:
     if example_inputs is None:
         raise CaptureError("a TorchScript module needs example_inputs to be converted to a graph")
     args, kwargs = forward_call(example_inputs)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from surgery.hosting.subclasses import change_class
+from passes.ir.torch_internals import parametrised_class
+from surgery.errors import WeightError
+from surgery.hosting.subclasses import bare_instance, change_class, class_and_mixins
 from surgery.modules.adapter import Adapter
 from surgery.modules.host import Host
 
@@ -32,10 +36,16 @@ class ReadWeight(Host):
 
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the base weight."""
+        if parametrize.is_parametrized(self.owner, self.weight_name):
+            return self.owner.get_parameter(f"parametrizations.{self.weight_name}.original")
+        return self.owner.get_parameter(self.weight_name)
+
+    def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """The parametrisation holds it."""
         owner: Any = self.owner
-        if parametrize.is_parametrized(owner, self.weight_name):
-            return owner.parametrizations[self.weight_name].original  # type: ignore[no-any-return]
-        return owner.get_parameter(self.weight_name)  # type: ignore[no-any-return]
+        if not parametrize.is_parametrized(owner, self.weight_name):
+            return super().place()
+        return owner.parametrizations[self.weight_name]._parameters, "original"
 
     def bias(self) -> torch.Tensor | None:
         """The bias, of a part its entries."""
@@ -53,7 +63,17 @@ class ReadWeight(Host):
                 for other in others:
                     if isinstance(other, Adapter):  # an earlier one, which knows the order before surgery
                         self.order = other.host.order
-        parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
+        new = not parametrize.is_parametrized(self.owner)
+        try:
+            parametrize.register_parametrization(self.owner, self.weight_name, adapter, unsafe=True)
+        except (TypeError, AttributeError) as error:  # it may refuse to be subclassed, or to be given an attribute
+            raise WeightError(
+                f"site {adapter.key!r}: its weight is read without a call of a plain linear module, and "
+                f"{type(self.owner).__name__} cannot be parametrised ({error}): leave it out with exclude_modules"
+            ) from error
+        _read_quickly(type(self.owner), self.weight_name)
+        if new:
+            _picklable(type(self.owner))
 
     def detach(self) -> None:
         """Remove the parametrisation; parameters are in the order that they had."""
@@ -61,7 +81,10 @@ class ReadWeight(Host):
         hosted = owner.parametrizations[self.weight_name]
         if len(hosted) > 1:  # other parts of the weight
             del hosted[next(i for i, other in enumerate(hosted) if other is self.adapter)]
+            if not any(isinstance(other, Adapter) for other in hosted):
+                setattr(type(owner), self.weight_name, vars(type(owner))[self.weight_name].its)
             return
+        _bring_back(hosted)
         cls = type(
             owner
         )  # a deep copy shares it: without a class of its own, removal would delete the original's property
@@ -83,3 +106,59 @@ class ReadWeight(Host):
             owner.parametrizations[name].original = parameter  # type: ignore[index,operator,union-attr]
         else:
             owner._parameters[name] = parameter
+
+
+def _bring_back(module: nn.Module) -> None:
+    """Undo what accelerate's offloading has done to a module that is about to go, with the weight in it."""
+    if "_hf_hook" in vars(module):
+        sys.modules["accelerate.hooks"].remove_hook_from_module(module)
+
+
+class Quick(property):
+    """The property of a parametrised weight, whose read is as quick as that of a parameter where the weight is cached.
+
+    PyTorch's own takes tens of microseconds, and within ``parametrize.cached()`` it gives the weight of an old
+    coefficient.
+
+    Attributes:
+        its: PyTorch's own.
+    """
+
+    def __init__(self, name: str, its: property) -> None:
+        def read(owner: nn.Module) -> torch.Tensor:
+            hosted: Any = owner._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+            if not torch.compiler.is_compiling() and len(hosted._modules) == 1:
+                adapter, original = hosted._modules["0"], hosted._parameters["original"]
+                if isinstance(adapter, Adapter) and adapter.reuses(original):
+                    return adapter.forward(original)
+            return hosted()  # type: ignore[no-any-return]
+
+        super().__init__(read, its.fset)
+        self.its = its
+
+
+def _read_quickly(cls: type, name: str) -> None:
+    its = vars(cls)[name]
+    setattr(cls, name, its if isinstance(its, Quick) else Quick(name, its))
+
+
+def _picklable(cls: Any) -> None:
+    """Let a parametrised class that was made for an adapter be pickled whole, which ``parametrize`` refuses."""
+    del cls.__getstate__
+
+    def reduce(module: Any, protocol: object) -> tuple[object, ...]:
+        hosted = [name for name, parts in module.parametrizations.items() if any(isinstance(p, Adapter) for p in parts)]
+        base, mixins = class_and_mixins(type(module).__bases__[0])
+        return _unpickled, (base, mixins, list(module.parametrizations), hosted), module.__getstate__()
+
+    setattr(cls, "__reduce_ex__", reduce)  # noqa: B010
+
+
+def _unpickled(cls: type, mixins: tuple[type, ...], names: list[str], hosted: list[str]) -> nn.Module:
+    module = bare_instance(cls, mixins)
+    assert isinstance(module, nn.Module)
+    parametrised_class(module, names)
+    for name in hosted:
+        _read_quickly(type(module), name)
+    _picklable(type(module))
+    return module

@@ -12,12 +12,15 @@ import torch
 from torch import fx, nn
 
 from passes.errors import InputError, SurgeryError
-from passes.ir.torch_internals import REPLICA, pass_over
-from surgery.hosting.coefficient import Coefficient
+from passes.ir.forward_context import Call
+from passes.ir.torch_internals import NOT_BROADCAST, REPLICA, function_transforms, pass_over
+from surgery.hosting.coefficient import Coefficient, Sequences
+from surgery.hosting.root_mixins import put_mixins_on, take_mixins_off
 from surgery.hosting.state import STATE, State, adapters_of, sites_of, state_of, unwrap
 from surgery.hosting.subclasses import Pickles, has_mixin, put_on, take_off
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
+from surgery.support.untrusted_files import JsonObject
 
 _CALLS = threading.RLock()  # coefficients of rows and tokens are written for the length of a call
 
@@ -25,12 +28,12 @@ _CALLS = threading.RLock()  # coefficients of rows and tokens are written for th
 class Root(Pickles):
     """Mixin of the module that was given to ``apply_surgery``."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Check what is stale, then call the model; a frame that Dynamo skips, so that it runs before compiled code."""
         state: State | None = vars(self).get(STATE)
         if state is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if state.steering.armed and state.steering.caller in (None, threading.get_ident()):  # within such a call
+        if _is_within(state):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if vars(self).get(REPLICA):  # of nn.DataParallel, whose threads share what is cached
             _refuse_rows(state)
@@ -51,7 +54,7 @@ class Root(Pickles):
 class GeneratingRoot(Root):
     """Root of a model that generates text: inside of ``generate``, the rows of a batch are repeated for beams."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """The model's own ``generate``."""
         state: State | None = vars(self).get(STATE)
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]
@@ -64,11 +67,26 @@ class GeneratingRoot(Root):
             state.steering.generating = before
 
 
+def _not_broadcast(root: nn.Module) -> list[str]:
+    """Names of the tensors that DistributedDataParallel is to leave alone: the user's, and all buffers of adapters."""
+    given = vars(root).get(NOT_BROADCAST) or getattr(super(Root, root), NOT_BROADCAST, None) or ()
+    adapters = [(path, module) for path, module in root.named_modules() if isinstance(module, Adapter)]
+    return [*given, *(f"{path}.{name}" for path, adapter in adapters for name, _ in adapter.named_buffers())]
+
+
+def _name_not_broadcast(root: nn.Module, names: Iterable[str]) -> None:
+    vars(root)[NOT_BROADCAST] = names
+
+
+# it would overwrite them with those of the first rank, before each forward
+setattr(Root, NOT_BROADCAST, property(_not_broadcast, _name_not_broadcast))
 pass_over(Root.__call__)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None] | None:
+def _begin(
+    root: nn.Module, state: State, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, torch.Tensor | None] | None:
     """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call.
 
     Returns:
@@ -77,23 +95,51 @@ def _begin(root: Any, state: State, args: Any, kwargs: Any) -> dict[str, torch.T
     steering, staleness = state.steering, state.staleness
     before = None
     sites_of(root, state)
-    staleness.check()
+    if function_transforms() is None:  # whose tensors have no values to compare; sites then use nothing that is cached
+        staleness.check()
+    if staleness.offloaded:
+        vars(steering)["brought"] = [(part, *_brought_in(part)) for part in staleness.offloaded]
     if state.coefficient is not None:
-        value, second = state.coefficient.of_call(root, args, kwargs, generating=steering.generating)
-        like = steering.coeff
-        value = value.to(like.device, like.dtype)
-        second = None if second is None else second.to(like.device, like.dtype)
         _CALLS.acquire()  # until _end
         before = dict(steering._buffers)
-        steering._buffers.update(coeff=value, second=second)
-        vars(steering)["caller"] = threading.get_ident()
         try:
-            steering.refresh_copies()
+            _spread_over_rows(root, state, state.coefficient, (args, kwargs))
         except BaseException:
             _end(state, before)
             raise
     vars(steering)["armed"] = True
     return before
+
+
+def _brought_in(part: nn.Module) -> tuple[JsonObject, JsonObject]:
+    """Hold the tensors of a core or of factors that accelerate has offloaded, since nobody calls these modules.
+
+    Returns:
+        The parameters and buffers that stood for them, which :func:`_end` puts back.
+    """
+    tensors: JsonObject = part()
+    before = dict(part._parameters), dict(part._buffers)
+    for table in (part._parameters, part._buffers):
+        table.update({name: tensors[name] for name in table if name in tensors})
+    return before
+
+
+def _spread_over_rows(root: nn.Module, state: State, coefficient: Coefficient, call: Call) -> None:
+    """Write the coefficients of the rows or tokens of a call."""
+    steering, sequences = state.steering, Sequences(root, *call)
+    dim = state.rows.batch_dim(root, sites_of(root, state), steering, call, sequences, coefficient)
+    value, second = coefficient.of_call(sequences, dim, generating=steering.generating)
+    like = steering.coeff
+    value = value.to(like.device, like.dtype)
+    second = None if second is None else second.to(like.device, like.dtype)
+    steering._buffers.update(coeff=value, second=second)
+    vars(steering)["caller"] = threading.get_ident()
+    steering.refresh_copies()
+
+
+def _is_within(state: State) -> bool:
+    """Whether this thread is within a call of the root."""
+    return state.steering.armed and state.steering.caller in (None, threading.get_ident())
 
 
 def _refuse_rows(state: State) -> None:
@@ -106,6 +152,9 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
     """Disarm the sites."""
     steering = state.steering
     vars(steering).update(armed=False, caller=None)
+    for part, parameters, buffers in vars(steering).pop("brought", ()):
+        part._parameters.update(parameters)
+        part._buffers.update(buffers)
     if before is not None:
         steering._buffers.update(before)
         steering.refresh_copies()
@@ -113,11 +162,29 @@ def _end(state: State, before: dict[str, torch.Tensor | None] | None) -> None:
 
 
 def make_root(model: nn.Module, state: State) -> None:
-    """Give a model its state, and make its class that of a root."""
+    """Give a model its state, and make its class that of a root.
+
+    Raises:
+        SurgeryError: it has an attribute of that name, or its class cannot be subclassed.
+    """
+    if STATE in vars(model):
+        raise SurgeryError(
+            f"{type(model).__name__} has an attribute {STATE!r} of its own, which surgery would take: put it into "
+            "another module, as nn.Sequential(model), and operate on that"
+        )
     vars(model)[STATE] = state
     state.steering.root, state.steering.requires_grad = weakref.ref(model), state.requires_grad
-    if not isinstance(model, fx.GraphModule):
-        put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+    if isinstance(model, fx.GraphModule):
+        watch_calls(model)
+    else:
+        try:
+            put_on(model, GeneratingRoot if hasattr(model, "generate") else Root)
+            put_mixins_on(model)
+        except TypeError as error:
+            raise SurgeryError(
+                f"{type(model).__name__} cannot be a root, as its class cannot be subclassed ({error}): put it into "
+                "another module, as nn.Sequential(model), and operate on that"
+            ) from error
         if "forward" not in vars(type(model)) and type(model).forward.__module__.startswith("torch.nn."):
             type(model).forward = _seen_by_dynamo(type(model).forward)  # type: ignore[method-assign]
 
@@ -129,14 +196,57 @@ def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return forward(self, *args, **kwargs)
 
     return run
 
 
+def watch_calls(model: fx.GraphModule) -> None:
+    """Let calls of a graph module have the coefficients of their rows, as those of :class:`Root` do.
+
+    Its class is its own, and gets another ``__call__`` whenever the graph is compiled to code.
+    """
+    cls: Any = type(model)
+
+    def put() -> None:
+        inner = cls.__call__
+
+        @functools.wraps(inner)
+        def call(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
+            state: State | None = vars(self).get(STATE)
+            if state is None or state.coefficient is None or torch.compiler.is_compiling() or _is_within(state):
+                return inner(self, *args, **kwargs)
+            before = _begin(self, state, args, kwargs)
+            try:
+                return inner(self, *args, **kwargs)
+            finally:
+                _end(state, before)
+
+        pass_over(call)
+        cls.__call__ = call
+
+    def recompile(self: fx.GraphModule) -> object:
+        code = super(cls, self).recompile()
+        put()
+        return code
+
+    cls.recompile = recompile
+    put()
+
+
+def _unwatch_calls(model: fx.GraphModule) -> None:
+    cls: Any = type(model)
+    if "recompile" in vars(cls):
+        del cls.recompile
+        cls.__call__ = cls.__call__.__wrapped__
+
+
 def unmake_root(model: nn.Module) -> None:
     """Take state and class off a root."""
+    take_mixins_off(model)
+    if isinstance(model, fx.GraphModule):
+        _unwatch_calls(model)
     for mixin in (GeneratingRoot, Root):
         if has_mixin(model, mixin):
             take_off(model, mixin)
@@ -146,6 +256,9 @@ def unmake_root(model: nn.Module) -> None:
 def call_as_it_is(model: nn.Module) -> None:
     """Take off a root's own call, of a copy that is to be exported: its coefficient becomes an input."""
     for module in model.modules():
+        take_mixins_off(module)
+        if isinstance(module, fx.GraphModule):
+            _unwatch_calls(module)
         for mixin in (GeneratingRoot, Root):
             if has_mixin(module, mixin):
                 take_off(module, mixin)
@@ -167,6 +280,7 @@ def share_steering(model: nn.Module, state: State, coming: Iterable[Adapter] = (
         coeff = state.steering.coeff
         if coeff.dtype != wide or coeff.device not in devices:
             state.steering._buffers["coeff"] = coeff.to(devices[0], wide)
+            state.steering.remember()
         state.steering.spread(devices)
 
 

@@ -1,22 +1,29 @@
-"""Find out whether anything that lowerings derive from was written to, once per call of the root.
+"""Find out whether anything that sites rely on was written to, once per call of the root.
 
-Identity and version of all cores and frozen tensors are compared in one pass over flat lists, since in each forward an
-attribute of a module costs a microsecond. Fused optimisers bump no version: every step of any optimiser counts as a
-write, by a hook of the process.
+Identity, version and address of cores, frozen factors and base weights are compared in one pass over flat lists, since
+in each forward an attribute of a module costs a microsecond. Fused optimisers bump no version: every step of any
+optimiser counts as a write to the cores, by a hook of the process. ``vector_to_parameters`` bumps none either, and
+moves parameters to other memory.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from surgery.support.change_detection import version_of
+from surgery.modules.adapter import Adapter
+from surgery.modules.steering import Steering
+from surgery.support.change_detection import address_of, version_of
+from surgery.support.untrusted_files import JsonObject
 
 _STEPS = [0]  # of all optimisers of the process
 _HOOKED = [False]
+Table = JsonObject
 
 
 def _count(*_: object) -> None:
@@ -24,24 +31,31 @@ def _count(*_: object) -> None:
 
 
 class Staleness:
-    """Watches the adapters of one root."""
+    """Watches the adapters of one root.
+
+    Attributes:
+        offloaded: cores and factors whose tensors accelerate has put elsewhere, on the CPU or the disk.
+    """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """Take all for stale, and look the adapters up again."""
-        self.sites: dict[str, Any] | None = None
-        self.tables: list[dict[str, torch.Tensor | None]] = []
+        self.sites: dict[str, Adapter] | None = None
+        self.tables: list[Table] = []
         self.nested: list[Any] = []
-        self.tensors: list[torch.Tensor] = []
-        self.versions: list[int] = []
+        self.places: list[tuple[Mapping[str, torch.Tensor | None], str]] = []
+        self.factors: list[Table] = []
+        self.cores, self.weights, self.frozen = _Seen(), _Seen(), _Seen()
+        self.flags: list[bool] = []
+        self.offloaded: list[Any] = []
         self.steps = -1
         self.coeff: torch.Tensor | None = None
         self.coeff_version = -1
         self.value: float | None = None
 
-    def watch(self, sites: dict[str, Any], steering: Any) -> None:
+    def watch(self, sites: dict[str, Adapter], steering: Steering) -> None:
         """Watch these adapters, by the keys of their sites, and their coefficient."""
         if not _HOOKED[0]:
             _HOOKED[0] = True
@@ -49,38 +63,50 @@ class Staleness:
         self.forget()
         self.sites, self.steering = sites, steering
         for site in sites.values():
-            core, factors, owner = site.core, site.factors, site.host.owner
-            self.tables += [core._parameters, core._buffers, factors._buffers]
-            if site.host.name == "module":
-                self.tables.append(owner._parameters)
+            core = site.core
+            self.tables += [core._parameters, core._buffers]
             self.nested += [core] if core._modules else []  # parametrised
+            self.factors.append(site.factors._buffers)
+            if not site.host.inlined:  # a graph has no call that would check, and one form
+                self.places.append(site.host.place())
 
     def check(self) -> None:
-        """Drop what the sites have cached if anything was written to since the last check."""
+        """Drop what the sites have cached if anything was written to since the last check.
+
+        Raises:
+            SurgeryError: the base weight of a site is another one than its factors were made for.
+        """
         assert self.sites is not None
-        now: list[Any] = [t for table in self.tables for t in table.values() if t is not None]
+        cores: list[torch.Tensor] = [t for t in chain.from_iterable(map(dict.values, self.tables)) if t is not None]
         for core in self.nested:
-            now += [*core.parameters(), *core.buffers()]
+            cores += [*core.parameters(), *core.buffers()]
+        weights: list[Any] = [table.get(name) for table, name in self.places]
+        weights = [t for t in weights if t is not None]
+        factors: list[Any] = [*chain.from_iterable(map(dict.values, self.factors))]
+        flags = [t.requires_grad for t in weights]
         self._check_coefficient()
-        versions = _versions(now)
-        steps = _STEPS[0]
-        if (
-            steps == self.steps
-            and versions == self.versions
-            and len(now) == len(self.tensors)
-            and all(map(operator.is_, now, self.tensors))
-        ):
-            return
-        self.tensors, self.versions, self.steps = now, versions, steps
-        for site in self.sites.values():
-            site.forget()
+        moved = flags != self.flags or not self.weights.same(weights) or not self.frozen.same(factors)
+        if moved:
+            self._settle()
+        if moved or _STEPS[0] != self.steps or not self.cores.same(cores):
+            for site in self.sites.values():
+                site.forget()
+            parts = [part for site in self.sites.values() for part in (site.core, site.factors)]
+            self.offloaded = [part for part in parts if any(t.is_meta for t in (*part.parameters(), *part.buffers()))]
+            self.cores, self.steps = _Seen(cores, hold=True), _STEPS[0]
+            self.weights, self.frozen, self.flags = _Seen(weights), _Seen(factors, addresses=False), flags
+
+    def _settle(self) -> None:
+        for site in (self.sites or {}).values():
+            if not site.host.inlined:
+                site.record.settle(site, site.host.registered())
 
     def _check_coefficient(self) -> None:
         """Drop what was derived from another coefficient; what follows from the core alone stays."""
+        self.steering.write_back()
         coeff = self.steering.coeff
         if coeff.dim():
             return  # nothing is derived from the coefficients of rows and tokens
-        self.steering.write_back()
         version = version_of(coeff)
         if coeff is self.coeff and version == self.coeff_version:
             return
@@ -93,12 +119,42 @@ class Staleness:
     def __deepcopy__(self, memo: dict[int, object]) -> Staleness:
         return Staleness()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Staleness, ()
 
 
-def _versions(tensors: list[torch.Tensor]) -> list[int]:
+class _Seen:
+    """Tensors as they were at the last check.
+
+    Args:
+        addresses: whether they may be moved to other memory without a write that counts.
+        hold: keep that memory, so that nothing that comes in their place can have the same address.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = (), *, addresses: bool = True, hold: bool = False) -> None:
+        self.tensors, self.versions = tensors, _versions(tensors)
+        self.addresses = _addresses(tensors) if addresses else None
+        self.held = [t.detach() for t in tensors] if hold else []
+
+    def same(self, now: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, and nothing has written to them."""
+        return (
+            len(now) == len(self.tensors)
+            and all(map(operator.is_, now, self.tensors))
+            and _versions(now) == self.versions
+            and (self.addresses is None or _addresses(now) == self.addresses)
+        )
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     try:
         return [t._version for t in tensors]
     except RuntimeError:  # tensors of inference mode have none
         return [version_of(t) for t in tensors]
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:  # some tensor subclasses have no memory of their own
+        return [address_of(t) for t in tensors]

@@ -17,12 +17,34 @@ from passes.capture.inspect_model import Inspection
 from passes.errors import InputError, SurgeryError
 from passes.ir.forward_context import Call
 from passes.ir.torch_internals import uncompiled
+from surgery.errors import WeightError
 from surgery.hosting.called_module import ATTRIBUTE
+from surgery.hosting.coefficient import Coefficient
+from surgery.hosting.row_record import RowRecord
 from surgery.hosting.staleness import Staleness
 from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
+from surgery.support.untrusted_files import JsonObject
 
 STATE = "_surgery"
+
+
+@dataclass
+class Replaced:
+    """A parameter or buffer that a load has brought, and the one that it stands for.
+
+    Attributes:
+        owner: the module that registers it, under ``name``.
+        before: the model's own.
+        brought: from the file.
+        dtype: that it was brought in; it has another one where the model was cast since.
+    """
+
+    owner: nn.Module
+    name: str
+    before: torch.Tensor
+    brought: torch.Tensor
+    dtype: torch.dtype
 
 
 @dataclass
@@ -38,17 +60,25 @@ class State:
         coefficient: what was set, where it is more than a number; see :mod:`surgery.hosting.coefficient`.
         number: the coefficient that was set, as it was given.
         staleness: finds out whether a core was written to.
+        replaced: what a load brought, with what it stands for.
+        brought_in_place: names of frozen parameters that a checkpoint of what was trained has written to.
+        buffers: fingerprints of the small persistent buffers at surgery, by name.
+        rows: where the rows of a batch lie in the inputs of the sites.
         captured_call: of a graph, what ``to_graph`` captured it with.
     """
 
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
     original: Any = None
     steering: Steering = field(default_factory=Steering)
-    coefficient: Any = None
+    coefficient: Coefficient | None = None
     number: float = 1.0
     staleness: Staleness = field(default_factory=Staleness)
+    replaced: list[Replaced] = field(default_factory=list)
+    brought_in_place: set[str] = field(default_factory=set)
+    buffers: dict[str, set[str]] = field(default_factory=dict)
+    rows: RowRecord = field(default_factory=RowRecord)
     captured_call: Call | None = None
 
 
@@ -58,8 +88,9 @@ def unwrap(model: Any) -> Any:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of a root, or None."""
-    return vars(model).get(STATE)
+    """The state of a root, or None; a user's module may have anything under the same name."""
+    found = vars(model).get(STATE)
+    return found if isinstance(found, State) else None
 
 
 def record_of(model: nn.Module) -> State:
@@ -139,7 +170,29 @@ def residual_site(module: nn.Module) -> Adapter | None:
 def shared_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor of a model by identity, as the memo of a ``deepcopy`` that shares them."""
     tensors = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in own_tensors(m))]
+    states = [state for state in map(state_of, model.modules()) if state is not None]
+    tensors += [one.before for state in states for one in state.replaced]
     return {id(tensor): tensor for tensor in tensors if tensor is not None}
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse base weights that are not those that the factors were made for; of a sharded model in every process.
+
+    Raises:
+        SurgeryError: names the first site, and says what to do.
+        WeightError: its tensors are offloaded.
+    """
+    for key, site in adapters_of(model).items():
+        if any(
+            t is not None and t.is_meta
+            for t in (site.host.registered(), *site.core.parameters(), *site.factors.buffers())
+        ):
+            raise WeightError(
+                f"site {key!r}: its tensors are offloaded, and on the meta device between calls; bring them back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        if site.host.keeps_base:
+            site.record.require(site)
 
 
 def require_bases(model: nn.Module) -> None:

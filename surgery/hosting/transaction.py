@@ -17,7 +17,9 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from surgery.hosting.state import STATE, shared_tensors
+from surgery.hosting.other_threads import check_idle
+from surgery.hosting.state import shared_tensors, state_of
+from surgery.hosting.subclasses import change_class
 from surgery.modules.adapter import Adapter
 from surgery.modules.core import Core, Factors
 from surgery.modules.steering import Steering
@@ -32,7 +34,11 @@ def transaction(model: nn.Module, *, forwards: bool = True) -> Iterator[None]:
 
     Args:
         forwards: whether the model may run in the block, which may write to any of its buffers: they are copied.
+
+    Raises:
+        SurgeryError: another thread is running the model.
     """
+    check_idle(model)
     state = Snapshot(model, forwards=forwards)
     try:
         yield
@@ -58,13 +64,13 @@ class Snapshot:
         self.values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in _written(modules, forwards)]
         self.numbers = random.getstate(), torch.get_rng_state()
         self.fused = torch.backends.mha.get_fastpath_enabled()
-        self.state = vars(model).get(STATE)
+        self.state = state_of(model)
 
     def restore(self) -> None:
         """Put it all back."""
         for module, cls in self.classes:
             if type(module) is not cls:
-                module.__class__ = cls
+                change_class(module, cls)
         for cls, members in self.members:
             for name in set(vars(cls)) - set(members):
                 delattr(cls, name)
@@ -87,9 +93,9 @@ class Snapshot:
         torch.backends.mha.set_fastpath_enabled(self.fused)
 
 
-def _objects(model: nn.Module) -> Iterator[Any]:
+def _objects(model: nn.Module) -> Iterator[object]:
     """The model's modules, and what else a verb writes to: the record, what it was before, its configuration."""
-    record = vars(model).get(STATE)
+    record = state_of(model)
     original = getattr(record, "original", None)
     roots = [model, *(m for m in (original.modules.values() if original else ()) if m is not None)]
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))

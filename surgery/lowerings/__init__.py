@@ -51,6 +51,10 @@ class Work:
         """An elementwise operation."""
         return cls(float(entries), itemsize * operands * entries)
 
+    def times(self, count: int) -> Work:
+        """A batch of it, launched once."""
+        return Work(self.flops * count, self.bytes * count, self.launches)
+
     def amortised(self) -> Work:
         """Its share of one of the forwards that what it makes serves."""
         return Work(
@@ -66,6 +70,7 @@ class Lowering(Protocol):
         steers_rows: whether a coeff per row of the batch is possible.
         caches: whether inference reads what was derived from the core before, under the lowering's name in the site's
             cache, so that the root has to have checked it.
+        takes_projection: whether it relies on ``U^T W = S Vh``, so that the root has to have checked the weight.
         form: of the sites that it computes; the residual form has one lowering.
     """
 
@@ -73,6 +78,7 @@ class Lowering(Protocol):
     form: Literal["delta", "residual"]
     steers_rows: bool
     caches: bool
+    takes_projection: bool
 
     def why_not(self, site: LinearSite) -> str | None:
         """Why a site cannot be computed so, or None."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import InputError
-from passes.ir.torch_internals import TorchDispatchMode
+from passes.ir.torch_internals import OpOverload, TorchDispatchMode
 from surgery.lowerings import ALWAYS, REGISTRY, Schedule, Size, Work
 from surgery.lowerings._site import LinearSite
 from surgery.variants import Variant
@@ -62,6 +62,27 @@ def predicted(name: str, size: Size, device: str, *, training: bool) -> float:
     return extra / seconds(base_work(size, training=training), rates)
 
 
+def predicted_change(size: Size, stack: int, device: str, *, cached: bool, training: bool) -> float:
+    """Predicted overhead of a weight that is changed as a whole, as a share of the time of the base's own product.
+
+    Args:
+        stack: matrices of the weight; each token goes through one of them, all are changed.
+        cached: whether one change serves several forwards, as in inference.
+    """
+    rates, wide = rates_of(device, size.itemsize), max(size.itemsize, 4)
+    entries = stack * size.d_out * size.d_in
+    make = [
+        Work.product(size.d_out, size.d_in, size.r, wide).times(stack),
+        Work.pointwise(entries, wide, 2 if size.itemsize == wide else 6),
+    ]
+    if training:  # the gradient of the change, by the core's tensors
+        make.append(Work.product(size.d_out, size.r, size.d_in, wide).times(stack))
+    base = base_work(size, training=training)
+    read = Work(0.0, float(size.itemsize * (stack - 1) * size.d_out * size.d_in), 0.0)
+    extra = seconds([work.amortised() for work in make] if cached else make, rates)
+    return extra / seconds([*base, read], rates)
+
+
 @functools.lru_cache(maxsize=1024)
 def cheapest(names: tuple[str, ...], size: Size, device: str, training: bool) -> tuple[tuple[int, str], ...]:
     """The cheapest of some lowerings by number of tokens."""
@@ -105,7 +126,9 @@ def core_launches(variant: Variant, r: int) -> int:
 class _Launches(TorchDispatchMode):
     count: int = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
@@ -119,7 +142,7 @@ def _meta(variant: Variant, r: int, tokens: int) -> tuple[torch.Tensor, torch.Te
 
 def size_of(site: LinearSite, tokens: int) -> Size:
     """What the cost of a site depends on."""
-    d_out, r, d_in = site.factors.U.shape[0], len(site.factors.S), site.factors.Vh.shape[1]
+    r, (d_out, d_in) = site.factors.S.shape[-1], (site.factors.U.shape[-2], site.factors.Vh.shape[-1])
     variant, item = site.variant, site.base_weight.dtype.itemsize
     return Size(tokens, d_out, d_in, r, core_macs(variant, r), item, core_launches(variant, r))
 

@@ -32,13 +32,13 @@ class _WithGradientOf(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: object) -> None:
         _, d, U = inputs
         ctx.save_for_backward(U)
         ctx.dtype = d.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (U,) = ctx.saved_tensors
         return grad, (grad @ U.to(grad.dtype)).to(ctx.dtype), None
 

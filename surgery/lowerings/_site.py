@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
+from torch import nn
 
+from surgery.lowerings._weight_cache import WeightCache
 from surgery.variants import Variant
 
 Base = Callable[[], torch.Tensor]
@@ -32,18 +34,46 @@ class SiteCore(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def parameters(self) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def trains(self) -> bool: ...
 
     def plain(self) -> bool: ...
 
 
+class SiteHost(Protocol):
+    """How the site meets its model; ``exact``: its forward may be added to in place."""
+
+    exact: bool
+
+
+class SiteWeight(Protocol):
+    """The base weight of a site."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def holds_entries(self) -> bool: ...
+
+    def matrix(self) -> torch.Tensor: ...
+
+    def tensor(self) -> torch.Tensor: ...
+
+
+class SiteSteering(Protocol):
+    """The coefficient of a root; ``armed``: within a call of the root, which has checked what is cached."""
+
+    armed: bool
+    coeff: torch.Tensor
+
+
 class LinearSite(Protocol):
     """A linear module that is called, ``y = x W^T + b + delta(x Vh^T) U^T``."""
 
+    key: str
     form: str
-    cache: Any
+    cache: WeightCache
 
     @property
     def variant(self) -> Variant: ...
@@ -55,10 +85,10 @@ class LinearSite(Protocol):
     def core(self) -> SiteCore: ...
 
     @property
-    def host(self) -> Any: ...
+    def host(self) -> SiteHost: ...
 
     @property
-    def base_weight(self) -> Any: ...
+    def base_weight(self) -> SiteWeight: ...
 
     @property
     def layout(self) -> str: ...
@@ -70,7 +100,7 @@ class LinearSite(Protocol):
     def bias(self) -> torch.Tensor | None: ...
 
     @property
-    def steering(self) -> Any: ...
+    def steering(self) -> SiteSteering: ...
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from surgery.support.untrusted_files import JsonObject
+
 PREPARED = "prepared"
+WEIGHT = "weight"  # of a site that is a weight which is read
 COUNTER = itertools.count(1)
 SITES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -31,7 +34,7 @@ class WeightCache:
         number = next(COUNTER)
         self.handle = torch.tensor(number)
         self._site = weakref.ref(site)
-        self._cached: dict[str, Any] = {}
+        self._cached: JsonObject = {}
         SITES[number] = site
 
     def get(self, name: str, make: Callable[[Any], Any]) -> Any:
@@ -46,6 +49,18 @@ class WeightCache:
             with torch.inference_mode(False):
                 self._cached[name] = make(site)
         return self._cached[name]
+
+    def get_for(self, name: str, read: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What ``make(read)`` gives within a call of the root, as long as it is asked for the same tensor.
+
+        It is handed out as a weight, which somebody may write to: then it is made anew.
+        """
+        held = self._cached.get(name)
+        if held is None or held[0] is not read or held[1]._version != held[2]:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(read.device.type, enabled=False):
+                made = make(read)
+            self._cached[name] = held = (read, made, made._version)
+        return held[1]
 
     def clear(self, *, steered: bool = False) -> None:
         """Drop it all.
@@ -62,7 +77,7 @@ class WeightCache:
         """What is cached under a name, or None."""
         return self._cached.get(name)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         """All that is cached."""
         return list(self._cached.values())
 
@@ -72,5 +87,5 @@ class WeightCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the site makes one of its own
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(None), ()

@@ -14,6 +14,7 @@ from surgery.lowerings import Size, Work, register
 from surgery.lowerings._shared import with_gradient_of
 from surgery.lowerings._site import Base, LinearSite
 from surgery.lowerings._weight_cache import SITES
+from surgery.support.strides import laid_out_like, overlaps
 
 
 @register
@@ -24,6 +25,7 @@ class Dense:
     form = "delta"
     steers_rows = False
     caches = True
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """The variant is not linear, or the module has a forward of its own."""
@@ -31,6 +33,8 @@ class Dense:
             return f"{site.variant.name} is not linear in its input: there is no weight"
         if not site.base_weight.holds_entries:
             return "the weight is quantised"
+        if overlaps(site.base_weight.tensor()):
+            return "entries of the weight overlap in memory, which those of a changed one cannot"
         return None if site.host.exact else "the module's own forward is not that of nn.Linear"
 
     def advised(self, site: LinearSite) -> bool:
@@ -78,9 +82,7 @@ def changed(site: LinearSite) -> torch.Tensor:
         left, right = factors.U.to(wide), D.T
         if site.layout == "in_out":
             left, right = D, factors.U.to(wide).T
-        made = torch.addmm(weight.to(wide), left, right).to(weight.dtype)
-        # a weight of other strides may be multiplied by another kernel: an identity would then have other bits
-        return made if made.stride() == weight.stride() else torch.empty_like(weight).copy_(made)
+        return laid_out_like(torch.addmm(weight.to(wide), left, right).to(weight.dtype), weight)
 
 
 def cached_weight(site: LinearSite) -> torch.Tensor:

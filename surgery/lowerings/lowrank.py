@@ -1,7 +1,7 @@
-"""``lowrank``: two thin products beside the dense one, ``y = x W^T + b + delta(x Vh^T) U^T``.
+"""``lowrank``: two low-rank products beside the dense one, ``y = x W^T + b + delta(x Vh^T) U^T``.
 
-Any variant, any coeff. Forward 2 N r (d_in + d_out) FLOPs, backward as many again, since the frozen factors need no
-gradient; a LoRA of the same rank needs three times the forward's.
+Every variant, every coefficient. Forward 2 N r (d_in + d_out) FLOPs, backward as many again, since the frozen factors
+need no gradient; a LoRA of the same rank needs three times the forward's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class LowRank:
     form = "delta"
     steers_rows = True
     caches = False
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """Always possible."""

@@ -26,6 +26,7 @@ class Output:
     form = "delta"
     steers_rows = True
     caches = False
+    takes_projection = True
 
     def why_not(self, site: LinearSite) -> str | None:
         """The variant reads h itself, or the factors are not those of the weight."""

@@ -23,6 +23,7 @@ class Pair:
     form = "delta"
     steers_rows = False
     caches = True
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """The variant is not linear."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from passes.errors import InputError
 from surgery.lowerings import ALWAYS, REGISTRY, Size, Work, register
 from surgery.lowerings._site import Base, LinearSite
 
@@ -22,6 +23,7 @@ class Residual:
     form = "residual"
     steers_rows = True
     caches = False
+    takes_projection = False
 
     def why_not(self, site: LinearSite) -> str | None:
         """The site has its weight, and no remainder."""
@@ -34,6 +36,10 @@ class Residual:
     def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
         """The remainder's product and the whole term, summed in the remainder's dtype."""
         W_res = site.get_buffer("W_res")
+        if not x.is_floating_point():
+            raise InputError(
+                f"site {site.key!r}: its input is of {x.dtype}, and a product needs floating-point numbers"
+            )
         wide, factors = x.to(W_res.dtype), site.factors
         bias = None if site.bias is None else site.bias.to(W_res.dtype)
         h = F.linear(wide, factors.Vh.to(wide.dtype))

@@ -6,8 +6,9 @@ that is read, or a place in a graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,16 @@ from torch import nn
 from passes.ir.torch_internals import is_exporting
 from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY, Schedule, step
 from surgery.lowerings._cost_model import schedule_of
-from surgery.lowerings._weight_cache import PREPARED, WeightCache
+from surgery.lowerings._weight_cache import PREPARED, WEIGHT, WeightCache
 from surgery.modules.base_weights import BaseWeight
-from surgery.modules.coefficients import shaped_like
+from surgery.modules.coefficients import RowLayout, by_rows
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
 from surgery.modules.inlined_adapter import InlinedAdapter
 from surgery.modules.weight_change import CoreView
 from surgery.variants import Variant
+
+ROWS_FIRST = RowLayout(0, "entries")  # what a graph gives the adapters that are inlined in it
 
 
 class Adapter(InlinedAdapter):
@@ -39,15 +42,21 @@ class Adapter(InlinedAdapter):
         form: "delta"; "residual" where ``W_res`` stands in the weight's place.
         lowering: "auto", "measure", or the name of the one lowering to use.
         schedule: which lowering runs from how many tokens on; of a called module.
+        record: which base weight the factors belong to.
         stream: which of a model's sequences the site follows, 0 for the main one.
+        row_layout: which entries of its input belong to which row; a sentence that says why that is not known; None
+            before it was measured.
         coeff_is_folded: whether coeff is a constant of the graph.
     """
+
+    row_layout: RowLayout | str | None
 
     def __init__(
         self, key: str, host: Host, base_weight: BaseWeight, variant: Variant, factors: Factors, core: Core
     ) -> None:
         super().__init__(key, host, base_weight, variant, factors, core)
         self.schedule: Schedule | None = None
+        self.row_layout = None
         self.cache = WeightCache(self)
 
     # ------------------------------------------------------------------ forward of a called module
@@ -75,13 +84,22 @@ class Adapter(InlinedAdapter):
         elif not core.plain() or type(x) not in (torch.Tensor, nn.Parameter):
             return ALWAYS
         weight = self.host.owner._parameters.get("weight")
-        if weight is None or weight.requires_grad:  # the base is trained too: it has to be in the product
+        if weight is None or weight.requires_grad or self.record.trained:  # the base has to be in the product
             return ALWAYS
         assert self.schedule is not None
         trains = core.trains()
         steps = self.schedule.case(training=trains, rows=steering._buffers["coeff"].dim() > 0)  # type: ignore[union-attr]
         name = step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
-        return name if trains or steering.armed or not REGISTRY[name].caches else ALWAYS
+        lowering = REGISTRY[name]
+        unchecked = not steering.armed and (lowering.takes_projection or (lowering.caches and not trains))
+        return ALWAYS if unchecked else name
+
+    def runs(self) -> bool:
+        """Whether the model runs, in this thread: what reads the weight now multiplies by it."""
+        steering = self._steering[0]
+        if torch.compiler.is_compiling():
+            return True
+        return steering.armed and steering.caller in (None, threading.get_ident())
 
     def reschedule(self, lowering: str | None = None) -> None:
         """Decide which lowering runs when, for the dtype and the device that the site has now.
@@ -97,28 +115,37 @@ class Adapter(InlinedAdapter):
 
     # ------------------------------------------------------------------ the term
 
-    def coefficient(self, h: torch.Tensor) -> torch.Tensor:
-        """The coefficient shaped to multiply h (..., r): 0-d, or one for each of its rows or tokens.
-
-        Raises:
-            InputError: it does not fit the input.
-        """
+    def _coefficient(self, device: torch.device) -> torch.Tensor:
+        """The coefficient of the site, in the core's dtype: 0-d, (rows,), or (rows, positions)."""
         steering, core = self._steering[0], self._modules["core"]
         assert isinstance(core, Core)
-        coeff, scale = steering.value(self.stream, h.device), core._buffers["scale"]
+        coeff, scale = steering.value(self.stream, device), core._buffers["scale"]
         if scale is not None:
             coeff = coeff * scale.to(coeff.dtype)
-        coeff = coeff.to(core.dtype)
+        return coeff.to(core.dtype)
+
+    def _delta(self, h: torch.Tensor, S: torch.Tensor, coeff: torch.Tensor) -> torch.Tensor:
+        """``delta(h)`` (..., r); where coeff has one value for each row or token, these lead while it is computed.
+
+        Raises:
+            InputError: the coefficient does not fit the input.
+        """
         if coeff.dim() == 0:
-            return coeff
-        return shaped_like(coeff, h, rows=steering.rows, known=steering.armed, key=self.key)
+            return self.variant.delta(h, S, self._prepared(), coeff)
+        steering = self._steering[0]
+        if steering.probe is not None:
+            return steering.probe(self, h)
+        layout = ROWS_FIRST if self.host.inlined else self.row_layout
+        view = by_rows(coeff, h, layout, rows=steering.rows, known=steering.armed, key=self.key)
+        d = self.variant.delta(view.h, S, self._prepared(), view.coeff)
+        return d if view.restore is None else view.restore(d)
 
     def core_delta(self, h: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """``delta(h)`` (..., r) at the present core and coeff."""
-        coeff = self.coefficient(h)
+        coeff = self._coefficient(h.device)
         if torch.is_grad_enabled():
             coeff = coeff.clone()  # it may be set before backward
-        return self.variant.delta(h, S.to(coeff.dtype), self._prepared(), coeff)
+        return self._delta(h, S.to(coeff.dtype), coeff)
 
     def _prepared(self) -> Any:
         """The core, with what the variant prepares from it where no gradient is wanted; cached while armed."""
@@ -140,9 +167,9 @@ class Adapter(InlinedAdapter):
             whole: add the base's own part in the factors' span, ``(S h + delta) U^T``, as the residual form wants it.
         """
         h = F.linear(x, self.factors.Vh.to(x.dtype))
-        coeff = self.coefficient(h)
+        coeff = self._coefficient(h.device)
         S = self.factors.S.to(coeff.dtype)
-        d = self.variant.delta(h, S, self._prepared(), coeff)
+        d = self._delta(h, S, coeff)
         if whole:
             d = h * S.to(h.dtype) + d
         return F.linear(d, self.factors.U.to(x.dtype))
@@ -153,10 +180,24 @@ class Adapter(InlinedAdapter):
         """What is added to the product of x, (..., d_out); of a weight that is read, the changed weight."""
         if not self.host.changes_weight:
             return self.adapter_term(x, whole=self.form == "residual")
+        return self.cache.get_for(WEIGHT, x, self._with_change) if self.reuses(x) else self._with_change(x)
+
+    def _with_change(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the change of the site, which may be some of its rows."""
         if self.rows is None or self.host.inlined:
-            return self.changed_weight(x)
+            return self.changed_weight(weight)
         start, stop = self.rows
-        return torch.cat([x[:start], self.changed_weight(x[start:stop]), x[stop:]])
+        return torch.cat([weight[:start], self.changed_weight(weight[start:stop]), weight[stop:]])
+
+    def reuses(self, weight: torch.Tensor) -> bool:
+        """Whether the changed weight may be that of an earlier read: the root has checked it, and nothing traces."""
+        core, steering = self._modules["core"], self._steering[0]
+        assert isinstance(core, Core)
+        if torch.compiler.is_compiling() or self.host.inlined or not steering.armed or not core.plain():
+            return False
+        if core.trains() or (weight.requires_grad and torch.is_grad_enabled()):
+            return False
+        return type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
 
     def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What the site should give for an input and its product, by the forward that the in-place host runs."""
@@ -168,28 +209,35 @@ class Adapter(InlinedAdapter):
         """Drop what is derived from the core."""
         self.cache.clear()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.record.converting(self, self.host.registered(), told_after=self.host.name == "module")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
 
     def converted(self) -> None:
         """Decide anew which lowering runs when, after the module of the site was converted too."""
+        if self.form != "residual":  # whose weight is converted later
+            self.record.converted(self, self.host.registered())
         if self.schedule is not None and self.lowering == "auto" and not self.factors.U.is_meta:
             self.reschedule()
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """Change the mode, and drop what is cached."""
         self.forget()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"record": self.record.for_copy()}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cache = WeightCache(self)
+        self.record.copied(self)
 
     def extra_repr(self) -> str:
         stack = f"stack={self.factors.stack}, " if self.factors.stack else ""
@@ -199,7 +247,7 @@ class Adapter(InlinedAdapter):
         return f"{self.variant.name}, {sizes}, host={self.host.name}{scale}"
 
 
-def prepare(site: Adapter) -> Any:
+def prepare(site: Adapter) -> CoreView:
     """The tensors of a site's core and what its variant prepares from them."""
     with torch.no_grad():
         return CoreView(site.core.tensors() | site.variant.prepare(site.core))  # type: ignore[arg-type]

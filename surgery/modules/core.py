@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
@@ -41,6 +41,10 @@ class Factors(nn.Module):
         """Number of matrices, or None for a single one."""
         return None if self.S.dim() == 1 else len(self.S)
 
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The factors; a call runs the hooks that bring in what accelerate has offloaded."""
+        return {"U": self.U, "S": self.S, "Vh": self.Vh}
+
     def extra_repr(self) -> str:
         stack = f"stack={self.stack}, " if self.stack else ""
         return f"{stack}d_out={self.shape[-2]}, d_in={self.shape[-1]}, r={self.rank}, dtype={self.S.dtype}"
@@ -72,7 +76,13 @@ class Core(nn.Module):
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
-        self.register_buffer("scale", None, persistent=False)
+        self._buffers["scale"] = None
+
+    def __setattr__(self, name: str, value: torch.Tensor | nn.Module) -> None:
+        super().__setattr__(name, value)
+        if name == "scale":  # accelerate moves every buffer that is named there, and cannot move None
+            names = self._non_persistent_buffers_set
+            names.discard(name) if value is None else names.add(name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,13 +93,19 @@ class Core(nn.Module):
                     return tensor.dtype
         return next(self.parameters()).dtype  # parametrised
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and frozen tensors by name: all that the variant's core is."""
         buffers = {name: buffer for name, buffer in self.named_buffers() if name != "scale"}
         return dict(self.named_parameters()) | buffers
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The parameters and buffers by name; a call runs the hooks that bring in what accelerate has offloaded."""
+        tables = (self._parameters, self._buffers)
+        return {name: t for table in tables for name, t in table.items() if t is not None}
 
     def trains(self) -> bool:
         """Whether autograd records this forward, and the core requires a gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ class Host:
             its nodes are being looked up.
         inlined: whether the adapter's operations are nodes of a graph.
         changes_weight: whether the adapter gives a changed weight, and not a term that is added to a product.
+        convolves: whether the owner is a convolution that is called.
         exact: whether the base's own forward is that of ``nn.Linear`` or ``Conv1D`` to the letter, so that its output
             may be added to in place.
         owner: the module that has the weight; of a graph, the graph module.
@@ -28,6 +30,7 @@ class Host:
         set_aside: the base parameter where the owner registers it no more, as in residual form; else None.
         base_error: of the weight that the tensors of the residual form give back; None in delta form.
         base_fingerprint: of a base weight that was not kept.
+        entered: whether the module's own forward runs, which reads the base weight.
         cast: whether the model was cast since the base weight was dropped.
     """
 
@@ -35,6 +38,7 @@ class Host:
     in_place: Literal["module", "weight"] | None
     inlined = False
     changes_weight = False
+    convolves = False
     exact = False
     keeps_base = True
     set_aside: nn.Parameter | None = None
@@ -44,6 +48,7 @@ class Host:
 
     def __init__(self, owner: nn.Module, weight_name: str, bias_name: str | None) -> None:
         self.owner, self.weight_name, self.bias_name = owner, weight_name, bias_name
+        self.entered = False  # of the instance from the start: compiled code asks whether it is there
         self.order = tuple(owner._parameters)
 
     @property
@@ -54,6 +59,15 @@ class Host:
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the base weight; of a part of a packed weight, the whole."""
         raise NotImplementedError
+
+    def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """The table that holds the base parameter, and its name there; it has none where the weight is computed."""
+        return self.owner._parameters, self.weight_name
+
+    def registered(self) -> torch.Tensor | None:
+        """The base parameter as it is registered, or None where there is none."""
+        table, name = self.place()
+        return table.get(name)
 
     def bias(self) -> torch.Tensor | None:
         """The frozen bias, of a part its entries; or None."""

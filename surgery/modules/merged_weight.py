@@ -28,5 +28,18 @@ def merged_weight(site: WeightChange, key: str) -> torch.Tensor:
         if isinstance(weight, str):
             raise WeightError(f"site {key!r} cannot be merged: {weight}")
         if not torch.isfinite(weight).all():
-            raise InputError(f"site {key!r}: the merged weight overflows {weight.dtype}; lower coeff or the gains")
+            raise InputError(f"site {key!r}: {why_not_finite(site, f'the merged weight overflows {weight.dtype}')}")
     return weight
+
+
+def why_not_finite(site: WeightChange, otherwise: str) -> str:
+    """Why what follows from a site's tensors is not finite: one of them is not; or else it is too large."""
+    factors = {name: getattr(site.factors, name) for name in ("U", "S", "Vh")}
+    tensors = {f"core tensor {name!r}": tensor for name, tensor in site.core.tensors().items()}
+    tensors |= {f"factor {name}": tensor for name, tensor in factors.items()}
+    tensors["base weight"] = site.base_weight.matrix()
+    for name, tensor in tensors.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            kind = "NaN" if torch.isnan(tensor).any() else "infinite"
+            return f"its {name} is not finite ({bad} of {tensor.numel()} entries, {kind}); train or load it anew"
+    return f"{otherwise}; lower coeff or the gains"

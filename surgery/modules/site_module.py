@@ -9,6 +9,7 @@ from surgery.modules.base_weights import BaseWeight
 from surgery.modules.core import Core, Factors
 from surgery.modules.host import Host
 from surgery.modules.steering import Steering
+from surgery.modules.weight_record import WeightRecord
 from surgery.variants import Variant
 
 
@@ -26,6 +27,7 @@ class SiteModule(nn.Module):
         self.factors, self.core = factors, core
         self.form, self.lowering, self.stream = "delta", "auto", 0
         self.coeff_is_folded = False
+        self.record = WeightRecord()
         self._steering = (Steering(core.dtype, factors.U.device),)
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
+
+from passes.ir.torch_internals import same_version
 
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("coeff", "second")
@@ -26,6 +28,8 @@ class Steering(nn.Module):
         caller: the thread whose rows or tokens ``coeff`` holds for the length of its call of the root; others wait.
         generating: True inside of the root's ``generate``.
         rows: how rows relate to a batch, "exact", "repeat" or "tile".
+        probe: while it is measured which entries belong to which row, sees what each site is given and says what its
+            core adds; else None.
         requires_grad: flags of the root's parameters before surgery, for copies of its parts.
         root: a weak reference to the model; a copy of a part has none, and is a root of its own from its first verb on.
     """
@@ -37,13 +41,14 @@ class Steering(nn.Module):
         super().__init__()
         with torch.inference_mode(False):  # a tensor of inference mode could never be set
             self.register_buffer("coeff", torch.ones((), dtype=dtype, device=device), persistent=False)
-        self.register_buffer("second", None, persistent=False)
+        self._buffers["second"] = None
         self.armed, self.generating, self.rows = False, False, "exact"
         self.caller: int | None = None
+        self.probe: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
         self.root: Callable[[], nn.Module | None] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._written: tuple[torch.Tensor, int, float] | None = None
+        self._written: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def value(self, stream: int, device: torch.device) -> torch.Tensor:
         """The coefficient for a site on a device, which follows the main (0) or the second sequence (1) of a model."""
@@ -65,20 +70,30 @@ class Steering(nn.Module):
                     old.copy_(value)
                 else:
                     self._buffers[name] = None if value is None else value.to(like.device, like.dtype, copy=True)
+            names = self._non_persistent_buffers_set  # accelerate moves every buffer that is named there, but not None
+            names.discard("second") if self._buffers["second"] is None else names.add("second")
             self.refresh_copies()
-        mine = self.coeff
-        self._written = (mine, mine._version, float(coeff)) if coeff.dim() == 0 and not mine.is_inference() else None
+        self.remember()
+
+    def remember(self) -> None:
+        """Take what the buffers hold for what was written."""
+        held = ((name, self._buffers[name]) for name in NAMES)
+        self._written = {
+            n: (t, t._version, t.detach().clone()) for n, t in held if t is not None and not t.is_inference()
+        }
 
     def write_back(self) -> None:
-        """Write the coefficient again if something else wrote to it, as DDP does with that of the first rank."""
-        if self._written is None:
-            return
-        tensor, version, number = self._written
-        if tensor is self.coeff and tensor._version != version:
-            with torch.inference_mode(False), torch.no_grad():
-                tensor.fill_(number)
-            self._written = tensor, tensor._version, number
-            self.refresh_copies()
+        """Write the coefficient again where something else may have written to it, as DDP does with the first rank's.
+
+        DDP bumps no version, so that among several processes it is written before each call of the root.
+        """
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for name, (tensor, version, value) in self._written.items():
+            if tensor is self._buffers[name] and (together or tensor._version != version):
+                with torch.inference_mode(False), torch.no_grad(), same_version(tensor):
+                    tensor.copy_(value)
+                self._written[name] = tensor, tensor._version, value
+                self.refresh_copies()
 
     def refresh_copies(self) -> None:
         """Bring the copies on other devices up to date."""
@@ -103,13 +118,21 @@ class Steering(nn.Module):
         else:
             self.copies[stream, device] = value.to(device)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
         self.copies.clear()
+        self.remember()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"armed": False, "caller": None, "generating": False, "root": None, "_written": None}
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {
+            "armed": False,
+            "caller": None,
+            "probe": None,
+            "generating": False,
+            "root": None,
+            "_written": {},
+        }
 
     def extra_repr(self) -> str:
         coeff = self.coeff

@@ -12,6 +12,7 @@ from surgery.errors import VariantError
 from surgery.modules.merged_weight import merged_weight
 from surgery.modules.remainder import rebuilt, remainder
 from surgery.modules.site_module import SiteModule
+from surgery.support.strides import laid_out_like
 
 
 class CoreView:
@@ -76,7 +77,7 @@ class WeightChange(SiteModule):
     def changed_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """``W + dW``, summed in the core's dtype and rounded once to the weight's."""
         delta = self.delta_weight()
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return laid_out_like((weight.to(delta.dtype) + delta).to(weight.dtype), weight)
 
     def merged_weight(self) -> torch.Tensor:
         """The dense weight ``W + dW``, summed in float64 and rounded once."""

@@ -31,13 +31,13 @@ Note = dict[str, str | float | None]
 """What is remembered of a factorisation: its method and what was measured, the seed, the tokens of calibration."""
 
 
-def make_grafts(
+def plan_adapters(
     model: nn.Module, wanted: list[Wanted], statistics: Statistics | None, seed: int, *, progress: bool = False
 ) -> tuple[list[AdapterPlan], dict[str, Note]]:
     """Factorise the weights of sites and make their cores; nothing of the model is touched.
 
     Returns:
-        The grafts, and what is noted of each site's factorisation.
+        The plans, and what is noted of each site's factorisation.
 
     Raises:
         InputError: the statistics do not cover a site, or saw fewer tokens than its rank.
@@ -50,7 +50,7 @@ def make_grafts(
         for site, config, r, _ in wanted
         for matrix in _each(bases[site.key].matrix().detach())
     )
-    grafts, notes = [], {}
+    plans, notes = [], {}
     with contextlib.closing(side_by_side(_factorised, jobs, _workers(model, wanted))) as found:
         for site, config, r, host in track(wanted, "factorising", enabled=progress):
             try:
@@ -59,8 +59,8 @@ def make_grafts(
                 raise type(error)(f"site {site.key!r}: {error}") from error
             factors, core, note = _made(bases[site.key], site, config, r, parts, seed)
             notes[site.key] = note | {"seed": seed, "tokens": tokens.tokens if (tokens := known[site.key]) else None}
-            grafts.append(AdapterPlan(site, host, config, factors, core))
-    return grafts, notes
+            plans.append(AdapterPlan(site, host, config, factors, core))
+    return plans, notes
 
 
 def _workers(model: nn.Module, wanted: list[Wanted]) -> int:
@@ -123,7 +123,7 @@ def as_factors(found: Factorisation | Factors, dtype: torch.dtype, device: torch
 def factorised(
     config: Variant, matrices: torch.Tensor, r: int, statistic: Statistic | None, seed: int
 ) -> Factorisation:
-    """Factorise the matrix of one site, or its stack of them, with the bits that :func:`make_grafts` gives it."""
+    """Factorise the matrix of one site, or its stack of them, with the bits that :func:`plan_adapters` gives it."""
     if matrices.dim() == 2:
         return _factorised((config, matrices, r, statistic, seed))
     return _stacked([_factorised((config, matrix, r, None, seed)) for matrix in matrices])

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import random
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from passes.errors import InputError
 from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
 from passes.ir.torch_internals import tree_iter, tree_map_only
 from surgery.factors.padding import Tokens
-from surgery.factors.statistic import Statistic
+from surgery.factors.statistic import Kind, Statistic
 from surgery.factors.statistics_file import Statistics
 from surgery.factors.svd import factorise
 from surgery.hosting.state import state_of
@@ -48,8 +48,8 @@ class Contrast:
         pool: which tokens of a row count: the "last" that is no padding, the "mean" of the row, or "all" alike.
     """
 
-    positive: Any
-    negative: Any
+    positive: object
+    negative: object
     pool: str = "last"
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Contrast:
             raise InputError(f"pool must be 'last', 'mean' or 'all', found {self.pool!r:.80}")
 
 
-def batches_of(data: Any, name: str = "calibration") -> Iterable[Any]:
+def batches_of(data: object, name: str = "calibration") -> Iterable[Any]:
     """The batches of calibration data; a single batch is one too.
 
     Raises:
@@ -97,8 +97,8 @@ def collect(
     model: nn.Module,
     sites: Sequence[Site],
     called: Collection[str],
-    kinds: Mapping[str, str],
-    calibration: Any,
+    kinds: Mapping[str, Kind],
+    calibration: object,
     *,
     progress: bool = False,
 ) -> Statistics:
@@ -177,9 +177,9 @@ def _at_identity(model: nn.Module) -> Iterator[None]:
         steering.refresh_copies()
 
 
-def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, str]) -> dict[str, Statistic]:
+def _empty(model: nn.Module, sites: Sequence[Site], kinds: Mapping[str, Kind]) -> dict[str, Statistic]:
     """A statistic for every site: one for all that read the same input, where that is smaller than one for each."""
-    groups: dict[Any, list[Site]] = {}
+    groups: dict[tuple[Kind, object], list[Site]] = {}
     for site in sites:
         group = (site.key,) if site.group is None else site.group
         groups.setdefault((kinds[site.key], group), []).append(site)
@@ -210,11 +210,11 @@ class _Run:
         self.name = "calibration"
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def all(self, data: Any, name: str, *, progress: bool) -> None:
+    def all(self, data: object, name: str, *, progress: bool) -> None:
         """Run every batch of a set."""
         self.name, count = name, 0
         data = batches_of(data, name)
-        total = len(data) if hasattr(data, "__len__") else None
+        total = len(data) if isinstance(data, Sized) else None
         title = f"calibrating ({name})" if self.pool else "calibrating"
         for batch in track(data, title, enabled=progress, total=total):
             self._batch(_batch(batch), count)

@@ -13,7 +13,7 @@ from torch import nn
 
 from passes.capture.capture import default_inputs, forward_call
 from passes.errors import InputError
-from passes.ir.forward_context import copied, inference_mode_of, state_kept
+from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from surgery.hosting.called_module import ATTRIBUTE, Called
 from surgery.hosting.state import adapters_of
 from surgery.hosting.subclasses import without
@@ -27,7 +27,7 @@ REPEATS = 5
 Steps = tuple[tuple[int, str], ...]
 
 
-def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = False) -> None:
+def measure(model: nn.Module, example_inputs: ExampleInputs | None = None, *, progress: bool = False) -> None:
     """Set the schedule of every called site by what the lowerings take on the example inputs.
 
     Sites of equal sizes, dtype and variant are timed once. For each number of tokens (those of the inputs, shares of
@@ -39,8 +39,9 @@ def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = Fa
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if example_inputs is None:
         raise InputError("lowering='measure' needs example_inputs to time the lowerings on")
-    sites = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
-    kinds: dict[Any, list[tuple[Adapter, torch.Tensor]]] = {}
+    called = {key: site for key, site in adapters_of(model).items() if site.host.name == "module"}
+    sites = {key: site for key, site in called.items() if not site.host.convolves}  # which have one form
+    kinds: dict[object, list[tuple[Adapter, torch.Tensor]]] = {}
     for site, x in _inputs(model, list(sites.values()), forward_call(example_inputs)):
         shape = (tuple(site.weight.shape), tuple(site.factors.U.shape), x.shape, x.dtype, x.device)
         kinds.setdefault((shape, site.variant, site.layout, site.bias is None), []).append((site, x))
@@ -51,11 +52,11 @@ def measure(model: nn.Module, example_inputs: Any = None, *, progress: bool = Fa
             site.lowering, site.schedule = "measure", schedule
 
 
-def _inputs(model: nn.Module, sites: list[Adapter], call: Any) -> list[tuple[Adapter, torch.Tensor]]:
+def _inputs(model: nn.Module, sites: list[Adapter], call: Call) -> list[tuple[Adapter, torch.Tensor]]:
     """One input of each site that a forward reaches."""
     found: dict[int, tuple[Adapter, torch.Tensor]] = {}
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         adapter: Adapter = module._modules[ATTRIBUTE]  # type: ignore[assignment]
         x = args[0] if args else next(iter(kwargs.values()))
         found.setdefault(id(adapter), (adapter, x.detach()))
@@ -101,8 +102,8 @@ def _fastest(site: Adapter, x: torch.Tensor, names: tuple[str, ...], *, training
 
 def _run(site: Adapter, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
     x = x.clone().requires_grad_(training)  # a clone: a tensor of inference mode could not be trained on
-    owner: Any = site.host.owner
-    cls = without(type(owner), Called)
+    owner = site.host.owner
+    cls: Any = without(type(owner), Called)
     cores = list(site.core.parameters())
 
     def run() -> None:

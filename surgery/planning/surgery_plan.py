@@ -5,18 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection, graph_products, inspect_model
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import VariantError
 from surgery.hosting.attach import check_not_operated
 from surgery.hosting.checks import check_loaded, check_weight
 from surgery.hosting.choose import choose_host, is_product
 from surgery.hosting.graph_surgery import original_graph
 from surgery.hosting.state import require_bases, state_of
+from surgery.planning.peft_layers import base_sites
 from surgery.planning.target_selection import GROUPS, Patterns, select_sites, site_ranks
 from surgery.variants import Variant
 
@@ -48,6 +49,15 @@ def known_inspection(model: nn.Module) -> Inspection | None:
     return state.inspection if state else None
 
 
+def inspection_of(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Inspection:
+    """The inspection of a model, operated on or not; what belongs to PEFT is no site.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
+    """
+    return known_inspection(model) or base_sites(model, inspect_model(model, example_inputs, is_product))
+
+
 def make_plan(
     model: nn.Module,
     config: Variant,
@@ -56,7 +66,7 @@ def make_plan(
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> Plan:
     """Choose sites as the arguments of ``apply_surgery`` say.
 
@@ -65,14 +75,14 @@ def make_plan(
     """
     check_loaded(model)
     require_bases(model)
-    inspection = known_inspection(model) or inspect_model(model, example_inputs, is_product)
+    inspection = inspection_of(model, example_inputs)
     chosen = select_sites(
         model,
         inspection,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
-        default=config.default_targets,
+        config=config,
     )
     check_not_operated(model, chosen)
     ranks = site_ranks(chosen, config, rank_pattern)

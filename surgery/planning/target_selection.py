@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
+from functools import partial
 
 from torch import fx, nn
 
@@ -14,6 +15,8 @@ from passes.analysis.linear_sites import Site, parts
 from passes.capture.inspect_model import Inspection
 from passes.errors import CaptureError
 from surgery.errors import RankError, TargetError, WeightError
+from surgery.planning.named_no_site import left_alone, why_no_site
+from surgery.planning.peft_layers import name_before, wrapped_layers
 from surgery.variants import Variant
 
 Patterns = str | Sequence[str]
@@ -82,7 +85,7 @@ def select_sites(
     target_modules: Patterns | None,
     exclude_modules: Patterns | None,
     layers_to_transform: int | Sequence[int] | None,
-    default: str,
+    config: Variant,
 ) -> list[Site]:
     """Choose the sites to operate on.
 
@@ -90,11 +93,16 @@ def select_sites(
         TargetError: nothing is chosen; the message shows near misses and what exists.
         CaptureError: residual writers are asked of a model that could not be captured.
     """
-    target = default if target_modules is None else target_modules
+    target = config.default_targets if target_modules is None else target_modules
     _check_patterns("target_modules", target)
     _check_patterns("exclude_modules", "" if exclude_modules is None else exclude_modules)
     layers = _layers(layers_to_transform)
     known = {site.key: site for site in inspection.sites}
+    wrapped = wrapped_layers(model)
+
+    def asked(patterns: Patterns, key: str) -> bool:
+        return matches(patterns, key) or (bool(wrapped) and matches(patterns, name_before(wrapped, key)))
+
     if isinstance(model, fx.GraphModule) and not list(model.parameters()):
         raise TargetError(
             "this graph has no parameters: they are among its inputs, as in a graph that torch.compile gives to a "
@@ -106,8 +114,10 @@ def select_sites(
                 f"{quantised} is quantised; supported are float16, bfloat16, float32 and float64 parameters"
             )
         reasons = "; ".join(sorted({f"{s.operation}: {s.reason}" for s in inspection.skipped})[:5])
+        why = why_no_site(model, inspection, partial(matches, target)) if target not in GROUPS else None
         raise TargetError(
             f"{type(model).__name__} has no linear operation with a parameter{f' ({reasons})' * bool(reasons)}"
+            f"{f'; {why}' * bool(why)}"
         )
     if target in GROUPS:
         head = output_head(model, known)
@@ -120,14 +130,18 @@ def select_sites(
     else:
         chosen = []
         for site in known.values():  # the parts of a weight are there by their names, where the whole is not asked for
-            here = [site] if matches(target, site.key) else [p for p in parts(site, model) if matches(target, p.key)]
+            here = [site] if asked(target, site.key) else [p for p in parts(site, model) if asked(target, p.key)]
             chosen += here
-        _report_unmatched(target, inspection, [site.key for site in chosen])
+        _report_unmatched(model, target, inspection, [site.key for site in chosen], asked)
+    if config.middle_layers and target_modules is None and layers_to_transform is None:
+        chosen = _middle_third(chosen)
     if layers:  # as in PEFT, a site that is named in full is chosen whatever its layer
         named = () if isinstance(target, str) else target
         chosen = [s for s in chosen if s.key in named or layer_index(s.key) in layers]
     if exclude_modules:
-        chosen = [s for s in chosen if not matches(exclude_modules, s.key)]
+        inside = [part.key for site in known.values() for part in parts(site, model)]
+        _warn_of_nothing_excluded(exclude_modules, inspection, [*known, *inside], asked)
+        chosen = [s for s in chosen if not asked(exclude_modules, s.key)]
     if not chosen:
         raise TargetError(
             f"target_modules={target!r} with exclude_modules={exclude_modules!r} and "
@@ -136,35 +150,83 @@ def select_sites(
     return chosen
 
 
+def _middle_third(chosen: list[Site]) -> list[Site]:
+    """Of sites in layers, those in the middle third of the layers."""
+    layers = sorted({index for site in chosen if (index := layer_index(site.key)) is not None})
+    third = len(layers) // 3
+    middle = layers[third : len(layers) - third]
+    return [site for site in chosen if layer_index(site.key) in middle] if layers else chosen
+
+
 def _quantised(model: nn.Module) -> str | None:
     """The first module or parameter that looks quantised: a class of a quantisation package, an integer matrix."""
     for path, module in model.named_modules():
-        if "quant" in type(module).__module__:
+        if re.search(r"quanti[sz]|quanto", type(module).__module__):
             return f"module {path!r} ({type(module).__name__})"
-    matrices = [*model.named_parameters(), *model.named_buffers()]
-    return next((f"{n!r} ({t.dtype})" for n, t in matrices if t.dim() == 2 and not t.is_floating_point()), None)
+    matrices = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if t.dim() == 2]
+    integers = ((n, t) for n, t in matrices if not t.is_floating_point() and not t.is_complex())
+    return next((f"{name!r} ({tensor.dtype})" for name, tensor in integers), None)
 
 
-def _report_unmatched(target: Patterns, inspection: Inspection, chosen: Sequence[str]) -> None:
-    """Raise if no pattern matches anything, warn if some of a list do not."""
+Asked = Callable[[Patterns, str], bool]
+
+
+def _report_unmatched(
+    model: nn.Module, target: Patterns, inspection: Inspection, chosen: Sequence[str], asked: Asked
+) -> None:
+    """Raise if no pattern matches any site; warn of a pattern of a list that does not, or names more than sites."""
     known = [site.key for site in inspection.sites]
     patterns: list[Patterns] = [target] if isinstance(target, str) else [[p] for p in target]
-    unmatched = [p for p in patterns if not any(matches(p, key) for key in (*known, *chosen))]
+    unmatched = [p for p in patterns if not any(asked(p, key) for key in (*known, *chosen))]
+    if not patterns:
+        raise TargetError("target_modules is an empty list")
+    for pattern in patterns if not isinstance(target, str) else ():
+        skip = left_alone(inspection, partial(asked, pattern))
+        if skip is not None and pattern not in unmatched:
+            warnings.warn(f"{pattern[0]!r} also names {skip.where!r}, which is no site: {skip.reason}", stacklevel=5)
     if not unmatched:
-        if not patterns:
-            raise TargetError("target_modules is an empty list")
         return
-    names = ", ".join(repr(p if isinstance(p, str) else p[0]) for p in unmatched)
     words = [p if isinstance(p, str) else p[0] for p in unmatched]
-    endings = {key.rpartition(".")[2]: None for key in known} | dict.fromkeys(known)
-    near = [n for word in words for n in get_close_matches(word, endings, n=3, cutoff=0.5)]
-    hint = f"; did you mean {', '.join(dict.fromkeys(map(repr, near)))}?" if near else ""
-    reasons = [s for s in inspection.skipped if any(matches(p, s.where) for p in unmatched)]
-    why = f"; {reasons[0].where!r} is no site: {reasons[0].reason}" if reasons else ""
-    message = f"no site matches {names}{hint}{why}; sites are {_some(known)}"
+    hint = next(filter(None, (_other_form("target_modules", p, known, asked) for p in unmatched)), "")
+    if not hint:
+        endings = {key.rpartition(".")[2]: None for key in known} | dict.fromkeys(known)
+        near = [n for word in words for n in get_close_matches(word, endings, n=3, cutoff=0.5)]
+        hint = f"; did you mean {', '.join(dict.fromkeys(map(repr, near)))}?" if near else ""
+    reasons = [why_no_site(model, inspection, partial(asked, pattern)) for pattern in unmatched]
+    why = "".join(f"; {reason}" for reason in reasons if reason)
+    message = f"no site matches {', '.join(map(repr, words))}{hint}{why}; sites are {_some(known)}"
     if len(unmatched) == len(patterns):
         raise TargetError(message)
     warnings.warn(message, stacklevel=5)
+
+
+def _other_form(name: str, pattern: Patterns, keys: Sequence[str], asked: Asked) -> str:
+    """What to write, where a text would match as a list, or an entry of a list as a text; else nothing."""
+    if isinstance(pattern, str):
+        listed = [part.strip() for part in pattern.split(",") if part.strip()]
+        found = [key for key in keys if listed and asked(listed, key)]
+        if not found:
+            return ""
+        return (
+            f": a text is a regular expression for whole keys; {name}={listed} matches their ends ({_some(found, 3)})"
+        )
+    try:
+        found = [key for key in keys if asked(pattern[0], key)]
+    except TargetError:
+        return ""
+    if not found:
+        return ""
+    return f": a list holds ends of keys; the text {name}={pattern[0]!r} is a regular expression ({_some(found, 3)})"
+
+
+def _warn_of_nothing_excluded(exclude: Patterns, inspection: Inspection, keys: Sequence[str], asked: Asked) -> None:
+    """Warn of patterns that leave nothing out: as in PEFT, they are no error."""
+    everything = [*keys, *(skip.where for skip in inspection.skipped)]
+    for pattern in [exclude] if isinstance(exclude, str) else [[p] for p in exclude]:
+        if not any(asked(pattern, key) for key in everything):
+            word = pattern if isinstance(pattern, str) else pattern[0]
+            hint = _other_form("exclude_modules", pattern, keys, asked)
+            warnings.warn(f"exclude_modules leaves nothing out by {word!r}, which no site matches{hint}", stacklevel=5)
 
 
 def _some(keys: Iterable[str], most: int = 12) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from passes.errors import SurgeryError
 from surgery.errors import AdapterError
-from surgery.storage.format_migration import Config, migrate
+from surgery.storage.format_migration import migrate
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import resolve_variant
 
 FORMAT = "sspace-adapter"
@@ -18,7 +17,7 @@ PEFT_TYPE = "S-space adapter: load it with load_adapter(model, folder) of the pa
 """PEFT looks this up among its own types; its error quotes the text, and transformers passes the error on."""
 
 
-def checked(where: str, content: Any) -> Config:
+def checked(where: str, content: object) -> JsonObject:
     """Check the content of a configuration, and bring it to the present format.
 
     Args:
@@ -51,7 +50,7 @@ def checked(where: str, content: Any) -> Config:
     return config
 
 
-def _check_key(where: str, key: str, entry: Any) -> None:
+def _check_key(where: str, key: str, entry: JsonObject) -> None:
     """Check that a site is named after its weight, as every site is."""
     weight = entry.get("weight") if isinstance(entry, dict) else None
     if isinstance(weight, str):
@@ -61,7 +60,7 @@ def _check_key(where: str, key: str, entry: Any) -> None:
             raise AdapterError(f"{where} has the weight {weight!r}, which is of site {owner!r}")
 
 
-def mirror(config: Mapping[str, Any]) -> bytes:
+def mirror(config: JsonObject) -> bytes:
     """The content of ``adapter_config.json``: the configuration, with the fields that PEFT and the Hub look for."""
     fields = {
         "peft_type": PEFT_TYPE,

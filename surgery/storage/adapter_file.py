@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,15 +27,32 @@ from safetensors.torch import save as to_safetensors
 
 from surgery.errors import AdapterError
 from surgery.storage.adapter_config import FORMAT, checked
-from surgery.storage.format_migration import SEPARATE, Config
-from surgery.support.untrusted_files import LIMIT, open_regular, parse_json, read_json
+from surgery.storage.format_migration import SEPARATE
+from surgery.support.hf_config import on_hub
+from surgery.support.untrusted_files import LIMIT, JsonObject, open_regular, parse_json, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 UNSIGNED = "0" * 64
 CHUNK = 2**22
 
 
-def encode(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[Config, list[bytes | memoryview]]:
+class StoredSlice(Protocol):
+    """A tensor of a file before it is read."""
+
+    def get_shape(self) -> list[int]: ...
+
+
+class StoredTensors(Protocol):
+    """The tensors of a safetensors file by name."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> StoredSlice: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+def encode(config: JsonObject, tensors: Mapping[str, torch.Tensor]) -> tuple[JsonObject, list[bytes | memoryview]]:
     """The content of an adapter's file; the same adapter gives the same bytes.
 
     Returns:
@@ -49,6 +66,17 @@ def encode(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tu
     return {**unsigned, "sha256": digest}, [header, memoryview(data)[size:]]
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder looks like what ``save_adapter`` writes."""
+    return (folder / TENSORS).exists() or (folder / CONFIG).exists()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a model's, and like no adapter's."""
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    return not is_adapter(folder) and any((folder / name).exists() for name in names)
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """A checked file of an adapter, held open, so that no other one can be read in its place.
@@ -59,11 +87,11 @@ class AdapterFile:
     """
 
     folder: Path
-    config: Config
+    config: JsonObject
     _held: BinaryIO
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Any]:
+    def opened(self) -> Iterator[StoredTensors]:
         """Open it by safetensors: by the descriptor where that has a name, and else by the name of the file.
 
         Raises:
@@ -96,8 +124,11 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
         AdapterError: the directory is missing or damaged.
     """
     if not folder.is_dir():
-        raise AdapterError(f"{str(folder)!r} is not a directory; expected an adapter with {TENSORS}")
+        hub = f"; one on the Hub is fetched by pull_adapter({str(folder)!r})" if on_hub(folder) else ""
+        raise AdapterError(f"{str(folder)!r} is not a directory; expected an adapter with {TENSORS}{hub}")
     file = folder / TENSORS
+    if is_checkpoint(folder):
+        raise AdapterError(f"{str(folder)!r} is a model's checkpoint; expected an adapter with {TENSORS}")
     while True:
         try:
             held = open_regular(file)
@@ -114,7 +145,7 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
             return
 
 
-def _config_of(folder: Path, held: BinaryIO) -> Config:
+def _config_of(folder: Path, held: BinaryIO) -> JsonObject:
     """The checked configuration of the file that is held."""
     file = folder / TENSORS
     try:
@@ -132,7 +163,7 @@ def _config_of(folder: Path, held: BinaryIO) -> Config:
     return config
 
 
-def _separate_config(folder: Path, held: BinaryIO) -> Config:
+def _separate_config(folder: Path, held: BinaryIO) -> JsonObject:
     """The configuration beside the file, as formats 1 and 2 have it."""
     file = folder / CONFIG
     where = repr(str(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +15,84 @@ from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import graph_products
 from surgery.errors import AdapterError, WeightError
 from surgery.hosting.attach import AdapterPlan
+from surgery.hosting.beside_cores import base_buffers, present
 from surgery.hosting.choose import why_not_called
 from surgery.hosting.graph_surgery import original_graph
-from surgery.hosting.state import adapters_of, module_paths, parameter_names
-from surgery.storage.adapter_file import open_adapter
-from surgery.storage.format_migration import Config
+from surgery.hosting.state import adapters_of, module_paths, parameter_names, state_of
+from surgery.storage.adapter_file import StoredTensors, open_adapter
 from surgery.storage.saved_names import SavedNames
 from surgery.storage.site_entry import base_of, check_entry, overlap, read_parts, scale_of, variant_of
+from surgery.storage.trained_parameters import read_trained
 from surgery.support.progress_bar import track
+from surgery.support.untrusted_files import JsonObject
 
 
-def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> tuple[list[AdapterPlan], dict[str, Any]]:
-    """Read an adapter into the adapter states of a model's sites.
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What was read for a model, which is not touched yet.
+
+    Attributes:
+        config: the configuration.
+        plans: the adapter of each site.
+        notes: of each site's factorisation, by key.
+        trained: what was trained beside the cores, by every name that it has in the model.
+    """
+
+    config: JsonObject
+    plans: list[AdapterPlan]
+    notes: JsonObject
+    trained: dict[str, torch.Tensor]
+
+
+def read_adapter(model: nn.Module, path: Path, *, progress: bool = False) -> LoadedAdapter:
+    """Read an adapter for a model.
 
     Args:
         progress: show a progress bar where factors are recomputed.
 
-    Returns:
-        The adapter states, and the record of each site's factorisation.
-
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model.
     """
-    present = adapters_of(model)
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    paths = module_paths(model)
-    for site in present.values():  # a hosted weight is named as it was before surgery
-        parameters[parameter_names(paths, site)[0]] = site.host.parameter()
+    parameters, buffers = _own_tensors(model)
     products: Collection[str] = ()
-    names_of = SavedNames(model, parameters)
+    names_of = SavedNames(model, {**parameters, **buffers})
     if isinstance(model, fx.GraphModule):
         products = graph_products(model, original_graph(model))[0]
     with opened_adapter(path) as (config, tensors):
-        expected: set[str] = set()
-        grafts: list[AdapterPlan] = []
-        notes: dict[str, Any] = {}
+        trained, expected = read_trained(model, repr(str(path)), config, names_of, parameters, buffers, tensors)
+        parameters |= {name: tensor for name, tensor in trained.items() if name in parameters}
+        plans: list[AdapterPlan] = []
+        notes: JsonObject = {}
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
             entry, key = _named_as_in(names_of, saved_key, entry)
             where = f"{str(path)!r}: site {saved_key!r}"
-            graft, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
-            others = of_weight.setdefault(graft.site.weight, [])
-            if any(overlap(graft.site, other) for other in others):
-                raise AdapterError(f"{where} has the weight {graft.site.weight!r} of another site")
-            grafts.append(graft)
-            others.append(graft.site)
+            plan, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
+            others = of_weight.setdefault(plan.site.weight, [])
+            if any(overlap(plan.site, other) for other in others):
+                raise AdapterError(f"{where} has the weight {plan.site.weight!r} of another site")
+            plans.append(plan)
+            others.append(plan.site)
             expected |= names
             notes[key] = {"seed": entry["seed"]}
         if extra := sorted(set(tensors.keys()) - expected):
             raise AdapterError(f"{str(path)!r}: unexpected tensor {extra[0]!r} ({len(extra)} such)")
-    return grafts, notes
+    return LoadedAdapter(config, plans, notes, trained)
+
+
+def _own_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters and the buffers that a model would have without adapters, by every name."""
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    paths = module_paths(model)
+    for site in adapters_of(model).values():
+        parameters[parameter_names(paths, site)[0]] = site.host.parameter()
+    state = state_of(model)
+    before = {id(present(one)): one.before for one in state.replaced} if state else {}
+    return tuple(  # type: ignore[return-value]
+        {name: before.get(id(tensor), tensor) for name, tensor in table.items()}
+        for table in (parameters, base_buffers(model))
+    )
 
 
 def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
@@ -76,7 +104,7 @@ def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def opened_adapter(path: Path) -> Iterator[tuple[Config, Any]]:
+def opened_adapter(path: Path) -> Iterator[tuple[JsonObject, StoredTensors]]:
     """Open an adapter directory without a model: its configuration, and its tensors by name.
 
     Raises:
@@ -86,18 +114,28 @@ def opened_adapter(path: Path) -> Iterator[tuple[Config, Any]]:
         yield file.config, tensors
 
 
+def _with_computed_bias(model: nn.Module, entry: Any, parameters: Mapping[str, torch.Tensor]) -> Collection[str]:
+    """Names of parameters, and that of a site's bias where a module computes it, as a pruned one does."""
+    bias = entry.get("bias") if isinstance(entry, dict) else None
+    if isinstance(bias, str) and bias not in parameters and bias.rpartition(".")[2] == "bias":
+        owner = dict(model.named_modules()).get(bias.rpartition(".")[0])
+        if isinstance(getattr(owner, "bias", None), torch.Tensor):
+            return {*parameters, bias}
+    return parameters
+
+
 def _read_site(
     model: nn.Module,
     where: str,
     keys: tuple[str, str],
     entry: Any,
-    config: Config,
+    config: JsonObject,
     products: Collection[str],
     parameters: Mapping[str, torch.Tensor],
-    tensors: Any,
+    tensors: StoredTensors,
 ) -> tuple[AdapterPlan, set[str]]:
     """The adapter state of a site, whose key in the model and in the file are given, and the names of its tensors."""
-    check_entry(where, entry, parameters)
+    check_entry(where, entry, _with_computed_bias(model, entry, parameters))
     key, saved_key = keys
     host = "graph" if key in products else entry["host"]
     owner = model.get_submodule(entry["weight"].rpartition(".")[0])
@@ -115,4 +153,4 @@ def _read_site(
     *lead, d_out, d_in = factors.shape
     stack = lead[0] if lead else None
     site = Site(key, entry["weight"], entry.get("bias"), entry["layout"], d_out, d_in, stack=stack, rows=base.rows)
-    return AdapterPlan(site, host, variant, factors, core), names
+    return AdapterPlan(site, host, variant, factors, core, trained=entry.get("trained", False)), names

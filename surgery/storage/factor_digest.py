@@ -13,8 +13,6 @@ find the same directions, and where they coincide, no two need agree.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from surgery.errors import AdapterError
@@ -23,6 +21,7 @@ from surgery.modules.base_weights import BaseWeight
 from surgery.modules.core import Factors
 from surgery.planning.adapter_init import as_factors, factorised
 from surgery.support.fingerprint import DTYPES
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant
 
 SUMS = 4
@@ -51,7 +50,7 @@ def recompute(
 
 
 def recompute_stored(
-    where: str, entry: dict[str, Any], variant: Variant, base: BaseWeight, stored: torch.Tensor
+    where: str, entry: JsonObject, variant: Variant, base: BaseWeight, stored: torch.Tensor
 ) -> Factorisation:
     """Recompute the factors of a site in a file, and check them by the digest that is stored there.
 

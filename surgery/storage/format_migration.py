@@ -14,16 +14,15 @@ A migrated adapter is written in the present format when it is saved.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from surgery.errors import AdapterError
+from surgery.support.untrusted_files import JsonObject
 
 VERSION = 3
 SEPARATE = (1, 2)  # versions whose configuration is a file beside the tensors
-Config = dict[str, Any]
 
 
-def migrate(where: str, config: Config) -> Config:
+def migrate(where: str, config: JsonObject) -> JsonObject:
     """A configuration in the present format.
 
     Raises:
@@ -39,7 +38,7 @@ def migrate(where: str, config: Config) -> Config:
     return config
 
 
-def _from_1(config: Config) -> Config:
+def _from_1(config: JsonObject) -> JsonObject:
     if config.get("factors") != "exact" or not isinstance(config.get("sites"), dict):
         return config  # the reader refuses it
     added = {"seed": 0, "casts": {}}
@@ -47,8 +46,8 @@ def _from_1(config: Config) -> Config:
     return {**config, "sites": {k: {**added, **entry} if isinstance(entry, dict) else entry for k, entry in entries}}
 
 
-def _from_2(config: Config) -> Config:
+def _from_2(config: JsonObject) -> JsonObject:
     return {**config, "sha256": config.get("tensors_sha256"), "base_model_name_or_path": None}
 
 
-STEPS: dict[int, Callable[[Config], Config]] = {1: _from_1, 2: _from_2}
+STEPS: dict[int, Callable[[JsonObject], JsonObject]] = {1: _from_1, 2: _from_2}

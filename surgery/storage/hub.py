@@ -11,7 +11,7 @@ from surgery.errors import AdapterError
 from surgery.storage.adapter_file import CONFIG, TENSORS, open_adapter
 from surgery.storage.model_card import CARD
 from surgery.support.hf_config import first_line
-from surgery.support.untrusted_files import path_of
+from surgery.support.untrusted_files import naming, path_of
 
 FILES = [CONFIG, TENSORS]
 
@@ -96,7 +96,8 @@ def pull_adapter(
             fetched = Path(
                 snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FILES, local_dir=staging)
             )
-            check_adapter(fetched)
+            with naming(fetched, fetched if target is None else target):
+                check_adapter(fetched)
             if target is None or staging is None:
                 return fetched
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # what the download notes for itself

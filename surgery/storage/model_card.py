@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from surgery.storage.adapter_config import LIBRARY
-from surgery.support.untrusted_files import read_limited
+from surgery.support.untrusted_files import JsonObject, read_limited
 
 CARD = "README.md"
 MARKER = "<!-- written by save_adapter; an edited page is never replaced; sha256:{} -->\n"
 LIMIT = 2**20
 
 
-def card(config: Mapping[str, Any], model_class: str, hub_class: bool, trained: int) -> bytes:
+def card(config: JsonObject, model_class: str, hub_class: bool, trained: int) -> bytes:
     """The text of a card.
 
     Args:

@@ -14,9 +14,12 @@ from passes.errors import SurgeryError
 from surgery.errors import AdapterError
 from surgery.modules.base_weights import BaseWeight, Held, base_weight_of
 from surgery.modules.core import Core, Factors
+from surgery.modules.factor_fit import why_not_of
 from surgery.planning.adapter_init import as_factors
+from surgery.storage.adapter_file import StoredTensors
 from surgery.storage.factor_digest import SUMS, recompute_stored
 from surgery.support.fingerprint import DTYPES
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, variant_from_dict
 
 FACTORS = ("U", "S", "Vh")
@@ -26,7 +29,7 @@ SITE_FIELDS = {
 }  # fmt: skip
 
 
-def variant_of(entry: dict[str, Any]) -> Variant:
+def variant_of(entry: JsonObject) -> Variant:
     """The variant that an adapter's configuration, or that of one of its sites, names.
 
     Raises:
@@ -35,7 +38,7 @@ def variant_of(entry: dict[str, Any]) -> Variant:
     return _variant(entry["variant"], entry.get("hyperparameters", {}))
 
 
-def _variant(name: Any, values: Any) -> Variant:
+def _variant(name: str, values: JsonObject) -> Variant:
     try:
         return variant_from_dict(name, values)
     except AdapterError:
@@ -68,10 +71,10 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
 def read_parts(
     where: str,
     key: str,
-    entry: dict[str, Any],
+    entry: JsonObject,
     default: Variant,
     base: BaseWeight,
-    tensors: Any,
+    tensors: StoredTensors,
     *,
     host: str,
     stored: str,
@@ -120,7 +123,7 @@ def read_parts(
         shapes |= {f"factors.{name}": (sizes, dtypes) for name, sizes in of_factors}
     else:
         shapes["digest"] = (*lead, 3, SUMS), (torch.float64,)
-    values = {name: _tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
+    values = {name: read_tensor(where, tensors, f"{key}.{name}", *expected) for name, expected in shapes.items()}
     if stored == "exact":
         factors = Factors(*(values[f"factors.{name}"].to(base.device) for name in FACTORS))
     else:
@@ -133,11 +136,35 @@ def read_parts(
         core_dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else core_dtype
     if not all(torch.isfinite(factor).all() for factor in factors.buffers()):
         raise AdapterError(f"{where}: its factors overflow {wanted}; load it on the model in {entry['dtype']}")
+    if stored == "exact":
+        _check_factors(where, entry, variant, factors, base, (saved, wanted))
     core = Core(tensors_of_core, core_dtype, base.device, variant.frozen)
     return variant, factors, core, {f"{key}.{name}" for name in shapes}
 
 
-def rows_of(where: str, entry: dict[str, Any], weight: torch.Tensor) -> tuple[int, int] | None:
+def _check_factors(
+    where: str, entry: JsonObject, variant: Variant, factors: Factors, base: BaseWeight, dtypes: tuple[Any, ...]
+) -> None:
+    """Check that stored factors are those of the weight, by :func:`surgery.modules.factor_fit.why_not_of`.
+
+    Of a weight that was trained beside its adapter, they are those of the weight before: only what holds of the basis
+    itself is checked.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    trained = entry.get("trained", False)
+    if not isinstance(trained, bool):
+        raise AdapterError(f"{where}: 'trained' must be true or false, found {trained!r:.40}")
+    matrix = None if trained else base.matrix().detach()
+    if reason := why_not_of(matrix, factors, variant, (base.dtype, *dtypes)):
+        raise AdapterError(
+            f"{where}: its factors are not those of its base weight: {reason}. The file was changed, or written "
+            "wrongly; save the adapter again where it was made"
+        )
+
+
+def rows_of(where: str, entry: JsonObject, weight: torch.Tensor) -> tuple[int, int] | None:
     """The rows of a packed weight that a site is, or None for the whole.
 
     Raises:
@@ -159,7 +186,7 @@ def overlap(one: Site, other: Site) -> bool:
     return not (one.rows and other.rows) or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])
 
 
-def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], host: str) -> BaseWeight:
+def base_of(where: str, key: str, weight: torch.Tensor, entry: JsonObject, host: str) -> BaseWeight:
     """The weight that a site in a file is of: a matrix (d_out, d_in) or, where it is read, perhaps a stack of them.
 
     Args:
@@ -176,7 +203,12 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], h
     stored = stored if base.holds_entries else tuple(base.shape)
     shape = stored if entry["layout"] == "out_in" or len(stored) < 2 else (*stored[:-2], stored[-1], stored[-2])
     fits = list(shape) == wanted and len(stored) == 2
-    if host == "weight" and len(stored) >= 2 and len(wanted) in (2, 3) and (len(stored), len(wanted)) != (2, 2):
+    if (
+        (host == "weight" or base.kind == "convolution")
+        and len(stored) >= 2
+        and len(wanted) in (2, 3)
+        and (len(stored), len(wanted)) != (2, 2)
+    ):
         fits = is_shape and math.prod(wanted) == math.prod(stored)
     if not fits or not base.comparable(entry):
         raise AdapterError(
@@ -186,9 +218,14 @@ def base_of(where: str, key: str, weight: torch.Tensor, entry: dict[str, Any], h
     return base
 
 
-def _tensor(
-    where: str, tensors: Any, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+def read_tensor(
+    where: str, tensors: StoredTensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
+    """Read a tensor of an opened file.
+
+    Raises:
+        AdapterError: it is missing, not finite, or of another shape or dtype.
+    """
     try:
         present = tuple(tensors.get_slice(name).get_shape())
     except SafetensorError as error:
@@ -204,7 +241,7 @@ def _tensor(
     return tensor
 
 
-def scale_of(where: str, entry: dict[str, Any], core: Core) -> torch.Tensor | None:
+def scale_of(where: str, entry: JsonObject, core: Core) -> torch.Tensor | None:
     """The lasting factor of a site's coefficient, like its core; None where the file has none.
 
     Raises:

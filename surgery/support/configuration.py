@@ -8,13 +8,12 @@ import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from surgery.errors import VariantError
+from surgery.support.untrusted_files import JsonObject
 
 C = TypeVar("C", bound="Configuration")
-Values = dict[str, Any]
-"""The fields of a configuration as JSON has them: numbers, words, switches, and those of configurations inside."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,12 @@ class Configuration:
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
             raise VariantError(f"{name} must be {'an integer' if whole else 'a number'} {limits}, found {value!r:.80}")
 
-    def hyperparameters(self) -> Values:
+    def hyperparameters(self) -> JsonObject:
         """All fields as plain values, for the adapter file."""
         return asdict(self)
 
     @classmethod
-    def from_hyperparameters(cls: type[C], values: Values) -> C:
+    def from_hyperparameters(cls: type[C], values: JsonObject) -> C:
         """The configuration that :meth:`hyperparameters` wrote.
 
         Raises:
@@ -107,7 +106,7 @@ def shared(cls: type[C], values: object) -> C:
     return cls(**{field.name: getattr(values, field.name) for field in fields(cls) if field.name in own})
 
 
-def as_entry(configuration: Configuration) -> Values:
+def as_entry(configuration: Configuration) -> JsonObject:
     """The name and the fields of a configuration as plain values."""
     return {"name": configuration.name} | configuration.hyperparameters()
 

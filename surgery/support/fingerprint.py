@@ -8,14 +8,14 @@ fused optimisers write without counting.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.support.change_detection import version_of
+from surgery.support.untrusted_files import JsonObject
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE = 16  # entries along each dimension that are compared, at least
@@ -57,7 +57,7 @@ def _hashed(tensor: torch.Tensor) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def _bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -74,6 +74,11 @@ def _cached(weight: torch.Tensor) -> _Cached:
     return cached
 
 
+def forget_fingerprints(weight: torch.Tensor) -> None:
+    """Hash a tensor again when it is asked for, whatever it looks like."""
+    _CACHE.pop(weight, None)
+
+
 def cast_fingerprints(weight: torch.Tensor) -> dict[str, str]:
     """Fingerprints of a weight in each other dtype that holds less of it, by the dtype's name.
 
@@ -83,7 +88,7 @@ def cast_fingerprints(weight: torch.Tensor) -> dict[str, str]:
     return {name: fingerprint(weight, DTYPES[name]) for name in narrower}
 
 
-def can_be_cast(weight: torch.Tensor, entry: Mapping[str, Any]) -> bool:
+def can_be_cast(weight: torch.Tensor, entry: JsonObject) -> bool:
     """Whether a weight of this dtype can be compared with the one that an adapter's file describes."""
     name = dtype_name(weight)
     return name in (entry["dtype"], *entry["casts"]) or (
@@ -91,7 +96,7 @@ def can_be_cast(weight: torch.Tensor, entry: Mapping[str, Any]) -> bool:
     )
 
 
-def is_base(weight: torch.Tensor, entry: Mapping[str, Any]) -> bool:
+def is_base(weight: torch.Tensor, entry: JsonObject) -> bool:
     """Whether a weight is the one that an adapter's file describes, or that weight in another dtype."""
     name = dtype_name(weight)
     if name in entry["casts"]:

@@ -37,8 +37,3 @@ def track(items: Iterable[T], description: str, *, enabled: bool, total: int | N
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield from bar.track(items, description=description, total=total)
-
-
-def wanted(progress: bool | None) -> bool:
-    """Whether to show progress: as asked for, and by default on a terminal."""
-    return sys.stderr.isatty() if progress is None else progress

@@ -6,12 +6,14 @@ another to the next; NaN and infinity are no JSON; deep nesting breaks whatever 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +22,11 @@ from passes.errors import SurgeryError
 LIMIT = 64 * 2**20
 VALUES, DEPTH = 2**22, 64
 
+JsonObject = dict[str, Any]
+"""A JSON object; what its keys hold is checked where they are read."""
 
-def path_of(path: Any, error: type[SurgeryError]) -> Path:
+
+def path_of(path: str | os.PathLike[str], error: type[SurgeryError]) -> Path:
     """A path that was given as an argument.
 
     Raises:
@@ -38,6 +43,16 @@ def path_of(path: Any, error: type[SurgeryError]) -> Path:
         if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise error(f"{path!r:.200} is no path: {problem.strerror}") from problem
     return given
+
+
+@contextlib.contextmanager
+def naming(written: Path, target: Path) -> Iterator[None]:
+    """Let errors name the target, where they would name the temporary folder that stands in for it."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.args = tuple(a.replace(str(written), str(target)) if isinstance(a, str) else a for a in error.args)
+        raise
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -96,9 +111,13 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     text = text.decode() if isinstance(text, bytes) else text
     if sum(map(text.count, ",[{")) > VALUES:
         raise ValueError(f"it has more than {VALUES:,} values")
-    numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text, object_pairs_hook=_once, **numbers)
+        value = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_no_number if finite else None,
+            parse_float=_finite if finite else None,
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
@@ -109,7 +128,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     table = dict(pairs)
     if len(table) < len(pairs):
         seen: set[str] = set()

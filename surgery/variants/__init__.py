@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from surgery.bases import Basis
 from surgery.errors import VariantError
-from surgery.support.configuration import Values, import_all, named
+from surgery.support.configuration import import_all, named
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants._variant import REGISTRY, BasisCore, Variant
 
 __all__ = ["DEFAULT", "REGISTRY", "BasisCore", "Variant", "resolve_variant", "variant_from_dict"]
@@ -37,7 +38,7 @@ def resolve_variant(variant: str | Variant, r: int | None = None, basis: str | B
     return variant if basis is None else replace(variant, basis=basis)
 
 
-def variant_from_dict(name: str, values: Values) -> Variant:
+def variant_from_dict(name: str, values: JsonObject) -> Variant:
     """Rebuild a configuration from an adapter file.
 
     Raises:

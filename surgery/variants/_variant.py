@@ -17,10 +17,11 @@ from surgery.cores import CoreConfig, CoreTensors, core_of
 from surgery.errors import RankError, VariantError
 from surgery.factors.statistic import Kind, Statistic
 from surgery.factors.svd import METHODS, Factorisation, Method
-from surgery.support.configuration import Configuration, Values, as_entry, shared
+from surgery.support.configuration import Configuration, as_entry, shared
+from surgery.support.untrusted_files import JsonObject
 
 REGISTRY: dict[str, type[Variant]] = {}
-OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "frozen", "prepares")
+OF_THE_CORE = ("linear", "depends_only_on_Sh", "default_targets", "middle_layers", "prepares")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Variant(Configuration):
     linear: ClassVar[bool] = CoreConfig.linear
     depends_only_on_Sh: ClassVar[bool] = CoreConfig.depends_only_on_Sh
     default_targets: ClassVar[str] = CoreConfig.default_targets
-    frozen: ClassVar[tuple[str, ...]] = CoreConfig.frozen
+    middle_layers: ClassVar[bool] = CoreConfig.middle_layers
     prepares: ClassVar[bool] = CoreConfig.prepares
 
     def __init_subclass__(cls) -> None:
@@ -109,6 +110,11 @@ class Variant(Configuration):
         return shared(self.own_core, self)
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Core tensors that are not trained."""
+        return self.core_config.frozen
+
+    @property
     def identity_at_init(self) -> bool:
         """Whether delta is an exact zero at the initial core."""
         return self.core_config.identity_at_init
@@ -143,7 +149,7 @@ class Variant(Configuration):
         """The change in S-space (see ``CoreConfig.delta``)."""
         return self.core_config.delta(h, S, core, coeff)
 
-    def hyperparameters(self) -> Values:
+    def hyperparameters(self) -> JsonObject:
         """All fields as plain values, for the adapter file; the basis only where it is not the variant's own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: as_entry(v) if isinstance(v, Configuration) else v for name, v in values.items()}
@@ -152,7 +158,7 @@ class Variant(Configuration):
 
 @dataclass(frozen=True)
 class BasisCore(Variant):
-    """Any core on any basis; ``"corda+arrow"`` is ``BasisCore(core="arrow", basis="corda")``.
+    """Every core on every basis; ``"corda+arrow"`` is ``BasisCore(core="arrow", basis="corda")``.
 
     Attributes:
         core: a registered name, or a configuration.

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import nn
 
 from passes.errors import SurgeryError
 from surgery.errors import TargetError
 from surgery.hosting.attach import AdapterPlan, plan_of
+from surgery.hosting.beside_cores import beside_cores, brought_by_name, put_back, trained_in_place
 from surgery.hosting.root import unmake_root
-from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, state_of
+from surgery.hosting.state import (
+    State,
+    adapters_of,
+    check_weights,
+    module_paths,
+    record_of,
+    require_bases,
+    restore_flags,
+    state_of,
+)
+from surgery.support.untrusted_files import JsonObject
 
 
 @dataclass
@@ -22,10 +33,22 @@ class Adopted:
     Attributes:
         plans: their adapters, with their cores.
         factorisation: what is noted of each site's factors, by key.
+        brought: what loads have brought beside the cores, by name.
+        trainable: parameters beside the cores that require gradients.
+        brought_in_place: see :class:`State`.
     """
 
     plans: list[AdapterPlan] = field(default_factory=list)
-    factorisation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorisation: dict[str, JsonObject] = field(default_factory=dict)
+    brought: dict[str, torch.Tensor] = field(default_factory=dict)
+    trainable: list[torch.Tensor] = field(default_factory=list)
+    brought_in_place: set[str] = field(default_factory=set)
+
+    def keep_training(self, state: State) -> None:
+        """Let what was trained beside the cores be trained and saved on."""
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        state.brought_in_place |= self.brought_in_place
 
     def check_disjoint(self, keys: Collection[str]) -> None:
         """Refuse a second adapter on one site.
@@ -56,11 +79,16 @@ def adopt_roots(model: nn.Module) -> Adopted:
                 f"{path!r} is a graph that was operated on: merge or undo it before surgery on its parent"
             )
         require_bases(root)
+        check_weights(root)
         found = adapters_of(root)
         adopted.plans += [plan_of(paths, f"{path}.{key}", site) for key, site in found.items()]
         adopted.factorisation |= {f"{path}.{key}": note for key, note in state.factorisation.items()}
+        adopted.brought |= brought_by_name(model, state)
+        adopted.trainable += [parameter for parameter in beside_cores(root).values() if parameter.requires_grad]
+        adopted.brought_in_place |= {f"{path}.{name}" for name in trained_in_place(root)}
         for site in found.values():
             site.host.detach()
+        put_back(state)
         restore_flags(root, state.requires_grad)
         unmake_root(root)
     return adopted

@@ -10,22 +10,23 @@ import torch
 from torch import fx, nn
 
 from passes.capture.capture import is_pretrained
-from passes.capture.inspect_model import Inspection, inspect_model
+from passes.capture.inspect_model import Inspection
 from surgery.bases import Basis
 from surgery.hosting.attach import AdapterPlan, attach_all
+from surgery.hosting.beside_cores import bring, put_back, say_what_stays, trained_in_place, watched_buffers
 from surgery.hosting.checks import check_options
-from surgery.hosting.choose import is_product
 from surgery.hosting.graph_surgery import graph_state, restore_state
-from surgery.hosting.model_kinds import as_patient
+from surgery.hosting.model_kinds import as_module
 from surgery.hosting.root import make_root, roots_of, share_steering, unmake_root
 from surgery.hosting.state import State, adapters_of, record_of, require_bases, restore_flags, state_of, unwrap
 from surgery.hosting.transaction import transaction
-from surgery.planning.adapter_init import make_grafts
+from surgery.planning.adapter_init import plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.lowering_autotune import measure
-from surgery.planning.surgery_plan import known_inspection, make_plan
+from surgery.planning.surgery_plan import inspection_of, make_plan
 from surgery.planning.target_selection import Patterns
 from surgery.support.progress_bar import wanted_on
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import resolve_variant
 from surgery.verbs.adopt_roots import Adopted, adopt_roots
 from surgery.verbs.argument_types import (
@@ -41,14 +42,14 @@ from surgery.verbs.argument_types import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patient_of(model: Any, example_inputs: Any = None) -> tuple[Any, Any]:
+def resolve_model(model: Any, example_inputs: ExampleInputs | None = None) -> tuple[Any, Any]:
     """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
 
     An ``ExportedProgram`` or a TorchScript module gives a new graph module.
     """
     inner = unwrap(model)
-    patient = as_patient(inner, example_inputs)
-    return (model if patient is inner else patient), patient
+    module = as_module(inner, example_inputs)
+    return (model if module is inner else module), module
 
 
 @overload
@@ -115,7 +116,7 @@ def apply_surgery(
     config = resolve_variant(variant, r, basis)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
-    given, model = patient_of(model, example_inputs)
+    given, model = resolve_model(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
     form_name, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
     with transaction(model):  # also of what capture and calibration leave where they are interrupted
@@ -135,14 +136,16 @@ def apply_surgery(
         if calibration is not None:
             statistics = collect(model, plan.sites, plan.called, kinds, calibration, progress=progress)
         wanted = [(site, config, plan.ranks[site.key], plan.hosts[site.key]) for site in plan.sites]
-        grafts, notes = make_grafts(model, wanted, statistics, seed, progress=progress)
-        grafts = [replace(graft, lowering=lowering, form=form_name, keep_base=keep_base) for graft in grafts]
+        plans, notes = plan_adapters(model, wanted, statistics, seed, progress=progress)
+        plans = [replace(new, lowering=lowering, form=form_name, keep_base=keep_base) for new in plans]
 
         def finish() -> None:
+            adopted.keep_training(record_of(model))
             if lowering == "measure":
                 measure(model, example_inputs, progress=progress)
 
-        operate(model, [*adopted.plans, *grafts], plan.inspection, adopted.factorisation | notes, finish)
+        plans, notes = [*adopted.plans, *plans], adopted.factorisation | notes
+        operate(model, plans, plan.inspection, notes, finish, adopted.brought)
     return given
 
 
@@ -150,33 +153,55 @@ def operate(
     model: nn.Module,
     plans: Iterable[AdapterPlan],
     inspection: Inspection | None,
-    notes: dict[str, dict[str, Any]],
+    notes: dict[str, JsonObject],
     finish: Callable[[], None] = lambda: None,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Attach all adapters, freeze the rest and finish, or leave the model as it was."""
+    """Attach all adapters, freeze the rest and finish, or leave the model as it was.
+
+    Args:
+        trained: what was trained beside the cores, to put in the place of the model's own, by name.
+    """
     with transaction(model, forwards=False):  # a forward in it is in the caller's
-        if state_of(model) is None:
+        is_new = state_of(model) is None
+        if is_new:
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             make_root(model, State(flags, inspection, {}, graph_state(model)))
+            record_of(model).replaced = bring(model, trained or {})
             model.requires_grad_(False)
         state = record_of(model)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
             attach_all(model, plans, state.original)
             share_steering(model, state)
+        for tensor in (trained or {}).values():
+            tensor.requires_grad_(isinstance(tensor, nn.Parameter))
         state.factorisation.update(notes)
         finish()
         dropped = {plan.site.key for plan in plans if not plan.keep_base}
         for key, site in adapters_of(model).items():
             if key in dropped and site.host.set_aside is not None:
                 site.host.drop_base(site.base_weight.fingerprint())
+        if is_new:
+            state.buffers = watched_buffers(model)
 
 
 def undo_surgery(model: Model) -> Model:
     """Take every adapter off: every tensor, module and ``requires_grad`` flag is what it was, bit for bit.
 
+    Parameters that ``load_adapter`` brought beside the cores give way to the model's own. What was trained in these
+    stays as it was trained, and a warning says so.
+
     Raises:
         SurgeryError: the model carries no surgery, or is a part of a model that was operated on.
     """
+    stays = [name for root in roots_of(model) for name in trained_in_place(root)]
+    restore_base(model)
+    say_what_stays(stays)
+    return model
+
+
+def restore_base(model: Model) -> Model:
+    """Undo surgery without a word; of an operated copy, whose owner undoes nothing."""
     for root in roots_of(model):
         state = record_of(root)
         require_bases(root)
@@ -188,16 +213,17 @@ def undo_surgery(model: Model) -> Model:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take every adapter off an operated model."""
+    """Take every adapter off an operated model, and what was loaded beside the cores."""
     state = record_of(model)
     for site in adapters_of(model).values():
         if not site.host.inlined:
             site.host.detach()
+    put_back(state)
     if state.original is not None:
         restore_state(model, state.original)
 
 
-def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspect_sites(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Inspection:
     """Find the sites of an untouched model: name, shape, input group, ties, role, and what was skipped and why.
 
     Args:
@@ -207,5 +233,5 @@ def inspect_sites(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Raises:
         InputError: the model does not run on the example inputs.
     """
-    _, model = patient_of(model, example_inputs)
-    return known_inspection(model) or inspect_model(model, example_inputs, is_product)
+    _, model = resolve_model(model, example_inputs)
+    return inspection_of(model, example_inputs)

@@ -7,21 +7,32 @@ it are the names of this package: an editor completes them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch.export import ExportedProgram
 
+from passes.ir.forward_context import ExampleInputs
 from surgery.bases import Basis
 from surgery.factors.statistics_file import Statistics
 from surgery.planning.calibration_run import Contrast
 from surgery.planning.target_selection import Patterns
 from surgery.variants import Variant
 
-ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""A tensor is the only argument, a tuple the positional ones, a mapping the keywords."""
+__all__ = [
+    "Calibration",
+    "ExampleInputs",
+    "Form",
+    "LoweringName",
+    "Program",
+    "Stage",
+    "SurgeryOptions",
+    "VariantLike",
+    "VariantName",
+    "Verify",
+]
 
-Calibration = Iterable[ExampleInputs | list[Any]] | ExampleInputs | Contrast | Statistics
+Calibration = Iterable[ExampleInputs | list[object]] | ExampleInputs | Contrast | Statistics
 """Batches, one batch, two sides to contrast, or what was collected before; a ``DataLoader`` may give lists."""
 
 Verify = ExampleInputs | bool | None
@@ -44,6 +55,7 @@ VariantName = (
         "antipasto_rot",
         "lora_xs",
         "sspace",
+        "sspace_scale",
     ]
     | str
 )

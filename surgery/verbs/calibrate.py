@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from passes.capture.capture import is_pretrained
 from passes.errors import InputError, SurgeryError
-from passes.ir.forward_context import outside_inference_mode
+from passes.ir.forward_context import ExampleInputs, outside_inference_mode
 from surgery.factors.statistics_file import Statistics
 from surgery.hosting.attach import AdapterPlan, plan_of
-from surgery.hosting.checks import check_flags, check_seed, check_whole
+from surgery.hosting.checks import check_flags, check_seed, check_there, check_whole
 from surgery.hosting.state import adapters_of, module_paths, record_of, require_bases, restore_flags, unwrap
 from surgery.modules.adapter import Adapter
-from surgery.planning.adapter_init import Wanted, initial_core, make_grafts
+from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
 from surgery.planning.surgery_plan import known_inspection, make_plan
 from surgery.planning.target_selection import Patterns
+from surgery.support.progress_bar import wanted_on
+from surgery.support.untrusted_files import JsonObject
 from surgery.variants import Variant, resolve_variant
-from surgery.verbs.apply import Model, patient_of
+from surgery.verbs.apply import Model, resolve_model
+from surgery.verbs.argument_types import Calibration
 from surgery.verbs.replace_adapters import replace_adapters
 from surgery.verbs.steer import present, write_coefficient
 
@@ -30,15 +32,15 @@ from surgery.verbs.steer import present, write_coefficient
 def calibrate(
     model: nn.Module,
     variant: str | Variant,
-    calibration: Any,
+    calibration: Calibration,
     *,
     r: int | None = None,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
-    example_inputs: Any = None,
-    progress: bool = True,
+    example_inputs: ExampleInputs | None = None,
+    progress: bool | None = None,
 ) -> Statistics:
     """Run data through a model and collect what a variant chooses its factors by; the model is left as it was.
 
@@ -49,18 +51,18 @@ def calibrate(
         model, variant, r, target_modules, exclude_modules, layers_to_transform, rank_pattern, example_inputs: as in
             ``apply_surgery``.
         calibration: an iterable of batches, or a :class:`Contrast`.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
 
     Raises:
         SurgeryError: as ``apply_surgery``.
     """
-    check_flags(progress=progress)
+    bars = wanted_on(progress)
     config = resolve_variant(variant, r)
     if example_inputs is None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
-    _, patient = patient_of(model, example_inputs)
+    _, module = resolve_model(model, example_inputs)
     plan = make_plan(
-        patient,
+        module,
         config,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
@@ -69,11 +71,13 @@ def calibrate(
         example_inputs=example_inputs,
     )
     kinds = {site.key: config.statistic for site in plan.sites}
-    return collect(patient, plan.sites, plan.called, kinds, calibration, progress=progress)
+    return collect(module, plan.sites, plan.called, kinds, calibration, progress=bars)
 
 
 @outside_inference_mode
-def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: int = 0, progress: bool = True) -> Model:
+def recalibrate(
+    model: Model, calibration: Calibration, *, reset: bool = False, seed: int = 0, progress: bool | None = None
+) -> Model:
     """Choose the factors of every site anew by data, and start every core anew: gains belong to the basis they were
     trained in.
 
@@ -84,7 +88,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         calibration: an iterable of batches, a :class:`Contrast`, or :class:`Statistics`.
         reset: drop cores that are not at their initial value, and with them what was trained.
         seed: of the cores' initial values.
-        progress: show progress bars.
+        progress: show progress bars; None: on a terminal.
 
     Raises:
         SurgeryError: the model carries no surgery, a core is trained and ``reset`` is false, or a base weight was not
@@ -92,9 +96,10 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
         InputError: as ``apply_surgery``.
     """
     given: Model = model
-    check_flags(reset=reset, progress=progress)
+    check_flags(reset=reset)
+    bars = wanted_on(progress)
     check_seed(seed)
-    inner: Any = unwrap(model)
+    inner: nn.Module = unwrap(model)
     record = record_of(inner)
     require_bases(inner)
     if calibration is None:
@@ -102,6 +107,7 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     found = adapters_of(inner)
     for key, site in found.items():
         check_whole(key, site.base_weight)
+        check_there(key, site)
         if not reset and is_trained(key, site, record.factorisation.get(key, {}).get("seed", 0)):
             raise SurgeryError(
                 f"site {key!r}: its core is not at its initial value, and would mean nothing in another basis; save or "
@@ -112,19 +118,19 @@ def recalibrate(model: Model, calibration: Any, *, reset: bool = False, seed: in
     wanted: list[Wanted] = []
     paths = module_paths(inner)
     for key, site in found.items():
-        graft = plan_of(paths, key, site)
-        place = replace(graft.site, group=sites[key].group) if key in sites else graft.site
-        wanted.append((place, site.variant, site.factors.rank, graft.host))
+        plan = plan_of(paths, key, site)
+        place = replace(plan.site, group=sites[key].group) if key in sites else plan.site
+        wanted.append((place, site.variant, site.factors.rank, plan.host))
     coefficient = present(record)
 
-    def make() -> tuple[list[AdapterPlan], dict[str, dict[str, Any]]]:
+    def make() -> tuple[list[AdapterPlan], dict[str, JsonObject]]:
         kinds = {place.key: variant.statistic for place, variant, _, _ in wanted}
         called = {place.key for place, _, _, host in wanted if host == "module"}
-        statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=progress)
-        grafts, notes = make_grafts(inner, wanted, statistics, seed, progress=progress)
-        for graft in grafts:
-            graft.core.scale = found[graft.site.key].core.scale
-        return grafts, notes
+        statistics = collect(inner, [w[0] for w in wanted], called, kinds, calibration, progress=bars)
+        plans, notes = plan_adapters(inner, wanted, statistics, seed, progress=bars)
+        for plan in plans:
+            plan.core.scale = found[plan.site.key].core.scale
+        return plans, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
     replace_adapters(inner, make)

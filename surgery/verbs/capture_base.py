@@ -24,7 +24,7 @@ from passes.capture.inspect_model import graph_products
 from passes.errors import CaptureError, InputError, PassError, SurgeryError
 from passes.infra.tolerance import RELATIVE, disagreement
 from passes.infra.translation_validation import Validation
-from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from passes.ir.module_utils import attribute, copy_graph
 from passes.ir.torch_internals import sizes_of_one_are_free, tree_leaves, tree_map_only
 from passes.transforms.split_packed_weight import split_reads
@@ -40,7 +40,7 @@ from surgery.modules.core import Core, Factors
 logger = logging.getLogger(__name__)
 
 
-def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, Call]:
+def capture_base(model: nn.Module, example_inputs: ExampleInputs | None = None) -> tuple[fx.GraphModule, Call]:
     """Capture what a model is without its adapters, with free sizes, as a graph module with parameters of its own.
 
     Returns:
@@ -51,7 +51,7 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
         CaptureError: the model cannot be captured.
     """
     require_bases(model)
-    copied: Any = copy.deepcopy(model, shared_tensors(model))
+    copied = copy.deepcopy(model, shared_tensors(model))
     example_inputs = default_inputs(model) if example_inputs is None else example_inputs
     if isinstance(copied, fx.GraphModule):
         if hosted := [key for key, site in adapters_of(copied).items() if not site.host.inlined]:
@@ -82,7 +82,7 @@ def capture_base(model: nn.Module, example_inputs: Any = None) -> tuple[fx.Graph
     return private_parameters(module), call
 
 
-def _export(model: nn.Module, call: Call) -> tuple[Any, Call]:
+def _export(model: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     """Export with free sizes; a size of 1 in the example stays free where the model does not treat it apart."""
     doubled = with_two_rows(model, call)
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
@@ -143,6 +143,9 @@ def sites_for(graph: fx.GraphModule, model: nn.Module, only: Collection[str] | N
         d_in, d_out = site.features
         place = Site(key, weight, bias, site.layout, d_out, d_in, stack=factors.stack, rows=site.rows)
         node = graph_adapter(host, place, site.variant, factors, core)
+        node.record = site.record.for_copy()
+        if (weight_in_graph := host.registered()) is not None:
+            node.record.adopt(node, weight_in_graph)  # it shares its memory with the one that was compared
         found.append(node.train(graph.training))
     if missing:
         warnings.warn(

@@ -28,10 +28,11 @@ from passes.transforms.fuse_projections import Fuse, shared_factor_names
 from passes.transforms.insert import Insert
 from passes.transforms.merge_adapters import Merge
 from passes.transforms.propagate_metadata import Annotate
+from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.checks import check_flags, check_form
 from surgery.hosting.graph_surgery import drop_sites, graph_sites, graph_state, register_sites, rewrite
 from surgery.hosting.root import make_root, share_steering, unmake_root
-from surgery.hosting.state import State, adapters_of, record_of, restore_flags, unwrap
+from surgery.hosting.state import State, adapters_of, check_weights, record_of, restore_flags, unwrap
 from surgery.hosting.transaction import transaction
 from surgery.verbs.argument_types import ExampleInputs, Form, Stage, Verify
 from surgery.verbs.capture_base import capture_base, check_capture, sites_for
@@ -130,6 +131,7 @@ def pipeline(
     if fuse and form == "residual" and (Fold.name in disable or stop_after == Insert.name):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record = record_of(model)
+    check_weights(model)
     with transaction(model):  # whose cores the graph shares
         graph, call = capture_base(model, example_inputs)
         state = State(dict(record.requires_grad), record.inspection, dict(record.factorisation), graph_state(graph))
@@ -138,6 +140,7 @@ def pipeline(
         state.steering.to(record.steering.coeff.device, record.steering.coeff.dtype)
         state.steering.write(record.steering.coeff)
         state.number, state.coefficient = record.number, record.coefficient
+        state.brought_in_place = set(beside_cores(model))  # the graph has parameters of its own on the same memory
         sites = sites_for(graph, model, only)
         for site in sites if form == "residual" else ():
             if not site.host.changes_weight:

@@ -11,11 +11,12 @@ from passes.errors import InputError
 from passes.ir.forward_context import outside_inference_mode
 from passes.transforms.merge_adapters import Merge, other_readers
 from surgery.errors import VariantError, WeightError
-from surgery.hosting.checks import check_flags, check_whole
+from surgery.hosting.checks import check_flags, check_there, check_whole
 from surgery.hosting.graph_surgery import copy_as_ever, drop_sites, rewrite
 from surgery.hosting.root import roots_of, unmake_root
 from surgery.hosting.state import (
     adapters_of,
+    check_weights,
     module_paths,
     own_tensors,
     parameter_names,
@@ -26,7 +27,7 @@ from surgery.hosting.state import (
 from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
 from surgery.modules.merged_weight import merged_weight
-from surgery.support.progress_bar import track
+from surgery.support.progress_bar import track, wanted_on
 from surgery.verbs.argument_types import Verify
 from surgery.verbs.verification import graph_validation
 
@@ -34,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @outside_inference_mode
-def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: Verify = False) -> Model:
+def merge(model: Model, *, untie: bool = False, progress: bool | None = None, verify: Verify = False) -> Model:
     """Turn every site into a plain dense module that holds ``W + dW`` at the present coeff.
 
     The sum is formed in float64 and rounded once to the weight's dtype; no base tensor is written. The model is then a
@@ -42,29 +43,33 @@ def merge(model: Model, *, untie: bool = False, progress: bool = False, verify: 
 
     Args:
         untie: give a site whose weight is shared with another module a weight of its own.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
         verify: compare an operated graph before and after on these inputs; True takes those that it was captured with.
 
     Raises:
         VariantError: a variant is not linear, so that no weight has the same effect.
+        SurgeryError: a base weight is another one than the factors were made for.
         WeightError: a weight is tied and ``untie`` is false; or it is of a kind that takes no change.
         InputError: coeff steers rows, the merged weight is not finite in its dtype, or verify is asked of what is no
             graph.
     """
-    check_flags(untie=untie, progress=progress)
+    check_flags(untie=untie)
+    bars = wanted_on(progress)
     for root in roots_of(model):
-        _merge(root, untie=untie, progress=progress, verify=verify)
+        _merge(root, untie=untie, progress=bars, verify=verify)
     return model
 
 
 def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> None:
     state, found = record_of(model), adapters_of(model)
+    check_weights(model)
     nodes = {key: site for key, site in found.items() if site.host.inlined}
     shared = _shared(model, found)
     for key, site in found.items():
         if not site.variant.linear:
             raise VariantError(f"site {key!r}: {site.variant.name} is not linear in its input, so it cannot be merged")
         check_whole(key, site.base_weight)
+        check_there(key, site)
         if key in shared and not untie:
             raise WeightError(
                 f"site {key!r} shares its weight with {', '.join(shared[key])}: merging "
@@ -95,7 +100,8 @@ def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> 
 def refresh(model: Model) -> Model:
     """Drop what is derived from the cores and the frozen tensors, so that the next forward recomputes it.
 
-    Only needed after a write that bumps no version counter: to ``.data``, or through NumPy. Optimisers need none.
+    Only needed after a write that bumps no version counter: to ``.data``, or through NumPy. Optimisers need none. The
+    next call compares all base weights with those that the factors were made for, by their hashes.
 
     Raises:
         SurgeryError: the model carries no surgery.
@@ -104,6 +110,7 @@ def refresh(model: Model) -> Model:
         record_of(root).staleness.forget()
         for site in adapters_of(root).values():
             site.forget()
+            site.record.forget(site.host.registered())
     return model
 
 

@@ -11,14 +11,14 @@ from passes.analysis.linear_sites import Skipped
 from surgery.hosting.root import GeneratingRoot, Root
 from surgery.hosting.state import record_of, trainable_parameters, unwrap
 from surgery.hosting.subclasses import without
-from surgery.lowerings import ALWAYS, describe, step
-from surgery.lowerings._cost_model import core_macs, predicted, size_of
+from surgery.lowerings import ALWAYS, IN_RESIDUAL, REGISTRY, describe, step
+from surgery.lowerings._cost_model import core_macs, predicted, predicted_change, size_of
 from surgery.modules.adapter import Adapter
 from surgery.planning.target_selection import why_not_chosen
 from surgery.verbs.steer import sites
 
 TOKENS = 512
-HOSTED = {"weight": "changed weight", "graph": ALWAYS}  # how hosts that leave no choice compute a site
+CHANGED = "changed weight"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SiteReport:
         method, error, residual, energy: of the factorisation; None where factors were loaded.
         tokens: that calibration showed the site; None without calibration.
         stack: number of matrices in the weight, each adapted by itself; None for one. Multiply-accumulates are of one.
+        cached: bytes of changed weights that inference caches, at the most; they are dropped in ``train()``.
     """
 
     key: str
@@ -58,6 +59,7 @@ class SiteReport:
     energy: float | None
     tokens: int | None
     stack: int | None = None
+    cached: int = 0
 
     @property
     def shape(self) -> str:
@@ -109,16 +111,35 @@ def _class_name(model: nn.Module) -> str:
     return (cls.__bases__[0] if parametrize.is_parametrized(model) else cls).__name__
 
 
-def _lowerings(site: Adapter, host: str) -> tuple[str, str, str, str, float | None, float | None]:
-    if host != "module":  # which has no choice
-        name = HOSTED[host]
-        return name, name, name, name, None, None
-    assert site.schedule is not None
-    cases = [site.schedule.case(training=training, rows=False) for training in (False, True)]
+Lowerings = tuple[str, str, str, str, float | None, float | None]
+
+
+def _lowerings(site: Adapter) -> Lowerings:
+    """The fields ``lowering`` to ``cost_training`` of a site."""
     size, device = size_of(site, TOKENS), site.factors.U.device.type
-    names = [step(case, TOKENS) for case in cases]
+    if site.host.changes_weight:
+        cached = not site.host.inlined
+        names = (f"{CHANGED}, cached" if cached else CHANGED, CHANGED)
+        stack = site.factors.stack or 1
+        costs = [predicted_change(size, stack, device, cached=cached and not t, training=t) for t in (False, True)]
+        return *names, *names, costs[0], costs[1]
+    if site.schedule is None:  # in a graph, which leaves no choice
+        name = IN_RESIDUAL if site.form == "residual" else ALWAYS
+        costs = [predicted(name, size, device, training=training) for training in (False, True)]
+        return name, name, name, name, costs[0], costs[1]
+    cases = [site.schedule.case(training=training, rows=False) for training in (False, True)]
+    names = (step(cases[0], TOKENS), step(cases[1], TOKENS))
     costs = [predicted(names[training], size, device, training=training) for training in (False, True)]
-    return describe(cases[0]), describe(cases[1]), names[0], names[1], costs[0], costs[1]
+    return describe(cases[0]), describe(cases[1]), *names, costs[0], costs[1]
+
+
+def _cached(site: Adapter) -> int:
+    """Bytes that inference caches of a changed weight, where a lowering of the site does."""
+    weight = site.base_weight
+    if site.schedule is None:
+        return 0 if site.host.inlined else site.host.parameter().numel() * weight.dtype.itemsize
+    names = [name for _, name in site.schedule.case(training=False, rows=False)]
+    return max((REGISTRY[name].caches for name in names), default=0) * weight.shape.numel() * weight.dtype.itemsize
 
 
 def report(model: nn.Module) -> Report:
@@ -144,9 +165,9 @@ def report(model: nn.Module) -> Report:
                 d_in,
                 r,
                 host,
-                *_lowerings(site, host),
+                *_lowerings(site),
                 trainable,
-                0 if host == "weight" else r * (d_in + d_out) + core_macs(site.variant, r),
+                0 if site.host.changes_weight else r * (d_in + d_out) + core_macs(site.variant, r),
                 d_out * d_in,
                 facts.get("method"),
                 facts.get("error"),
@@ -154,6 +175,7 @@ def report(model: nn.Module) -> Report:
                 facts.get("energy"),
                 facts.get("tokens"),
                 site.factors.stack,
+                _cached(site),
             )
         )
     skipped: list[Skipped] = []

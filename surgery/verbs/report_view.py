@@ -120,6 +120,8 @@ def _lines(report: Report) -> list[str]:
     lines = [f"{report.trainable:,} of {report.total:,} parameters are trainable; sites from {report.how}{captured}"]
     if any(site.cost is not None for site in sites):
         lines.append(f"inference, training: the lowering at {TOKENS} tokens and its predicted cost over the plain base")
+    if cached := sum(site.cached for site in sites):
+        lines.append(f"inference caches up to {cached / 2**20:,.1f} MiB of changed weights")
     macs = f"+{100 * sum(s.macs for s in sites) / max(sum(s.base_macs for s in sites), 1):.0f}%"
     lines.append(f"low-rank products take {macs} multiply-accumulates of the sites' own")
     methods = Counter(s.method for s in sites if s.method)

@@ -15,6 +15,9 @@ Its tensors are ``<site>.core.<name>`` and ``<site>.factors.{U,S,Vh}``, or where
 and its tensors have one more dimension in front. A site that is a part of a packed weight has ``rows``, ``[first, one
 after the last]``. Everything is checked before the model is touched.
 
+Optional fields: ``trained``, what was trained beside the cores (see ``surgery.storage.trained_parameters``); ``coeff``,
+a coefficient that was not 1; ``base_config``, the configuration of a ``transformers`` model, of ``save_pretrained``.
+
 ``adapter_config.json`` mirrors the configuration for people and other libraries, ``README.md`` is a model card; neither
 is read.
 """
@@ -22,38 +25,40 @@ is read.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from passes.capture.capture import is_pretrained
+from passes.ir.forward_context import ExampleInputs
 from surgery.errors import AdapterError
-from surgery.hosting.checks import check_flags
-from surgery.hosting.state import adapters_of, module_paths, parameter_names, record_of, require_bases, unwrap
-from surgery.modules.adapter import Adapter
-from surgery.storage.adapter_config import FORMAT, STORED, mirror
-from surgery.storage.adapter_file import CONFIG, TENSORS, encode
+from surgery.hosting.state import check_weights, record_of, require_bases, unwrap
+from surgery.storage.adapter_config import STORED
 from surgery.storage.adapter_reader import read_adapter
-from surgery.storage.factor_digest import check_follows, recompute
-from surgery.storage.format_migration import VERSION
-from surgery.storage.model_card import CARD, card, may_write
-from surgery.storage.saved_names import SavedNames
-from surgery.storage.site_entry import FACTORS
+from surgery.storage.adapter_writer import AdapterContent, adapter_content
+from surgery.storage.model_card import CARD, may_write
+from surgery.storage.saved_values import SavedValues
+from surgery.storage.trainer_files import CHECKPOINT, checkpoint_file, is_refusing
 from surgery.support.atomic_directory import Content, write_directory
-from surgery.support.distributed import by_first_process, whole
-from surgery.support.hf_config import base_model_name
-from surgery.support.progress_bar import track
-from surgery.support.untrusted_files import path_of
-from surgery.verbs.apply import Model, patient_of
+from surgery.support.distributed import by_first_process
+from surgery.support.progress_bar import wanted_on
+from surgery.support.untrusted_files import JsonObject, path_of
+from surgery.verbs.apply import Model, resolve_model
 from surgery.verbs.replace_adapters import replace_adapters
+from surgery.verbs.steer import get_coeff
+
+MOST_NOTED = 2**12  # coefficients in a header
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool = False
+    model: nn.Module, path: str | os.PathLike[str], *, factors: str = "exact", progress: bool | None = None
 ) -> Path:
     """Write the adapter of an operated model to a directory; the same adapter always gives the same bytes.
+
+    Parameters outside the cores that require gradients are saved with them, and so are small buffers that training has
+    written to, as running statistics. A coefficient that is not 1 is noted, with a warning.
 
     Of a model in shards (``fully_shard``) every process has to call this; the first one writes.
 
@@ -64,7 +69,7 @@ def save_adapter(
         path: a new directory, or an existing one, whose adapter is replaced and whose other files are kept.
         factors: "exact" stores the factors that were used. "recompute" stores a digest of them, in some hundred bytes
             per site: whoever loads the adapter recomputes them from the weight, in one thread, to within 1e-4.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal.
 
     Returns:
         The directory.
@@ -75,96 +80,65 @@ def save_adapter(
         SurgeryError: the model carries no surgery.
     """
     model, path = unwrap(model), path_of(path, AdapterError)
-    notes = record_of(model).factorisation
-    check_flags(progress=progress)
+    record_of(model)
+    bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
-    present = adapters_of(model)
-    first = next(iter(present.values())).variant
-    paths = module_paths(model)
-    names = SavedNames(model, ())
-    entries: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    trained = 0
-    for key, site in track(list(present.items()), "saving", enabled=progress):
-        seed = notes.get(key, {}).get("seed", 0)
-        weight, bias = parameter_names(paths, site)
-        saved_key = names.saved_key(key, weight)
-        entries[saved_key] = _entry(key, site, seed, (names.saved(weight), bias and names.saved(bias)))
-        if site.variant != first:
-            entries[saved_key] |= {"variant": site.variant.name, "hyperparameters": site.variant.hyperparameters()}
-        for name, tensor in site.core.tensors().items():
-            tensors[f"{saved_key}.core.{name}"] = whole(tensor).detach().cpu().contiguous()
-        trained += sum(parameter.numel() for parameter in site.core.parameters())
-        if factors == "recompute":
-            tensors[f"{saved_key}.digest"] = _digest(key, site, seed)
-            continue
-        for name in FACTORS:
-            tensors[f"{saved_key}.factors.{name}"] = getattr(site.factors, name).detach().cpu().contiguous()
-    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise AdapterError(f"tensor {bad[0]!r} is not finite: an adapter like this would not load; nothing was written")
-    config, content = encode(
-        {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "variant": first.name,
-            "hyperparameters": first.hyperparameters(),
-            "factors": factors,
-            "base_model_name_or_path": base_model_name(model),
-            "targets": sorted(entries),
-            "sites": entries,
-        },
-        tensors,
-    )
-    page = card(config, type(model).__name__, is_pretrained(model), trained)
-
-    def write() -> None:
-        files: dict[str, Content] = {TENSORS: content, CONFIG: [mirror(config)]}
-        try:
-            write_directory(path, files | {CARD: [page]} if may_write(path) else files)
-        except OSError as error:
-            raise AdapterError(
-                f"cannot write an adapter to {str(path)!r}: {error}; what was there is unchanged"
-            ) from error
-
-    by_first_process(model.parameters(), write)
+    check_weights(model)
+    coefficient = coefficient_entry(model)
+    values = SavedValues(model)
+    content = adapter_content(model, values, coefficient, factors=factors, progress=bars)
+    more = {CHECKPOINT: checkpoint_file(model, values)} if is_refusing(path) else {}  # of the adapter that is replaced
+    by_first_process(model.parameters(), lambda: write_adapter(path, content, more))
+    say_coefficient(coefficient, f"saved to {str(path)!r}")
     return path
 
 
-def _entry(key: str, site: Adapter, seed: int, names: tuple[str, str | None]) -> dict[str, Any]:
-    """What a file says of a site, whose weight and bias have these names there."""
-    if site.host.cast:
-        raise AdapterError(f"site {key!r} was cast after its base was dropped, and so fits no base any more")
-    fixed = site.host.base_fingerprint
-    entry = {
-        "weight": names[0],
-        "bias": names[1],
-        "layout": site.layout,
-        "host": site.host.in_place,
-        "shape": list(site.factors.shape),
-        "r": site.factors.rank,
-        "seed": seed,
-    }
-    dropped: dict[str, Any] = {
-        "dtype": str(site.base_weight.dtype).removeprefix("torch."),
-        "fingerprint": fixed,
-        "casts": {},
-    }
-    entry |= dropped if fixed else site.base_weight.known_by()
-    entry |= {} if site.rows is None else {"rows": list(site.rows)}
-    return entry | ({} if site.core.scale is None else {"scale": float(site.core.scale)})
+def write_adapter(path: Path, content: AdapterContent, more: Mapping[str, Content] | None = None) -> None:
+    """Write an adapter to a directory, and further files with it.
+
+    Raises:
+        AdapterError: it cannot be written; what was there is still there.
+    """
+    files = content.files | dict(more or {})
+    try:
+        write_directory(path, files | {CARD: [content.page]} if may_write(path) else files)
+    except OSError as error:
+        raise AdapterError(f"cannot write an adapter to {str(path)!r}: {error}; what was there is unchanged") from error
 
 
-def _digest(key: str, site: Adapter, seed: int) -> torch.Tensor:
-    """The digest of a site's factors, which have to follow from its weight."""
-    where, factors = f"site {key!r}", site.factors
-    recomputed, numbers = recompute(where, site.variant, site.base_weight.matrix(), factors.rank, seed)
-    check_follows(where, recomputed, factors)
-    return numbers
+def coefficient_entry(model: nn.Module) -> JsonObject:
+    """What a file says of a coefficient that is not 1."""
+    coeff = get_coeff(model)
+    if isinstance(coeff, dict):
+        return {"coeff": {name: _as_noted(value) for name, value in coeff.items()}}
+    if isinstance(coeff, torch.Tensor):
+        return {"coeff": _as_noted(coeff)}
+    return {} if coeff == 1.0 else {"coeff": coeff}
+
+
+def _as_noted(value: torch.Tensor) -> list[float] | str:
+    """Coefficients of rows or tokens in a header, which has to stay small."""
+    return value.tolist() if value.numel() <= MOST_NOTED else f"a tensor of shape {list(value.shape)}"
+
+
+def say_coefficient(config: JsonObject, what: str) -> None:
+    """Warn that an adapter was saved at another coefficient than the one that it has after loading."""
+    if (coeff := config.get("coeff")) is not None:
+        shown = f"{coeff:g}" if isinstance(coeff, int | float) else "not one number for all rows"
+        warnings.warn(
+            f"the adapter was {what} while coeff was {shown}: its file notes that, and loading sets coeff to 1; "
+            "call set_coeff after load_adapter",
+            stacklevel=3,
+        )
 
 
 def load_adapter(
-    model: Model, path: str | os.PathLike[str], *, example_inputs: Any = None, progress: bool = True
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: ExampleInputs | None = None,
+    progress: bool | None = None,
 ) -> Model:
     """Put a saved adapter on the model it was made for, in place; ``coeff`` is 1.
 
@@ -173,18 +147,20 @@ def load_adapter(
 
     Args:
         example_inputs: to convert a TorchScript module with, which gives a new graph module.
-        progress: show a progress bar where factors are recomputed.
+        progress: show a progress bar where factors are recomputed; None: on a terminal.
 
     An adapter that the model already carries is replaced. Nothing is captured: the file says how each site is hosted.
+    What was trained beside the cores takes the place of the model's own parameters, until ``undo_surgery``.
 
     Raises:
         AdapterError: the directory is missing, damaged, or of another base model, or recomputed factors come out
             differently here; the model is untouched.
     """
     given: Model
-    check_flags(progress=progress)
-    (given, model), path = patient_of(model, example_inputs), path_of(path, AdapterError)
+    bars = wanted_on(progress)
+    (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
     require_bases(model)
-    loaded = read_adapter(model, path, progress=progress)
-    replace_adapters(model, lambda: loaded)
+    loaded = read_adapter(model, path, progress=bars)
+    replace_adapters(model, lambda: (loaded.plans, loaded.notes), loaded.trained)
+    say_coefficient(loaded.config, f"in {str(path)!r} saved")
     return given

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from passes.errors import InputError
+from passes.ir.forward_context import ExampleInputs
 from surgery.hosting.root import roots_of
 from surgery.hosting.state import adapters_of, record_of
 from surgery.lowerings import REGISTRY
 from surgery.planning.lowering_autotune import measure
-from surgery.support.progress_bar import wanted
+from surgery.support.progress_bar import wanted_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def set_lowering(model: Model, name: str, *, example_inputs: Any = None, progress: bool | None = None) -> Model:
+def set_lowering(
+    model: Model, name: str, *, example_inputs: ExampleInputs | None = None, progress: bool | None = None
+) -> Model:
     """Choose the lowering of every called site; sites whose weights are read, and graphs, have one way each.
 
     Args:
@@ -33,7 +36,7 @@ def set_lowering(model: Model, name: str, *, example_inputs: Any = None, progres
     for root in roots_of(model):
         found = {key: site for key, site in adapters_of(root).items() if site.host.name == "module"}
         if name == "measure":
-            measure(root, example_inputs, progress=wanted(progress))
+            measure(root, example_inputs, progress=wanted_on(progress))
             continue
         before = {key: (site.lowering, site.schedule) for key, site in found.items()}
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from passes.capture.capture import default_inputs, forward_call, hub_inputs
 from passes.errors import InputError
 from surgery.errors import TargetError
 from surgery.hosting.coefficient import DECODER, ENCODER, ROWS, Coefficient, Rows
@@ -188,7 +189,18 @@ def _checked(
                 "that the graph was made from, or the rows of a batch with a tensor (batch,)"
             )
         follow_sequences(root, found, two=second is not None)
+    if value.numel() > 1 and found:
+        _measure_rows(root)
     return Coefficient(value, second, rows, beyond)
+
+
+def _measure_rows(root: nn.Module) -> None:
+    """Find out where the rows of a batch lie, if there are inputs to measure it with; else the next call does so."""
+    state, inputs = record_of(root), default_inputs(root)
+    if inputs is None:
+        return
+    call = ((), hub_inputs(root, forward_call(inputs)))
+    state.rows.prepare(root, sites_of(root, state), state.steering, call)
 
 
 def _coefficient(
@@ -211,7 +223,7 @@ def _coefficient(
     return main, second
 
 
-def _tensor(coeff: Any) -> torch.Tensor:
+def _tensor(coeff: object) -> torch.Tensor:
     try:
         # a Python number must not be rounded to float32 on its way to a float64 core
         value = coeff.detach() if isinstance(coeff, torch.Tensor) else torch.as_tensor(coeff, dtype=torch.float64)
@@ -226,7 +238,7 @@ def _tensor(coeff: Any) -> torch.Tensor:
     return value.to(torch.float64)
 
 
-def _finite(number: Any) -> float:
+def _finite(number: object) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < float("inf"):
         raise InputError(f"a factor must be a finite number, found {number!r:.80}")
     return float(number)
@@ -261,7 +273,7 @@ def _shown(state: State) -> float | torch.Tensor | dict[str, torch.Tensor]:
     return {DECODER[0]: found.value.to(torch.float32), ENCODER[0]: found.second.to(torch.float32)}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, dict) or isinstance(other, dict):
         return isinstance(one, dict) and isinstance(other, dict) and all(torch.equal(one[n], other[n]) for n in one)
     return torch.equal(torch.as_tensor(one), torch.as_tensor(other))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +57,9 @@ def _lengths(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, int]:
     with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for key, site in found.items():
 
-            def see(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], key: str = key) -> None:
+            def see(
+                _: nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], key: str = key
+            ) -> None:
                 x = given[0] if given else next(iter(named.values()))
                 lengths[key] = x.shape[1] if x.dim() > 2 else x.shape[0] // 2
 
@@ -67,7 +68,7 @@ def _lengths(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, int]:
     return lengths
 
 
-def _inputs(model: nn.Module) -> Any:
+def _inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Example inputs of two rows whose sequences have unlike lengths."""
     inputs = default_inputs(model)
     if not isinstance(inputs, dict):

@@ -18,8 +18,10 @@ from bench.cost.table import markdown, record, size, speed
 from bench.cost.worker import BASE, FULL, CostSettings
 from surgery import InputError, VariantError
 from tests.support.cost_runs import HERE, measured, run
+from tests.support.forked_commands import ForkedCommand, run_forked
 
 
+@pytest.mark.long
 def test_the_command_the_files_and_taking_up_again(tmp_path: Path) -> None:
     """The second run measures only what the first did not."""
     out = tmp_path / "out"
@@ -111,13 +113,22 @@ def test_a_row_replaces_those_of_its_variant_settings_and_device(tmp_path: Path)
     assert rows.path.read_text().splitlines() == rows.lines
 
 
-@pytest.mark.bench
+@pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.bench)])
+def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the report as it starts them, which import everything again, or as forks of this one."""
+    if request.param == "forked":
+        monkeypatch.setattr(cost.subprocess, "Popen", ForkedCommand)
+        monkeypatch.setattr(cost.subprocess, "run", run_forked)
+
+
+@pytest.mark.usefixtures("processes")
 def test_a_device_that_is_gone_is_told_when_a_run_is_taken_up_again() -> None:
     with pytest.raises(InputError, match=r"^there is no device 'nowhere' here: Expected one of"):
         cost._device_here("nowhere")
+    assert cost._device_here("cpu").startswith("cpu (")
 
 
-@pytest.mark.bench
+@pytest.mark.usefixtures("processes")
 def test_a_killed_process_is_a_row() -> None:
     stages: list[str] = []
     row = cost.measured(CostSettings(f"{HERE}:deadly", r=4, repeats=1, device="cpu"), "antipasto", stages.append)

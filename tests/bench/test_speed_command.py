@@ -145,7 +145,7 @@ def stages(folder: Path, *arguments: str, status: int = 0) -> list[list[str]]:
     python.chmod(0o755)
     environment = {**os.environ, "OUT": str(folder), "PYTHON": str(python)}
     script = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-    assert subprocess.run(script, env=environment, capture_output=True, timeout=60, check=False).returncode == status
+    assert subprocess.run(script, env=environment, capture_output=True, timeout=3600, check=False).returncode == status
     return [stage.splitlines() for stage in (folder / "asked").read_text().rstrip("\n").split("\n\n")]
 
 

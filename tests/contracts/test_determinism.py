@@ -68,6 +68,7 @@ def result(process: subprocess.Popen[str]) -> dict[str, str]:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "mode"), [(2, "strict"), pytest.param(1, "plain", marks=pytest.mark.full)])
 def test_the_same_files_in_another_process(n, mode, tmp_path):
     process = child(tmp_path / "there", n, mode)

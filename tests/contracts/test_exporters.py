@@ -32,7 +32,7 @@ from exporters import ExportError, export, formats
 from exporters.shared.exporter import load_exporter
 from exporters.shared.options import flags, option, parse
 from surgery import InputError, SurgeryError, apply_surgery, set_coeff, sites
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 MODULES = {name: importlib.import_module(f"exporters.formats.{name}") for name in formats()}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
@@ -52,6 +52,12 @@ def operate(p: Patient) -> Patient:
     next(iter(sites(p.model).values())).core.requires_grad_(False)
     p.model.train()
     return p
+
+
+@built_once
+def operated(name: str) -> Patient:
+    """A patient of the zoo, operated on."""
+    return operate(patient(name))
 
 
 def run(p: Patient, format: str, path: Path, **options: Any) -> Any:
@@ -93,7 +99,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 @each_format
 @each_patient
 def test_an_export_is_reported_and_leaves_the_model_as_it_was(format: str, name: str, tmp_path: Path) -> None:
-    p = operate(patient(name))
+    p = operated(name)
     unchanged = snapshot(p.model)
     report = run(p, format, tmp_path / "out")
     unchanged()
@@ -113,7 +119,7 @@ def test_an_export_is_reported_and_leaves_the_model_as_it_was(format: str, name:
 def test_an_unknown_option_is_refused_and_the_known_ones_are_named(format: str, tmp_path: Path) -> None:
     known = [field.name for field in dataclasses.fields(load_exporter(format).Options)]
     with pytest.raises(ExportError, match="no option spped") as error:
-        run(operate(patient("mlp")), format, tmp_path / "out", spped=1)
+        run(operated("mlp"), format, tmp_path / "out", spped=1)
     assert all(name in str(error.value) for name in known)
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +128,7 @@ def test_an_unknown_option_is_refused_and_the_known_ones_are_named(format: str, 
 def test_every_option_has_help_and_refuses_another_type(format: str, tmp_path: Path) -> None:
     kind = load_exporter(format).Options
     assert {flag.name for flag in flags(kind)} <= {field.name for field in dataclasses.fields(kind)}
-    p = operate(patient("mlp"))
+    p = operated("mlp")
     for field in dataclasses.fields(kind):
         assert field.metadata["help"]
         assert not field.metadata["help"].endswith(".")
@@ -161,9 +167,9 @@ def test_options_are_checked_by_their_types() -> None:
 
 def test_a_core_is_not_chosen_by_name_yet(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="core='french': a model has one core so far"):
-        run(operate(patient("mlp")), "pt2", tmp_path / "out", core="french")
+        run(operated("mlp"), "pt2", tmp_path / "out", core="french")
     with pytest.raises(ExportError, match="format 'pt2' has no option tokenizer"):
-        run(operate(patient("mlp")), "pt2", tmp_path / "out", tokenizer="words")
+        run(operated("mlp"), "pt2", tmp_path / "out", tokenizer="words")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,7 +198,7 @@ def test_a_module_that_is_no_exporter_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_directory_with_something_in_it_is_kept(format: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ExportError, match="new or empty directory"):
-        run(operate(patient("mlp")), format, tmp_path)
+        run(operated("mlp"), format, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -201,12 +207,12 @@ def test_a_directory_with_something_in_it_is_kept(format: str, tmp_path: Path) -
 def test_an_existing_empty_directory_is_filled(format: str, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert all(file.is_relative_to(folder) for file in run(operate(patient("mlp")), format, folder).files)
+    assert all(file.is_relative_to(folder) for file in run(operated("mlp"), format, folder).files)
 
 
 @each_format
 def test_a_plain_module_needs_example_inputs_that_fit(format: str, tmp_path: Path) -> None:
-    p = operate(patient("mlp"))
+    p = operated("mlp")
     if getattr(MODULES[format], "NEEDS_INPUTS", True):
         with pytest.raises(InputError, match="needs example_inputs"):
             run(p, format, tmp_path / "out", example_inputs=None)
@@ -332,6 +338,7 @@ def write(model, path, example_inputs, options: Options) -> Exported:
 '''
 
 
+@pytest.mark.long
 def test_a_new_file_is_all_that_a_new_format_needs(tmp_path: Path) -> None:
     """The whole contract, and the command line, on a copy of the tree that has one file more."""
     for package in ("surgery", "passes", "exporters", "tests"):
@@ -342,7 +349,7 @@ def test_a_new_file_is_all_that_a_new_format_needs(tmp_path: Path) -> None:
     def run_in_copy(*arguments: str) -> str:
         command = [sys.executable, *arguments]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

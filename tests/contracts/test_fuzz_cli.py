@@ -139,7 +139,7 @@ def test_a_process_of_its_own(arguments, folder):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=240,
+        timeout=3600,
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{folder}"},
         cwd=folder,
     )

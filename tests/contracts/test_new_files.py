@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from surgery.variants import REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +223,13 @@ def example():
     return nn.Sequential(Int8Linear(12, 9), nn.Tanh(), nn.Linear(9, 7))
 '''
 
-FILES = {"bases/toy_channels.py": BASIS, "cores/toy_factor.py": CORE, "variants/toy.py": VARIANT}
+FILES = {
+    "bases/toy_channels.py": BASIS,
+    "cores/toy_factor.py": CORE,
+    "variants/toy.py": VARIANT,
+    "lowerings/toy_change.py": LOWERING,
+    "modules/base_weights/toy_int8.py": KIND,
+}
 SUITES = {  # how many cases of each the toys add at least
     "contracts/test_bases_and_cores": 15,
     "contracts/test_pairs": 60,
@@ -231,42 +239,33 @@ SUITES = {  # how many cases of each the toys add at least
     "contracts/test_variant_graphs": 5,
     "contracts/test_stress": 50,
     "contracts/test_stress_cores": 5,
+    "contracts/test_base_weights": 16,
+    "surgery/test_lowerings": 30,
+    "surgery/test_weight_cache": 14,
 }
-OF_KINDS = {"contracts/test_base_weights": 16}
-OF_LOWERINGS = {"surgery/test_lowerings": 30, "surgery/test_weight_cache": 14}
 
 
-def run_with(files: dict[str, str], suites: dict[str, int], tmp_path: Path) -> None:
-    """Add files to a copy of the project, and run the cases of its test suites that are named after the toys."""
+@pytest.mark.long
+def test_a_new_file_is_all_that_a_new_basis_core_variant_lowering_or_kind_needs(tmp_path):
+    """Add files to a copy of the project, none of which needs another but the variant its basis and core, and run the
+    cases of the test suites that are named after the toys."""
     for package in ("surgery", "passes", "exporters", "bench", "tests"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for name, source in files.items():
-        assert not (tmp_path / name).exists()
-        (tmp_path / name).write_text(source)
-    paths = [f"tests/{name}.py" for name in suites]
+    for name, source in FILES.items():
+        assert not (tmp_path / "surgery" / name).exists()
+        (tmp_path / "surgery" / name).write_text(source)
+    paths = [f"tests/{name}.py" for name in SUITES]
     command = [sys.executable, "-m", "pytest", *paths, "-k", "toy", "-m", "not full", "-vv", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
     passed = re.findall(r"^tests/([\w/]+)\.py::.* PASSED", done.stdout, re.MULTILINE)
-    for name, least in suites.items():  # only the copy has toys, so that the copy was imported
+    for name, least in SUITES.items():  # only the copy has toys, so that the copy was imported
         assert passed.count(name) >= least, (name, passed.count(name))
     summary = done.stdout.strip().splitlines()[-1]
     assert re.search(rf"\b{len(passed)} passed", summary), summary
     assert not re.search("failed|skipped|error", summary), summary
-
-
-def test_a_new_file_is_all_that_a_new_basis_core_or_variant_needs(tmp_path):
-    run_with({f"surgery/{name}": source for name, source in FILES.items()}, SUITES, tmp_path)
-
-
-def test_a_new_file_is_all_that_a_new_lowering_needs(tmp_path):
-    run_with({"surgery/lowerings/toy_change.py": LOWERING}, OF_LOWERINGS, tmp_path)
-
-
-def test_a_new_file_is_all_that_a_new_kind_of_base_weight_needs(tmp_path):
-    run_with({"surgery/modules/base_weights/toy_int8.py": KIND}, OF_KINDS, tmp_path)
 
 
 # what may say a variant's name outside of its file: a default that a user sees, and the project's own name

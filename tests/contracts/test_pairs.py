@@ -137,7 +137,7 @@ def test_a_basis_is_a_name_a_configuration_or_the_own_one():
     names = {"corda": CorDA(), "svd": None}
     for name, expected in names.items():
         assert surgery.AntiPaSTO(basis=name).basis == expected
-    assert BasisCore(core="cosine").basis_config.gives >= {"contrast data"}
+    assert BasisCore(core="gated").basis_config.gives >= {"contrast data"}
     assert BasisCore(core="gain").basis_config == SVD()
     assert surgery.AntiPaSTO(basis=CorDA(cov_eps=0.1)).basis_config == CorDA(cov_eps=0.1)
     assert surgery.AntiPaSTO(basis=SVD(pool="mean_abs")) == surgery.AntiPaSTO(pool="mean_abs")
@@ -148,7 +148,7 @@ def test_a_basis_is_a_name_a_configuration_or_the_own_one():
     assert surgery.AntiPaSTOAblate(cov_orient=True, cov_eps=0.2).basis_config == CorDA(cov_eps=0.2)
     assert surgery.AntiPaSTOAblate(basis=CorDA(cov_eps=0.2)).basis_config == CorDA(cov_eps=0.2)
     assert "basis" not in surgery.AntiPaSTO().hyperparameters()
-    with pytest.raises(surgery.VariantError, match=r"core 'cosine' needs contrast data.*use basis='contrast'"):
+    with pytest.raises(surgery.VariantError, match=r"core 'gated' needs contrast data.*use basis='contrast'"):
         surgery.SSpace(basis="corda")
 
 

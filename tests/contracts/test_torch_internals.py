@@ -25,6 +25,7 @@ FOREIGN = {
     ("exporters/shared/functional.py", "_ParameterKind"),  # Python: the type of inspect.Parameter.KEYWORD_ONLY
     ("surgery/support/hf_config.py", "_name_or_path"),  # transformers: the only place that says whence a model came
     ("exporters/onnx/runtime.py", "_ortvalue"),
+    ("surgery/hosting/other_threads.py", "_current_frames"),  # Python: documented, of sys
     ("exporters/formats/dense.py", "_attn_implementation"),
     ("exporters/peft/layers.py", "_name_or_path"),
 }

@@ -50,10 +50,10 @@ def test_surgery_on_a_graph(name):
         if folded:
             fold(model)
         for coeff in COEFFS:
-            check_model(set_coeff(model, torch.tensor(coeff, dtype=torch.float64)), held, dtype, coeff)
+            check_model(set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat"), held, dtype, coeff)
         if folded or form == "delta":
             for coeff in (0.0, torch.zeros(4)):
-                assert torch.equal(set_coeff(model, coeff)(batch(dtype)), base)
+                assert torch.equal(set_coeff(model, coeff, rows="repeat")(batch(dtype)), base)
 
 
 @each_linear_graph
@@ -100,7 +100,9 @@ def test_what_is_not_linear_has_no_weight(name):
         check_model(model, held, torch.float32, 1.0)
         fold(model, freeze_core=True, freeze_coeff=False)
         for coeff in COEFFS:
-            check_model(set_coeff(model, torch.tensor(coeff, dtype=torch.float64)), held, torch.float32, coeff)
+            check_model(
+                set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat"), held, torch.float32, coeff
+            )
 
 
 @pytest.mark.parametrize("folded", [False, True])

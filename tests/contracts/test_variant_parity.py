@@ -61,6 +61,7 @@ def test_forward_in_place(name, dtype):
     model = in_place(name, dtype)
     for coeff in COEFFS:
         set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat")  # several rows for each
+        model(batch(dtype))  # where the rows lie is measured in a call of the whole
         for site in sites(model).values():
             x = batch(dtype)[..., : site.factors.Vh.shape[1]]
             y, term = site.host.owner(x).detach(), site.adapter_term(x).detach()  # with gradients enabled

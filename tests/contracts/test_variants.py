@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.modules.coefficients import shaped_like
+from surgery.modules.coefficients import RowLayout, by_rows
 from surgery.variants import resolve_variant, variant_from_dict
 from tests.support.tolerance import assert_close
 from tests.support.variant_cases import (
@@ -137,7 +137,8 @@ def test_coeff_per_row_is_the_scalar_one_row_by_row(variant, shape):
         core_of(variant, scale=1.0, dtype=torch.float64),
         torch.tensor([0.0, 1.0, -0.5, 2.0], dtype=torch.float64),
     )
-    together = variant.delta(h, S, core, shaped_like(coeff, h, rows="exact", known=False, key="0"))
+    view = by_rows(coeff, h, RowLayout(0, "entries"), rows="exact", known=False, key="0")
+    together = variant.delta(view.h, S, core, view.coeff)
     for i, value in enumerate(coeff):
         assert_close(together[i].detach(), variant.delta(h[i], S, core, value).detach())
 

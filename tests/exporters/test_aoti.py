@@ -1,6 +1,6 @@
 """AOTInductor packages: agree with PyTorch in a process with torch alone, and take another core without a rebuild.
 
-A compilation takes half a minute, so that one package serves all quick tests.
+A compilation takes half a minute, so that one package, of one layer, serves all quick tests.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
-    p = operated("qwen3")
+    p = operated("qwen3", layers=1)
     before = {name: (id(t), t.clone()) for name, t in p.model.state_dict(keep_vars=True).items()}
     path = tmp_path_factory.mktemp("live") / "folder"
     return Live(p, export(p.model, "aoti", path, mode="live", example_inputs=p.inputs), before)
 
 
+@pytest.mark.long
 def test_agrees_and_steers(live: Live) -> None:
     assert live.report.files == (live.report.path,)
     assert live.report.path.name == "model.pt2"
@@ -65,7 +66,7 @@ def test_sizes_are_free(live: Live) -> None:
 
 
 def test_another_core_from_a_model_or_a_directory(live: Live, tmp_path: Path) -> None:
-    program, other = load(live.report.path), shaken(operated("qwen3"))
+    program, other = load(live.report.path), shaken(operated("qwen3", layers=1))
     expected = other.run()
     assert relative_error(expected, live.patient.run()) > 100 * RELATIVE[torch.float32]
     swap(program, other.model)
@@ -80,7 +81,10 @@ def test_another_core_from_a_model_or_a_directory(live: Live, tmp_path: Path) ->
 
 def test_an_adapter_of_another_model_is_refused_and_changes_nothing(live: Live) -> None:
     program, p = load(live.report.path), live.patient
-    for other, r, message in ((patient("qwen3", seed=1), 6, "another base weight"), (patient("qwen3"), 5, "r is 5")):
+    for other, r, message in (
+        (patient("qwen3", seed=1, layers=1), 6, "another base weight"),
+        (patient("qwen3", layers=1), 5, "r is 5"),
+    ):
         apply_surgery(other.model, "antipasto", r=r, example_inputs=p.inputs, progress=False)
         with pytest.raises(AdapterError, match=message):
             swap(program, other.model, coeff=0.0)
@@ -88,7 +92,7 @@ def test_an_adapter_of_another_model_is_refused_and_changes_nothing(live: Live) 
 
 
 def test_loads_with_torch_alone_and_takes_a_core_there(live: Live, tmp_path: Path) -> None:
-    p, other = live.patient, shaken(operated("qwen3"))
+    p, other = live.patient, shaken(operated("qwen3", layers=1))
     save_adapter(other.model, tmp_path / "adapter")
     save_file(p.inputs, tmp_path / "inputs.safetensors")
     (tmp_path / "m.pt2").symlink_to(live.report.path)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,9 @@ from surgery import (
     sites,
 )
 from surgery.variants import REGISTRY
+from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import SMALL, assert_same_tensors, build, disturb, tensors_of
+from tests.support.forked_commands import ForkedCommand
 
 
 def prepare(
@@ -72,8 +72,7 @@ def test_the_tensors_are_those_of_the_models_own_merge(name: str, tmp_path: Path
 @pytest.mark.parametrize("variant", sorted(name for name, cls in REGISTRY.items() if cls().linear))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_linear_variant_and_dtype_at_any_coeff(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    batch = [{"input_ids": torch.randint(0, 64, (4, 16))}]
-    calibration = batch if REGISTRY[variant]().needs_calibration else None
+    calibration = calibration_for(variant, {"input_ids": torch.randint(0, 64, (4, 16))})
     base, adapter, model = prepare(tmp_path, "llama", dtype, variant, calibration=calibration)
     merge_checkpoint(base, adapter, tmp_path / "out", coeff=0.5, progress=False)
     set_coeff(model, 0.5)
@@ -361,20 +360,17 @@ merge_checkpoint(base, adapter, out, progress=False)
 """
 
 
-def child(*arguments: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def child(*arguments: Any) -> ForkedCommand:
+    return ForkedCommand([sys.executable, "-c", CHILD, *map(str, arguments)])
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     base, adapter, _ = prepare(tmp_path, "llama", max_shard_size="40KB")
     merge_checkpoint(base, adapter, tmp_path / "whole", progress=False)
     process = child(base, adapter, tmp_path / "out", "slow")
-    assert process.stdout is not None
     for _ in range(5):  # four groups are finished
         assert process.stdout.readline() == "group\n", process.communicate()
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.merging").is_dir()
@@ -420,6 +416,7 @@ import torch
 torch.set_num_threads(1)
 from exporters import merge_checkpoint
 from exporters.checkpoint.plan import load_model
+from tests.support.calibration_data import calibration_for
 load_model(sys.argv[1])  # what merging imports counts before
 def high():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -451,6 +448,7 @@ def large(folder: Path, layers: int, dtype: torch.dtype = torch.bfloat16) -> tup
     return folder / "base", folder / "adapter", 1024 * 2048 * dtype.itemsize
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [pytest.param(4, id="85MB"), pytest.param(20, id="420MB", marks=pytest.mark.full)])
 def test_memory_is_that_of_one_tensor(layers: int, tmp_path: Path) -> None:
     base, adapter, largest = large(tmp_path, layers)

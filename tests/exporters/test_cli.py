@@ -9,22 +9,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from exporters import ExportError, export, formats
 from exporters.cli import options
 from surgery import AdapterError, InputError, WeightError, apply_surgery, save_adapter, set_coeff
 from tests.support.checkpoints import assert_same_tensors, disturb
-from tests.support.command_line import application
+from tests.support.command_line import run
 from tests.support.zoo import patient
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(application(), [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from surgery import (
 )
 from surgery.hosting.state import module_paths, parameter_names
 from surgery.variants import REGISTRY
+from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import build, disturb
 from tests.support.dense_models import operated
 from tests.support.reference import reference_delta_weight
@@ -56,7 +57,7 @@ def test_weights_are_the_rounded_sum(variant: str, dtype: torch.dtype, tmp_path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 128)).to(dtype)
     x = torch.randn(64, 256).to(dtype)
-    data = [x] if REGISTRY[variant]().needs_calibration else None
+    data = calibration_for(variant, x)
     apply_surgery(model, variant, r=32, target_modules="all-linear", calibration=data, example_inputs=x, progress=False)
     disturb(model)
     set_coeff(model, 0.7)
@@ -314,6 +315,7 @@ import resource, sys
 import torch
 from exporters import export
 from tests.support.dense_models import operated
+from tests.support.calibration_data import calibration_for
 p = operated(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 export(p.model, "dense", sys.argv[2], example_inputs=p.inputs)

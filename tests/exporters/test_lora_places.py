@@ -62,6 +62,13 @@ BLOCKS = {
         forward=lambda self, x: nn.functional.linear(x, self.w), w=lambda: nn.Parameter(torch.randn(6, 8))
     ),
     "conv": within(forward=lambda self, x: self.c(x.T[None])[0].T, c=lambda: nn.Conv1d(8, 6, 1)),
+    "kernel": within(
+        forward=lambda self, x: self.c(x.view(5, 2, 2, 2)).flatten(1),
+        c=lambda: nn.Conv2d(2, 6, (2, 1), stride=(1, 2), padding=(1, 0)),
+    ),
+    "kernel, same": within(
+        forward=lambda self, x: self.c(x.T[None])[0].T, c=lambda: nn.Conv1d(8, 6, 3, padding="same")
+    ),
     "in_proj": within(
         forward=lambda self, x: self.m(x[None], x[None], x[None])[0][0],
         m=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
@@ -73,6 +80,11 @@ INSIDE = within(
 APART = within(
     forward=lambda self, x: torch.einsum("nd,dhk->nhk", x, self.w), w=lambda: nn.Parameter(torch.randn(8, 2, 3))
 )
+
+
+def convolution(**options: Any) -> Any:
+    build = within(forward=lambda self, x: self.c(x.T[None])[0].T, c=lambda: nn.Conv1d(8, 6, 3, **options))
+    return lambda: Patient("", build(), torch.randn(9, 8))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -95,6 +107,9 @@ REFUSED = {
     "inside": (lambda: Patient("", INSIDE(), torch.randn(5, 8)), None, "cannot merge the site '1.l' inside of that"),
     "fast_path": (lambda: patient("encoder_layer"), ".*self_attn.*", "linear1.weight, linear2.weight is never called"),
     "attributes": (lambda: patient("encoder_layer"), ".*(out_proj|linear.)", "does not run with PEFT's wrappers"),
+    "groups": (convolution(groups=2), None, "'1.c': its 2 groups have factors each"),
+    "dilated": (convolution(dilation=2), None, "'1.c': its kernel is dilated"),
+    "padded": (convolution(padding=1, padding_mode="reflect"), None, "'1.c': its padding is 'reflect'"),
     "seen_apart": (lambda: Patient("", APART(), torch.randn(5, 8)), None, r"a weight of shape \(8, 2, 3\) as"),
 }
 

@@ -105,7 +105,7 @@ def test_sizes_are_dynamic_and_names_are_the_models_own(exported: SharedExports)
 
 
 def test_default_inputs_and_a_batch_of_one(tmp_path: Path) -> None:
-    p = operated("gpt2")
+    p = operated("gpt2", layers=1)
     assert export(p.model, "onnx", tmp_path / "a.onnx").max_error < 1e-5
     one = {"input_ids": torch.randint(0, 64, (1, 5))}
     path = export(p.model, "onnx", tmp_path / "b.onnx", example_inputs=one).path
@@ -113,7 +113,7 @@ def test_default_inputs_and_a_batch_of_one(tmp_path: Path) -> None:
 
 
 def test_left_padding_is_compared_where_it_means_something(tmp_path: Path) -> None:
-    p = operated("qwen3")
+    p = operated("qwen3", layers=1)
     p.inputs["attention_mask"][0, :3] = 0
     assert export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs).max_error < 1e-5
 
@@ -246,7 +246,7 @@ def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["mlp", "qwen3", *full("gpt2", "t5")])
 def test_graph_patients_steer_rows_apart(name: str, tmp_path: Path) -> None:
-    p = operated(name)
+    p = operated(name, **({"layers": 1} if name in ("qwen3", "gpt2") else {}))
     graph = to_graph(p.model, p.inputs)
     path = export(graph, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
     rows = torch.linspace(-1, 1, p.run().shape[0])
@@ -274,7 +274,7 @@ def test_no_tensor_is_stored_twice(name: str, mode: str, exported: SharedExports
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    p = patient("qwen3")
+    p = patient("qwen3", layers=1)
     report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
     assert report.details["shared"] > 0
     held = sum(parameter.numel() for parameter in p.model.parameters())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from tests.support.expert_models import operated as stacked
 from tests.support.fresh import run_fresh
 from tests.support.onnx_models import operated
 from tests.support.program_models import first, shaken, with_variant
+from tests.support.shared_exports import SharedExports
 from tests.support.tolerance import assert_close, relative_error
 from tests.support.zoo import Forward, Patient, full, patient
 
@@ -49,10 +53,10 @@ def load(path: Path) -> Any:
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
 @pytest.mark.parametrize("name", NAMES)
-def test_agrees_and_steers(name: str, mode: str, tmp_path: Path) -> None:
-    p = operated(name)
-    report = export(p.model, "pt2", tmp_path / "m.pt2", mode=mode, example_inputs=p.inputs)
-    assert report.files == (tmp_path / "m.pt2",)
+def test_agrees_and_steers(name: str, mode: str, exported: SharedExports) -> None:
+    p, report = exported(operated, name, mode, "pt2")
+    assert report.files == (report.path,)
+    assert report.path.name == "m.pt2"
     assert 0 <= report.max_error < 1e-5
     assert "wrong" not in report.details["sizes"].values()
     program = load(report.path)
@@ -64,10 +68,9 @@ def test_agrees_and_steers(name: str, mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", *full("qwen3")])
-def test_merged_has_no_trace_of_the_adapter(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    path = export(p.model, "pt2", tmp_path / "m.pt2", example_inputs=p.inputs).path
-    with zipfile.ZipFile(path) as archive:
+def test_merged_has_no_trace_of_the_adapter(name: str, exported: SharedExports) -> None:
+    _, report = exported(operated, name, "merged", "pt2")
+    with zipfile.ZipFile(report.path) as archive:
         everything = b"".join(archive.read(name) for name in archive.namelist())
     assert not [
         word for word in (b"coeff", b"factors", b"sspace", b"surgery", b".core", b"aten.elu") if word in everything
@@ -128,9 +131,9 @@ def test_dtypes(name: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["mlp", "qwen3", *full("t5")])
-def test_loads_with_torch_alone_and_takes_a_core_there(name: str, tmp_path: Path) -> None:
-    p = operated(name)
-    export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
+def test_loads_with_torch_alone_and_takes_a_core_there(name: str, tmp_path: Path, exported: SharedExports) -> None:
+    p, report = exported(operated, name, "live", "pt2")
+    shutil.copy(report.path, tmp_path)
     other = shaken(operated(name))
     save_adapter(other.model, tmp_path / "adapter")
     named = p.inputs if isinstance(p.inputs, dict) else {"input": p.inputs}
@@ -162,9 +165,8 @@ assert not [m for m in sys.modules if m.partition(".")[0] in ("surgery", "transf
         assert_close(found["steered"], p.run())
 
 
-def test_sizes_are_free_names_are_the_models_own_and_ties_stay_ties(tmp_path: Path) -> None:
-    p = operated("qwen3")
-    report = export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
+def test_sizes_are_free_names_are_the_models_own_and_ties_stay_ties(exported: SharedExports) -> None:
+    p, report = exported(operated, "qwen3", "live", "pt2")
     assert report.details["sizes"] == {"batch": "free", "sequence": "free"}
     program = load(report.path)
     ids = torch.randint(0, 64, (3, 13))
@@ -189,7 +191,7 @@ def test_stacked_experts_need_nothing_but_torch(name: str, mode: str, tmp_path: 
 
 
 def test_default_inputs_and_a_batch_of_one(tmp_path: Path) -> None:
-    p = operated("gpt2")
+    p = operated("gpt2", layers=1)
     export(p.model, "pt2", tmp_path / "a.pt2")
     one = {"input_ids": torch.randint(0, 64, (1, 5))}
     report = export(p.model, "pt2", tmp_path / "b.pt2", example_inputs=one)
@@ -198,7 +200,7 @@ def test_default_inputs_and_a_batch_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
 def test_export_leaves_the_model_as_it_was(mode: str, tmp_path: Path) -> None:
-    p = operated("qwen3")
+    p = operated("qwen3", layers=1)
     set_coeff(p.model, 0.7)
     p.model.train()
     tensors = {name: (id(t), t.clone()) for name, t in p.model.state_dict(keep_vars=True).items()}
@@ -244,10 +246,9 @@ def test_any_core_any_coeff_any_batch(live_mlp: Any, seed: int, rows: int, coeff
 
 
 @pytest.fixture(scope="module")
-def live_mlp(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    p = operated("mlp")
-    path = tmp_path_factory.mktemp("live") / "m.pt2"
-    return p, load(export(p.model, "pt2", path, mode="live", example_inputs=p.inputs).path)
+def live_mlp(exported: SharedExports) -> Any:
+    p, report = exported(operated, "mlp", "live", "pt2")
+    return p, load(report.path)
 
 
 def test_swap_refuses_an_adapter_of_another_model_and_changes_nothing(live_mlp: Any, tmp_path: Path) -> None:
@@ -386,15 +387,26 @@ else:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_waits_for_torchs_writer(tmp_path, monkeypatch):
-    found, write, handler = operated("mlp"), _Sink.write, signal.getsignal(signal.SIGINT)
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+def handler(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What is done on an interrupt, whatever this process began with: under ``nohup``, nothing is."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
 
-    def interrupted(self, data):
+
+def test_an_interrupt_waits_for_torchs_writer(handler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, write = operated("mlp"), _Sink.write
+
+    def interrupted(self: _Sink, data: Any) -> int:
         signal.raise_signal(signal.SIGINT)
         return write(self, data)
 
     monkeypatch.setattr(_Sink, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with contextlib.nullcontext() if handler is signal.SIG_IGN else pytest.raises(KeyboardInterrupt):
         export(found.model, "pt2", tmp_path / "model.pt2", example_inputs=found.inputs)
-    assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is handler
+    if handler is signal.SIG_IGN:
+        assert_close(first(load(tmp_path / "model.pt2"), found.inputs), found.run())
+    else:
+        assert list(tmp_path.iterdir()) == []

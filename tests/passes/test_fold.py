@@ -14,11 +14,12 @@ from passes.transforms.fold_constants import fold_constants, is_pure
 from surgery import apply_surgery, fold, merge, set_coeff, sites, steer, to_graph, undo_surgery
 from surgery.verbs.graph import _tensors
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, patient
+from tests.support.zoo import Forward, built_once, patient
 
 aten = torch.ops.aten
 
 
+@built_once
 def operated(form: str = "delta", dtype: torch.dtype = torch.float32, **options):
     """An operated patient with cores away from identity, and its graph."""
     found = patient("mlp", dtype)

@@ -78,12 +78,12 @@ def test_it_computes_what_the_definition_says(dtype):
     for coeff in (torch.tensor(1.0), torch.tensor(-0.6), torch.linspace(-1, 1.5, 4)):
         set_coeff(graph, coeff)
         assert_close(run(graph, x), reference(model, x, coeff), dtype)
-    rows = torch.linspace(-1, 1, 2)  # of a flattened batch: two inputs a row
-    assert_close(run(set_coeff(graph, rows), x), reference(model, x, rows.repeat_interleave(2)), dtype)
+    rows = torch.linspace(-1, 1, 2)  # two inputs a row
+    assert_close(run(set_coeff(graph, rows, rows="repeat"), x), reference(model, x, rows.repeat_interleave(2)), dtype)
     for size in ((1, 3, 12), (6, 1, 12)):
         other = torch.randn(size).to(dtype)
         assert_close(run(set_coeff(graph, 0.5), other), reference(model, other, torch.tensor(0.5)), dtype)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(surgery.InputError, match=r"coeff has 3 rows.*batch of 4"):
         run(set_coeff(graph, torch.ones(3)), x)
 
 

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from passes.infra.dialect import check_graph
 from passes.ir.provenance import KEY, Provenance, adapter_instances, clear_provenance, provenance_of, set_provenance
 from surgery import apply_surgery, sites, to_graph, undo_surgery
+from tests.support.zoo import built_once
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 
@@ -26,6 +27,7 @@ class Gated(nn.Module):
         return self.up(x) * self.gate(x)
 
 
+@built_once
 def operated(form: str = "delta", *, fuse: bool = False) -> fx.GraphModule:
     torch.manual_seed(0)
     model = nn.Sequential(Gated() if fuse else nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()

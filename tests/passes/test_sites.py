@@ -53,6 +53,10 @@ def linear_paths(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
+def convolution_paths(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))}
+
+
 def shared(**kwargs: Any) -> tuple[nn.Linear, nn.Linear]:
     """Two linear modules with one weight."""
     one, other = nn.Linear(4, 4, **kwargs), nn.Linear(4, 4, **kwargs)
@@ -66,9 +70,12 @@ def shared(**kwargs: Any) -> tuple[nn.Linear, nn.Linear]:
 @pytest.mark.parametrize("name", HUB_NAMES)
 def test_a_transformer_has_one_site_per_linear_module(name):
     model, sites = read_patient(name)
-    assert set(sites) == linear_paths(model)
+    assert set(sites) == linear_paths(model) | convolution_paths(model)
     for key, site in sites.items():
         module = model.get_submodule(key)
+        if key in convolution_paths(model):
+            assert (site.stack, site.d_out, site.d_in) == (None, len(module.weight), module.weight[0].numel())
+            continue
         assert site.weight == f"{key}.weight"
         assert site.bias == (f"{key}.bias" if module.bias is not None else None)
         assert site.layout == ("in_out" if isinstance(module, Conv1D) else "out_in")
@@ -325,9 +332,7 @@ def test_a_product_that_is_no_site_says_why(name):
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "conv1d": (lambda: nn.Conv1d(3, 4, 2), IMAGE[:, :, 0]),
-    "conv2d": (lambda: nn.Conv2d(3, 4, 3), IMAGE),
-    "conv2d with padding": (lambda: nn.Conv2d(3, 4, 3, padding="same"), IMAGE),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(3, 4, 2, groups=1), IMAGE[:, :, 0]),
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(3, 4, 3), IMAGE),
     "bilinear": (lambda: Forward(lambda m, x: m.inner(x, x), inner=nn.Bilinear(4, 4, 2)), X),
     "lstm": (lambda: nn.LSTM(4, 5), X),
@@ -344,13 +349,13 @@ def test_no_product_with_a_parameter_is_passed_over_in_silence(name):
     assert [s for s in skipped if name.split()[0] in s.operation and "with a parameter" in s.reason]
 
 
-def test_a_convolution_in_a_symbolic_trace_is_skipped_with_a_reason():
-    _, skipped = read(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
-    assert [s.where for s in skipped] == ["0"]
+def test_a_transposed_convolution_in_a_symbolic_trace_is_skipped_with_a_reason():
+    _, skipped = read(nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Flatten()))
+    assert [(s.where, s.weights) for s in skipped] == [("0", ("0.weight",))]
 
 
 def test_a_skipped_product_says_in_which_module_it_stands():
-    block = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    block = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(3, 3, 3, padding=1))
     _, skipped = read(Forward(lambda m, x: m.block(m.block(x)), block=block), IMAGE)
     assert [s.where for s in skipped] == ["block.1", "block.1"]
 

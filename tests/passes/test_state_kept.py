@@ -111,14 +111,16 @@ def test_what_cannot_be_put_back_is_said():
         with torch.no_grad():
             model.inner.weight.add_(1)
 
-    def write_elsewhere():
-        thread = threading.Thread(target=write)
-        thread.start()
-        thread.join()
-
     model = made([])
-    with pytest.raises(SurgeryError, match=r"inner\.weight.*lost"), state_kept(model):
-        write_elsewhere()
+
+    def looked_at():
+        with state_kept(model):
+            thread = threading.Thread(target=write)
+            thread.start()
+            thread.join()
+
+    with pytest.raises(SurgeryError, match=r"inner\.weight.*lost"):
+        looked_at()
 
 
 def test_without_a_watch_a_write_to_a_parameter_is_refused():

@@ -51,6 +51,7 @@ class Attention(nn.Module):
 EXAMPLES: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Sequential(nn.Linear(SIZE, 9), nn.Tanh(), nn.Linear(9, 7)),
     "conv1d": Transposed,
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (3, SIZE // 3)), nn.Conv1d(3, 8, 2), nn.Flatten()),
     "stacked": Experts,
     "packed": Attention,
 }

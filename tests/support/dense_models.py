@@ -9,14 +9,15 @@ import torch
 from surgery import (
     apply_surgery,
 )
-from surgery.variants import REGISTRY
+from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import disturb
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
+@built_once
 def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
     p = patient(name, dtype)
-    options.setdefault("calibration", [p.inputs] if REGISTRY[variant]().needs_calibration else None)
+    options.setdefault("calibration", calibration_for(variant, p.inputs))
     apply_surgery(p.model, variant, example_inputs=p.inputs, progress=False, **{"r": 6, **options})
     disturb(p.model)
     return p

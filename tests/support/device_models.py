@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from surgery import (
-    Contrast,
     apply_surgery,
     sites,
 )
-from surgery.variants import REGISTRY
+from tests.support.calibration_data import calibration_for
 from tests.support.zoo import Patient, patient
 
 
@@ -31,17 +30,9 @@ def there(device: torch.device, name: str = "mlp", dtype: torch.dtype = torch.fl
     return Patient(name, model, on(device, found.inputs))
 
 
-def calibration(variant: str, found: Patient) -> Any:
-    """Data for variants that need it."""
-    inputs = found.inputs
-    if variant == "sspace":
-        return Contrast([inputs], [tree_map_only(Tensor, lambda t: t.flip(0) * 2, inputs)])
-    return [inputs] if REGISTRY[variant]().needs_calibration else None
-
-
 def operated(found: Patient, variant: str = "antipasto", r: int = 4, **kwargs: Any) -> Patient:
     """The patient with a core away from its start."""
-    kwargs = {"target_modules": "all-linear", "calibration": calibration(variant, found), **kwargs}
+    kwargs = {"target_modules": "all-linear", "calibration": calibration_for(variant, found.inputs), **kwargs}
     apply_surgery(found.model, variant, r=r, example_inputs=found.inputs, progress=False, **kwargs)
     with torch.no_grad():
         for i, site in enumerate(sites(found.model).values()):

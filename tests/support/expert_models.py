@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import surgery
+from tests.support.zoo import built_once
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -44,6 +45,7 @@ def build(name: str) -> nn.Module:
     return model
 
 
+@built_once
 def operated(name: str, variant: Any = "antipasto", **options: Any) -> nn.Module:
     options = {"r": 4, "target_modules": ["gate_up_proj", "down_proj"], "progress": False, **options}
     model = build(name)

@@ -10,6 +10,7 @@ import surgery
 from passes.transforms.fuse_projections import StackedRows
 from surgery import apply_surgery, sites, to_graph
 from surgery.variants import REGISTRY
+from tests.support.zoo import built_once
 
 aten = torch.ops.aten
 RANKS = {"q": 7, "k": 5, "v": 6, "o": 4, "gate": 6, "up": 8, "down": 4}
@@ -48,6 +49,7 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
+@built_once
 def operated(variant: str = "antipasto", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
     model, x = block(dtype)
     config, generator = REGISTRY[variant](), torch.Generator().manual_seed(2)
@@ -64,6 +66,7 @@ def operated(variant: str = "antipasto", dtype: torch.dtype = torch.float32) -> 
     return trained(model), x
 
 
+@built_once
 def graphs(
     variant: str = "antipasto", dtype: torch.dtype = torch.float32
 ) -> tuple[fx.GraphModule, fx.GraphModule, torch.Tensor]:

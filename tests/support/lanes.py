@@ -11,6 +11,8 @@ import functools
 import inspect
 import re
 import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ SLOW = re.compile(
     r"|torch\.compile\(|in_child|run_fresh|\.spawn\(|operated_graphs"
 )
 LARGE = re.compile("|".join(rf'"{name}"' for name in HUB) + "|HUB|ALL_NAMES")
+SHARED = re.compile(r'^@pytest\.fixture\(scope="module"\)\ndef (\w+)', re.MULTILINE)
 CAPTURES = re.compile(r"\b(to_graph|pipeline)\(")
 
 
@@ -40,6 +43,7 @@ def models_of(item: pytest.Item) -> set[str]:
     return {value for value in given.params.values() if isinstance(value, str) and value in HUB} if given else set()
 
 
+@functools.cache
 def may_be_fast(path: Path) -> bool:
     """Whether a file of tests can have any of the fast lane."""
     place = path.relative_to(ROOT).as_posix()
@@ -55,9 +59,31 @@ def is_fast(item: pytest.Item) -> bool:
     return not (large or CAPTURES.search(_source(item.function)))
 
 
+@functools.cache
+def _shared_by_a_module(path: Path) -> frozenset[str]:
+    """The fixtures of a file that its tests share."""
+    return frozenset(SHARED.findall(path.read_text()))
+
+
 def group_of(item: pytest.Item) -> str:
-    """What should run in one process: the tests of a model share captures and exports, the rest goes by function."""
-    return "-".join(sorted(models_of(item))) or f"{item.nodeid.partition('[')[0]}"
+    """What should run in one process: tests of a model share captures and exports, those of a file its fixtures; the
+    rest goes by function."""
+    models = "-".join(sorted(models_of(item)))
+    shared = sorted(_shared_by_a_module(item.path).intersection(getattr(item, "fixturenames", ())))
+    return models or (f"{item.path.stem} {shared[0]}" if shared else item.nodeid.partition("[")[0])
+
+
+def begun_first(groups: Mapping[pytest.Item, str]) -> Callable[[pytest.Item], tuple[int, int]]:
+    """An order for several processes: what is long, then the models, the largest group first, then file by file."""
+    sizes = Counter(groups.values())
+    long = {group for item, group in groups.items() if item.get_closest_marker("long")}
+    models = {group for item, group in groups.items() if models_of(item)}
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        group = groups[item]
+        return (0, 0) if group in long else (1, -sizes[group]) if group in models else (2, 0)
+
+    return place
 
 
 def imported() -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery import apply_surgery, sites
 from surgery.lowerings import REGISTRY
 from surgery.variants import REGISTRY as VARIANTS
+from tests.support.zoo import built_once
 
 PLAIN = [name for name, cls in VARIANTS.items() if not cls().needs_calibration]
 KEPT = [name for name, lowering in REGISTRY.items() if lowering.caches]
@@ -36,6 +37,7 @@ def shake(model: nn.Module, seed: int = 2, size: float = 0.3) -> nn.Module:
     return model
 
 
+@built_once
 def operated(lowering: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
     model = model_of(dtype, **kwargs)
     kwargs = {"target_modules": "all-linear", "example_inputs": inputs(dtype), "progress": False}

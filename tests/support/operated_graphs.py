@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from passes.capture.capture import export_program, forward_call
 from surgery import apply_surgery, sites
-from surgery.hosting.model_kinds import as_patient
+from surgery.hosting.model_kinds import as_module
 from tests.support.model_state import State, state_of
 from tests.support.operated_models import randomise
 from tests.support.zoo import Patient, patient
@@ -89,7 +89,7 @@ def graph(name: str, dtype: torch.dtype = torch.float32) -> Patient:
 def base(name: str, dtype: torch.dtype = torch.float32) -> Patient:
     """The graph that surgery starts from, its weights frozen."""
     found = graph(name, dtype)
-    found.model = as_patient(found.model, found.inputs)
+    found.model = as_module(found.model, found.inputs)
     found.model.requires_grad_(False)
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery import apply_surgery, sites
-from tests.support.zoo import ALL_NAMES, Patient, patient
+from tests.support.zoo import ALL_NAMES, Patient, built_once, patient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_patient = pytest.mark.parametrize("name", ALL_NAMES)
@@ -36,14 +34,14 @@ def operate(found: Patient, **options: Any) -> Patient:
     return found
 
 
-@functools.cache
+@built_once
 def _operated(name: str, dtype: torch.dtype) -> Patient:
     return operate(patient(name, dtype))
 
 
 def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
     """A patient after surgery, its cores at random values."""
-    found = copy.deepcopy(_operated(name, dtype))
+    found = _operated(name, dtype)
     randomise(found.model, scale)
     return found
 
@@ -56,7 +54,8 @@ def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Modu
         for key, site in sites(found.model).items():
             U, S, Vh = (tensor.double() for tensor in (site.factors.U, site.factors.S, site.factors.Vh))
             delta = U * (S * F.elu(coeff * site.core.g.double())) @ Vh
-            parameters.get(key, parameters.get(f"{key}.weight")).add_(delta if site.layout == "out_in" else delta.T)
+            weight = parameters.get(key, parameters.get(f"{key}.weight"))
+            weight.add_((delta if site.layout == "out_in" else delta.T).reshape(weight.shape))
     return base
 
 

@@ -16,6 +16,8 @@ from surgery.bases.corda import CorDA
 from surgery.bases.top_svd import SVD
 from surgery.cores import REGISTRY as CORES
 from surgery.cores import CoreConfig
+from surgery.cores.contrast_scale import ContrastScale
+from surgery.cores.gated import Gated
 from surgery.factors.statistic import Statistic
 from surgery.variants import BasisCore
 
@@ -41,7 +43,8 @@ def label(configuration: Any) -> str:
     return configuration.name + "".join(f",{k}={v}" for k, v in changed.items())
 
 
-CORE_CONFIGS: list[CoreConfig] = configurations(CORES)
+GATES = [Gated(gate="abs"), Gated(gate="abs", center=True), Gated(gate="norm"), Gated(gate="none")]
+CORE_CONFIGS: list[CoreConfig] = [*configurations(CORES), *GATES, ContrastScale(scale=3.0)]
 BASIS_CONFIGS: list[Basis] = [*configurations(BASES), SVD(pool="mean_abs"), CorDA(cov_eps=0.1)]
 PAIRS = [(basis, core) for basis in BASIS_CONFIGS for core in CORE_CONFIGS]
 POSSIBLE = [

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from passes.ir.provenance import provenance_of
 from surgery import apply_surgery, set_coeff, sites, to_graph
+from tests.support.zoo import built_once
 
 KEYS = ["0", "2", "4"]
 STAGES = ("insert", "fold", "merge")
@@ -23,6 +24,7 @@ def chain() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+@built_once
 def operated(r: int = 8) -> nn.Module:
     model = apply_surgery(chain(), "antipasto", r=r, example_inputs=X, progress=False)
     torch.manual_seed(2)
@@ -31,6 +33,7 @@ def operated(r: int = 8) -> nn.Module:
     return set_coeff(model, 0.9)
 
 
+@built_once
 def graph_of(form: str = "delta", **options: Any) -> fx.GraphModule:
     return to_graph(operated(), X, form=form, **options)
 

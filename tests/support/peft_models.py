@@ -10,14 +10,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-import surgery
 from surgery import (
     apply_surgery,
     merge,
     sites,
 )
+from tests.support.calibration_data import calibration_for
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -31,9 +31,12 @@ def trained(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def operate(p: Patient, variant: Any = "antipasto", **options: Any) -> Patient:
-    needs = surgery.variants.resolve_variant(variant, None).needs_calibration
-    calibration = [p.inputs, p.inputs] if needs else None
-    options = {"example_inputs": p.inputs, "calibration": calibration, "progress": False, **options}
+    options = {
+        "example_inputs": p.inputs,
+        "calibration": calibration_for(variant, p.inputs),
+        "progress": False,
+        **options,
+    }
     options = {"target_modules": "all-linear", **options}
     if isinstance(variant, str):
         options = {"r": 6, **options}
@@ -41,6 +44,7 @@ def operate(p: Patient, variant: Any = "antipasto", **options: Any) -> Patient:
     return p
 
 
+@built_once
 def operated(name: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **options: Any) -> Patient:
     return operate(patient(name, dtype), variant, **options)
 

@@ -12,7 +12,7 @@ from surgery import (
     sites,
 )
 from surgery.variants import REGISTRY
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
 def first(program: Any, inputs: Any) -> torch.Tensor:
@@ -35,6 +35,7 @@ def shaken(p: Patient, seed: int = 2, scale: float = 0.2) -> Patient:
     return p
 
 
+@built_once
 def with_variant(name: str, dtype: torch.dtype = torch.float32) -> Patient:
     """An ``mlp`` with a variant whose core is not at identity."""
     p, config = patient("mlp", dtype), REGISTRY[name](r=4)

@@ -79,9 +79,16 @@ def full(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
 
 def steering(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
     a, d = np.sqrt(S) * h, core["direction"]
-    length = np.linalg.norm(a, axis=-1, keepdims=True)
-    cosine = np.where(length > 0, (a @ d)[..., None] / np.where(length > 0, length, 1), 0)
-    return coeff * cosine * np.sqrt(S) * d
+    z = a - core["midpoint"] if config.center else a
+    length = np.linalg.norm(z, axis=-1, keepdims=True)
+    cosine = np.where(length > 0, (z @ d)[..., None] / np.where(length > 0, length, 1), 0)
+    gates = {"cosine": cosine, "abs": np.abs(cosine), "norm": length, "none": np.ones_like(length)}
+    return coeff * gates[config.gate] * np.sqrt(S) * d
+
+
+def contrast_scale(config: Any, h: Array, S: Array, core: Core, coeff: float) -> Array:
+    exponent = np.clip(coeff * np.abs(core["direction"]) * config.scale, -4, 4)
+    return h * S * (np.exp(exponent) - 1)
 
 
 DELTAS: dict[str, Callable[[Any, Array, Array, Core, float], Array]] = {
@@ -91,7 +98,8 @@ DELTAS: dict[str, Callable[[Any, Array, Array, Core, float], Array]] = {
     "arrow": arrow,
     "dplr": low_rank,
     "full": full,
-    "cosine": steering,
+    "gated": steering,
+    "contrast_scale": contrast_scale,
 }
 
 

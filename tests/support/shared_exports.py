@@ -1,4 +1,4 @@
-"""ONNX files that several tests read: each is exported once in a run, by whichever process needs it first."""
+"""Exported files that several tests read: each is exported once in a run, by whichever process needs it first."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ class SharedExports:
         self.folder = folder
 
     def __call__(
-        self, build: Callable[[str], Patient], name: str, mode: str = "merged", **options: Any
+        self, build: Callable[[str], Patient], name: str, mode: str = "merged", format: str = "onnx", **options: Any
     ) -> tuple[Patient, ExportReport]:
         """The model, built anew, and the report of its export.
 
         Args:
             build: gives the same model, bit for bit, whenever it is called.
             name: what it is given.
-            mode: of the exporter.
-            options: of the exporter too; strings, numbers and flags.
+            mode, options: of the exporter; strings, numbers and flags.
+            format: of the file.
         """
         model = build(name)
         kind = f"{build.__module__}.{build.__qualname__}"
-        place = self.folder / "-".join([kind, name, mode, *(f"{key}={options[key]}" for key in sorted(options))])
+        place = self.folder / "-".join(
+            [kind, name, format, mode, *(f"{key}={options[key]}" for key in sorted(options))]
+        )
         with FileLock(f"{place}.lock"):
             told = place.with_name(f"{place.name}.json")
             if not told.exists():
-                report = export(
-                    model.model, "onnx", place / "m.onnx", mode=mode, example_inputs=model.inputs, **options
-                )
+                path = place / f"m.{format}"
+                report = export(model.model, format, path, mode=mode, example_inputs=model.inputs, **options)
                 told.write_text(json.dumps(asdict(report), default=str))
         found = json.loads(told.read_text())
         paths = {"path": Path(found["path"]), "files": tuple(map(Path, found["files"]))}

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery import Contrast, apply_surgery, sites
 from surgery.variants import REGISTRY, Variant
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 
 @torch.no_grad()
@@ -27,6 +27,7 @@ def calibration(p: Patient, variant: Variant) -> Any:
     return [p.inputs, torch.randn_like(p.inputs)]
 
 
+@built_once
 def with_variant(variant: str | Variant, name: str = "mlp", *, r: int = 4, seed: int = 1) -> Patient:
     p = patient(name)
     config = REGISTRY[variant]() if isinstance(variant, str) else variant

@@ -16,6 +16,7 @@ from surgery import Contrast, apply_surgery, fold, set_coeff, sites, to_graph
 from surgery.variants import REGISTRY, Variant
 from tests.support.reference import reference_output
 from tests.support.tolerance import assert_close
+from tests.support.zoo import built_once
 
 CHOSEN: tuple[Variant, ...] = (
     surgery.AntiPaSTO(),
@@ -45,6 +46,10 @@ CHOSEN: tuple[Variant, ...] = (
     surgery.AntiPaSTODPLR(k=3, suppress_only=True),
     surgery.LoRAXS(),
     surgery.SSpace(),
+    surgery.SSpace(gate="abs", center=True),
+    surgery.SSpace(gate="norm"),
+    surgery.SSpace(gate="none"),
+    surgery.SSpaceScale(),
 )
 CONFIGS = CHOSEN + tuple(cls() for name, cls in REGISTRY.items() if name not in {config.name for config in CHOSEN})
 NAMES = {f"{i:02}_{config.name}": config for i, config in enumerate(CONFIGS)}
@@ -122,24 +127,16 @@ def plain(shapes: dict[str, tuple[int, int, bool]], dtype: torch.dtype) -> nn.Mo
     return Slices(shapes).to(dtype).eval().requires_grad_(False)
 
 
-@functools.cache
-def _in_place(name: str, dtype: torch.dtype) -> nn.Module:
+@built_once
+def in_place(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One configuration on sites of every shape."""
     return randomise(operate(plain(SHAPES, dtype), NAMES[name], dtype))
 
 
-def in_place(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One configuration on sites of every shape."""
-    return copy.deepcopy(_in_place(name, dtype))
-
-
-@functools.cache
-def _symbolic(name: str, form: str, dtype: torch.dtype) -> fx.GraphModule:
-    return randomise(operate(fx.symbolic_trace(plain(SHAPES, dtype)), NAMES[name], dtype, form=form))
-
-
+@built_once
 def symbolic(name: str, form: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """The same, as surgery on a traced graph."""
-    return copy.deepcopy(_symbolic(name, form, dtype))
+    return randomise(operate(fx.symbolic_trace(plain(SHAPES, dtype)), NAMES[name], dtype, form=form))
 
 
 def all_shapes() -> dict[str, tuple[int, int, bool]]:
@@ -172,7 +169,8 @@ def captured_outputs(form: str, dtype: torch.dtype, folded: bool) -> list[tuple[
     outputs = []
     for coeff in COEFFS:
         with torch.no_grad():
-            found = set_coeff(model, torch.tensor(coeff, dtype=torch.float64))(batch(dtype)).split(sizes, dim=-1)
+            set_coeff(model, torch.tensor(coeff, dtype=torch.float64), rows="repeat")  # several rows for each
+            found = model(batch(dtype)).split(sizes, dim=-1)
         outputs.append((coeff, dict(zip(TOGETHER, found, strict=True))))
     return outputs
 

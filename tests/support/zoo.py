@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
 from torch import nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def full(*names: str) -> list[Any]:
@@ -16,8 +21,8 @@ def full(*names: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
-PYTORCH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}
-HUB: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}
+PYTORCH: dict[str, Callable[..., tuple[nn.Module, Any]]] = {}
+HUB: dict[str, Callable[..., tuple[nn.Module, Any]]] = {}
 
 
 @dataclass
@@ -44,10 +49,36 @@ class Patient:
         return out if isinstance(out, torch.Tensor) else out[0]
 
 
-def patient(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Patient:
-    """Build a patient by name, always with the same weights and inputs."""
+def built_once(build: Callable[P, T]) -> Callable[P, T]:
+    """Let what a function builds, from a seed of its own, be built once in a process, and every caller get a copy.
+
+    The copies are equal, and so are the random numbers that follow, whichever test asks first.
+    """
+    known: dict[tuple[Any, ...], tuple[T, torch.Tensor]] = {}
+
+    @functools.wraps(build)
+    def copied(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = (args, *sorted(kwargs.items()))
+        try:
+            found = known.get(key)
+        except TypeError:  # a list, or a tensor of a test's own
+            return build(*args, **kwargs)
+        if found is None:
+            found = known[key] = build(*args, **kwargs), torch.get_rng_state()
+        torch.set_rng_state(found[1])
+        return copy.deepcopy(found[0])
+
+    return copied
+
+
+def patient(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> Patient:
+    """Build a patient by name, always with the same weights and inputs.
+
+    Args:
+        sizes: ``layers`` of a decoder, where half of its nodes will do and take half of the time.
+    """
     torch.manual_seed(seed)
-    model, inputs = {**PYTORCH, **HUB}[name]()
+    model, inputs = {**PYTORCH, **HUB}[name](**sizes)
     made: dict[int, torch.Tensor] = {}
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:  # one tensor given twice stays one tensor
@@ -128,33 +159,33 @@ def raw() -> tuple[nn.Module, Any]:
 
 
 @_hub
-def qwen3() -> tuple[nn.Module, Any]:
+def qwen3(layers: int = 2) -> tuple[nn.Module, Any]:
     import transformers as t
 
     config = t.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
     return t.Qwen3ForCausalLM(config), _tokens()
 
 
 @_hub
-def llama() -> tuple[nn.Module, Any]:
+def llama(layers: int = 2) -> tuple[nn.Module, Any]:
     import transformers as t
 
     config = t.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=64, attention_bias=True,
     )  # fmt: skip
     return t.LlamaForCausalLM(config), _tokens()
 
 
 @_hub
-def gpt2() -> tuple[nn.Module, Any]:
+def gpt2(layers: int = 2) -> tuple[nn.Module, Any]:
     import transformers as t
 
     config = t.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None
+        vocab_size=64, n_embd=32, n_layer=layers, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None
     )
     return t.GPT2LMHeadModel(config), _tokens()
 
@@ -176,7 +207,7 @@ def vit() -> tuple[nn.Module, Any]:
 
     config = t.ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
-        initializer_range=0.2,
+        initializer_range=0.2, num_labels=12,
     )  # fmt: skip
     return t.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 

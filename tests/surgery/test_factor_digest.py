@@ -26,7 +26,7 @@ from tests.support.operated_models import each_dtype, each_patient, operate, ope
 from tests.support.saved_adapters import refused, site
 from tests.support.zoo import patient
 
-FROM_DATA = {"antipasto_corda", "antipasto_asvd", "sspace"}
+FROM_DATA = {name for name, cls in REGISTRY.items() if cls().needs_calibration}
 
 
 @each_dtype
@@ -53,7 +53,7 @@ def test_every_variant_whose_factors_follow_from_the_weight(variant, tmp_path):
 def test_a_variant_of_data_is_refused(tmp_path):
     data = [torch.randn(5, 12) for _ in range(4)]
     for variant in sorted(FROM_DATA):
-        given = surgery.Contrast(data[:2], data[2:]) if variant == "sspace" else data
+        given = surgery.Contrast(data[:2], data[2:]) if REGISTRY[variant]().statistic == "contrast" else data
         found = operate(patient("mlp"), variant=variant, r=2, calibration=given, target_modules="all-linear")
         with pytest.raises(surgery.AdapterError, match=f"site '.': {variant} chooses its factors by data"):
             save_adapter(found.model, tmp_path / variant, factors="recompute")

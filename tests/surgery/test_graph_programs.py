@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -383,7 +383,13 @@ def choose(data: st.DataObject, keys: list[str]) -> Any:
     return some if len(some) < len(keys) and data.draw(st.booleans()) else keys
 
 
+FULL = settings().max_examples > 100
+# each is a whole way through the compiler: in the gate fewer than of others
+PROGRAMS = settings() if FULL else settings(max_examples=10)
+
+
 @pytest.mark.parametrize("dialect", ["fx", "static", "dynamic"])
+@PROGRAMS
 @given(data=st.data())
 def test_verbs_on_a_captured_program(dialect, data):
     made = data.draw(programs())
@@ -489,6 +495,7 @@ def test_verbs_on_a_captured_program(dialect, data):
     assert {n: v[2] for n, v in tensors(made.program).items()} == {n: v[2] for n, v in original.items()}
 
 
+@PROGRAMS
 @given(data=st.data())
 def test_a_program_operated_in_place_through_the_compiler(data):
     made = data.draw(programs())

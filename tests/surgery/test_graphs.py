@@ -141,7 +141,7 @@ def test_rows_of_a_graph(name):
 def test_rows_that_do_not_divide_the_batch_of_a_graph(name):
     found = operated(name)
     set_coeff(found.model, torch.ones(3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(surgery.InputError, match="coeff has 3 rows"):
         found.run()
 
 

@@ -108,8 +108,30 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def command(hub: Hub, *arguments: Any, home: Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process whose Hub is the server."""
+COMMANDS = """
+import contextlib, io, json, os, sys
+from surgery.cli.main import main
+told = []
+for folder, *arguments in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    sys.argv = ["surgery", *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+    told.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(told))
+"""
+
+
+def commands(hub: Hub, *lines: tuple[Any, ...], home: Path) -> list[tuple[int, str, str]]:
+    """Run command lines, each with its working directory before it, in one process whose Hub is the server.
+
+    Returns:
+        Status, standard output and standard error of each.
+    """
     env = {
         **os.environ,
         "HF_ENDPOINT": hub.address,
@@ -118,26 +140,28 @@ def command(hub: Hub, *arguments: Any, home: Path, cwd: Path = ROOT) -> subproce
         "HF_TOKEN": "t",
         "PYTHONPATH": str(ROOT),
     }
-    run = [sys.executable, "-m", "surgery", *map(str, arguments)]
-    return subprocess.run(run, capture_output=True, text=True, cwd=cwd, env=env)
+    run = [sys.executable, "-c", COMMANDS, json.dumps([[str(part) for part in line] for line in lines])]
+    done = subprocess.run(run, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return [tuple(told) for told in json.loads(done.stdout.splitlines()[-1])]
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(hub, tmp_path):
     found = saved(tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").write_text("What it is.")
     (tmp_path / "adapter" / "optimizer.bin").write_text("mine")
-    sent = command(hub, "push", tmp_path / "adapter", "me/tuned", home=tmp_path / "home")
-    assert sent.returncode == 0, sent.stderr
-    assert f"/me/tuned/commit/{COMMIT}" in sent.stdout
+    push = (ROOT, "push", tmp_path / "adapter", "me/tuned")
+    [(status, out, err)] = commands(hub, push, home=tmp_path / "home")
+    assert status == 0, err
+    assert f"/me/tuned/commit/{COMMIT}" in out
     assert sorted(hub.repos["me/tuned"]) == ["README.md", CONFIG, TENSORS]
     hub.repos["me/tuned"] |= {"pytorch_model.bin": b"pickle", "../evil.py": b"evil"}  # are not asked for
-    came = command(hub, "pull", "me/tuned", tmp_path / "new" / "pulled", home=tmp_path / "home")
-    assert came.returncode == 0, came.stderr
+    (tmp_path / "there").mkdir()
+    pulls = (ROOT, "pull", "me/tuned", tmp_path / "new" / "pulled"), (tmp_path / "there", "pull", "me/tuned", ".")
+    for status, _, err in commands(hub, *pulls, home=tmp_path / "home"):
+        assert status == 0, err
     assert contents(tmp_path / "new" / "pulled").keys() == {CONFIG, TENSORS}
     assert os.listdir(tmp_path / "new") == ["pulled"]
-    (tmp_path / "there").mkdir()
-    came = command(hub, "pull", "me/tuned", ".", home=tmp_path / "home", cwd=tmp_path / "there")
-    assert came.returncode == 0, came.stderr
     assert contents(tmp_path / "there") == contents(tmp_path / "new" / "pulled")
     fresh = patient("mlp")
     load_adapter(fresh.model, tmp_path / "new" / "pulled")
@@ -149,12 +173,13 @@ def test_what_the_hub_sends_is_checked(hub, tmp_path):
     saved(tmp_path / "adapter")
     files = contents(tmp_path / "adapter")
     hub.repos = {"me/damaged": {**files, TENSORS: files[TENSORS][:-1] + b"!"}, "me/other": {"README.md": b"nothing"}}
-    for name, words in {"me/damaged": "is damaged", "me/other": TENSORS, "me/none": "cannot fetch"}.items():
-        done = command(hub, "pull", name, tmp_path / "pulled", home=tmp_path / "home")
-        assert done.returncode == 1
-        assert words in " ".join(done.stderr.split())
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "pulled").exists()
+    wrong = {"me/damaged": "is damaged", "me/other": TENSORS, "me/none": "cannot fetch"}
+    told = commands(hub, *((ROOT, "pull", name, tmp_path / name) for name in wrong), home=tmp_path / "home")
+    for (name, words), (status, _, err) in zip(wrong.items(), told, strict=True):
+        assert status == 1
+        assert words in " ".join(err.split())
+        assert "Traceback" not in err
+        assert not (tmp_path / name).exists()
 
 
 def test_a_damaged_adapter_is_not_sent(tmp_path):

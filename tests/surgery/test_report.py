@@ -25,7 +25,7 @@ def test_report_has_every_site_and_every_other_product(name):
     assert found.captured
     assert found.trainable == sum(site.trainable for site in found.sites)
     for row, site in zip(found.sites, sites(model).values(), strict=True):
-        assert (row.d_out, row.d_in) == tuple(site.weight.shape if site.layout == "out_in" else site.weight.T.shape)
+        assert (row.d_out, row.d_in) == tuple(site.base_weight.matrix().shape)
         assert (row.variant, row.r, row.host) == ("antipasto", len(site.factors.S), site.host.name)
         assert row.base_macs == site.weight.numel()
         assert row.method == "gram"
@@ -48,8 +48,9 @@ def test_report_as_text(capsys):
     assert "inference, training: the lowering at 512 tokens" in text
     assert "12 x linear: not selected" in text
     assert "sites from transformers.exporters" in text
-    text = str(report(apply_surgery(patient("vit").model, "antipasto", progress=False)))
-    assert "1 x conv2d: conv2d with a parameter: its kernel of 8x8 mixes positions" in text
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 3))
+    text = str(report(apply_surgery(model, "antipasto", example_inputs=torch.randn(2, 4, 9), progress=False)))
+    assert "1 x conv_transpose1d: conv_transpose1d with a parameter: a transposed convolution" in text
 
 
 def test_report_of_a_loaded_adapter(tmp_path):

@@ -14,6 +14,7 @@ import surgery
 from surgery import load_adapter, save_adapter, set_coeff, sites, undo_surgery
 from surgery.storage.adapter_file import CONFIG, TENSORS
 from surgery.storage.model_card import CARD
+from tests.support.adapter_files import configuration
 from tests.support.model_state import state_of
 from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
 from tests.support.saved_adapters import contents, refused, saved
@@ -44,7 +45,6 @@ def test_a_reloaded_adapter_gives_bit_identical_outputs(name, dtype, tmp_path):
 def test_saving_twice_gives_identical_bytes(name, tmp_path):
     saved(tmp_path / "one", name)
     fresh = load_adapter(patient(name).model, tmp_path / "one")
-    set_coeff(fresh, 0.5)
     save_adapter(fresh, str(tmp_path / "new" / "two"))
     for file in (CONFIG, TENSORS, CARD):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "new" / "two" / file).read_bytes()
@@ -55,8 +55,11 @@ def test_saving_twice_gives_identical_bytes(name, tmp_path):
 def test_coeff_is_one_after_loading(tmp_path):
     found = operated("mlp")
     expected = found.run()
-    save_adapter(set_coeff(found.model, 0.25), tmp_path)
-    load_adapter(found.model, tmp_path)
+    with pytest.warns(UserWarning, match=r"coeff was 0\.25: .* loading sets coeff to 1"):
+        save_adapter(set_coeff(found.model, 0.25), tmp_path)
+    assert configuration(tmp_path)["coeff"] == 0.25
+    with pytest.warns(UserWarning, match=r"coeff was 0\.25"):
+        load_adapter(found.model, tmp_path)
     assert {float(site.steering.coeff) for site in sites(found.model).values()} == {1.0}
     assert torch.equal(found.run(), expected)
 
@@ -230,11 +233,11 @@ def test_a_failing_write_over_links_puts_them_back(tmp_path, monkeypatch):
     assert torch.equal(fresh.run(), found.run())
 
 
-@pytest.mark.parametrize("progress", ["x", None, 3])
+@pytest.mark.parametrize("progress", ["x", 0, 3])
 def test_a_flag_that_is_none_is_refused(progress, tmp_path):
     found = saved(tmp_path)
     for run in (save_adapter, load_adapter):
-        with pytest.raises(surgery.InputError, match="progress must be True or False"):
+        with pytest.raises(surgery.InputError, match="progress must be True, False or None"):
             run(found.model, tmp_path, progress=progress)
 
 

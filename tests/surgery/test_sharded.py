@@ -88,6 +88,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_a_model_in_shards(tmp_path):
     (tmp_path / "file").write_text("mine")

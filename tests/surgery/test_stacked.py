@@ -139,7 +139,7 @@ def test_against_the_reference_in_a_graph(name, variant, tmp_path):
     assert_close(logits(merge(graph)), expected)
 
 
-def test_a_graph_patient_of_its_own():
+def test_a_graph_resolve_model_its_own():
     program = torch.export.export(Bare(), (torch.randn(3, 5, 4),))
     graph = program.module()
     x = torch.randn(3, 5, 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 import warnings
 
 import pytest
@@ -20,6 +22,7 @@ from passes.capture.inspect_model import Inspection
 from surgery.planning.target_selection import output_head, select_sites, site_ranks
 from tests.support.zoo import ALL_NAMES, HUB_NAMES, patient
 
+ANTIPASTO = surgery.AntiPaSTO()
 # fmt: off
 SUFFIXES = (
     "q_proj", "v_proj", "mlp.up_proj", "c_attn", "attn.c_proj", "dense", "output.dense", "query", "fc1", "wo", "o", "0",
@@ -61,12 +64,17 @@ def every_site() -> Inspection:
     return inspection_of(*dict.fromkeys(site.key for name in ALL_NAMES for site in inspected(name)[1].sites))
 
 
-def chosen(inspection: Inspection, model: nn.Module | None = None, default: str = "all-linear", **options) -> list[str]:
+def chosen(
+    inspection: Inspection,
+    model: nn.Module | None = None,
+    config: surgery.AntiPaSTO | surgery.AntiPaSTOAblate = ANTIPASTO,
+    **options,
+) -> list[str]:
     """Keys that a call chooses; none where it raises."""
     options = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, **options}
     try:
         with warnings.catch_warnings(action="ignore"):
-            return [site.key for site in select_sites(model or nn.Module(), inspection, default=default, **options)]
+            return [site.key for site in select_sites(model or nn.Module(), inspection, config=config, **options)]
     except surgery.TargetError:
         return []
 
@@ -183,7 +191,7 @@ def test_residual_writers_need_a_graph():
 
 def test_the_default_is_the_variants_own():
     model, inspection = inspected("raw")
-    assert chosen(inspection, model, "residual-writers") == ["v"]
+    assert chosen(inspection, model, surgery.AntiPaSTOAblate()) == ["v"]
 
 
 def test_a_tied_head_that_is_named_is_chosen():
@@ -192,7 +200,7 @@ def test_a_tied_head_that_is_named_is_chosen():
 
 def select(name: str = "qwen3", **options) -> list[Site]:
     model, inspection = inspected(name)
-    options = {"exclude_modules": None, "layers_to_transform": None, "default": "all-linear", **options}
+    options = {"exclude_modules": None, "layers_to_transform": None, "config": surgery.AntiPaSTO(), **options}
     return select_sites(model, inspection, **options)
 
 
@@ -203,9 +211,61 @@ def test_a_pattern_that_matches_nothing_shows_near_misses_and_what_exists(target
     assert "model.layers.*.mlp.down_proj" in str(caught.value)
 
 
-def test_a_product_that_is_no_site_says_why():
-    with pytest.raises(surgery.TargetError, match="projection' is no site: conv2d with a parameter: its kernel of 8x8"):
-        select("vit", target_modules=["projection"])
+class Named(nn.Module):
+    """Parts that a user may name, and that are no sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.proj = nn.ConvTranspose1d(4, 4, 1), nn.Linear(4, 4)
+        self.table, self.norm, self.scale = nn.Embedding(4, 4), nn.LayerNorm(4), nn.Parameter(torch.ones(4, 4))
+        self.block = nn.ModuleDict({"proj": nn.ConvTranspose1d(4, 4, 1), "inner": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x.T[None])[0].T
+        y = self.block["inner"](self.block["proj"](y.T[None])[0].T)
+        return self.norm(self.proj(y)) * self.scale[0] + self.table.weight[0]
+
+
+ASKED = {
+    "up": "'up' is no site: conv_transpose1d with a parameter: a transposed convolution",
+    "up.weight": "'up' is no site: conv_transpose1d",
+    "table": "'table' is no site: it is a module of class Embedding and no product itself",
+    "norm": "'norm' is no site: it is a module of class LayerNorm",
+    "scale": r"'scale' is no site: this parameter \(4x4\) was found in no product",
+    "norm.weight": r"'norm.weight' is no site: this parameter \(4\) was found in no product",
+    "block": "'block' is no site: it is a module of class ModuleDict and no product itself, but contains block.inner",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_name_that_is_no_site_is_answered_with_the_reason(name):
+    for target in ([name], re.escape(name)):
+        with pytest.raises(surgery.TargetError, match=ASKED[name]):
+            surgery.apply_surgery(
+                Named(), "antipasto", target_modules=target, example_inputs=torch.randn(3, 4), progress=False
+            )
+    with pytest.warns(UserWarning, match=ASKED[name]):
+        model = surgery.apply_surgery(
+            Named(), "antipasto", target_modules=["inner", name], example_inputs=torch.randn(3, 4), progress=False
+        )
+    assert list(surgery.sites(model)) == ["block.inner"]
+
+
+def test_a_name_that_also_names_what_is_no_site_warns():
+    with pytest.warns(UserWarning, match="'proj' also names 'block.proj', which is no site: conv_transpose1d"):
+        model = surgery.apply_surgery(
+            Named(), "antipasto", target_modules=["proj"], example_inputs=torch.randn(3, 4), progress=False
+        )
+    assert list(surgery.sites(model)) == ["proj"]
+
+
+def test_a_name_in_a_model_without_sites_is_answered_with_the_reason():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 1), nn.LayerNorm(5))
+    for name, reason in {"0": "a transposed convolution", "1": "a module of class LayerNorm"}.items():
+        with pytest.raises(surgery.TargetError, match=f"'{name}' is no site: .*{reason}"):
+            surgery.apply_surgery(
+                model, "antipasto", target_modules=[name], example_inputs=torch.randn(2, 4, 5), progress=False
+            )
 
 
 def test_a_list_that_matches_in_part_warns_where_it_was_called():
@@ -237,6 +297,24 @@ def test_a_choice_that_leaves_nothing_names_its_arguments(options):
 
 
 def test_a_model_without_linear_operations_says_so():
-    model = nn.Sequential(nn.ReLU(), nn.Conv1d(2, 2, 3))
-    with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation with a parameter .*conv1d"):
+    model = nn.Sequential(nn.ReLU(), nn.ConvTranspose1d(2, 2, 3))
+    with pytest.raises(surgery.TargetError, match=r"Sequential has no linear operation .*conv_transpose1d"):
         surgery.apply_surgery(model, "antipasto", example_inputs=torch.randn(1, 2, 3), progress=False)
+
+
+@pytest.mark.parametrize(("layers", "middle"), [(1, [0]), (2, [0, 1]), (3, [1]), (4, [1, 2]), (30, [*range(10, 20)])])
+def test_steering_variants_take_the_middle_third_of_the_layers(layers, middle):
+    inspection = inspection_of(*(f"model.layers.{i}.mlp.up_proj" for i in range(layers)))
+    options = {"exclude_modules": None, "target_modules": None, "layers_to_transform": None}
+    config = surgery.SSpace()
+    everywhere = inspection_of("a", "b")
+    with_writers = [dataclasses.replace(site, residual=True) for site in (*inspection.sites, *everywhere.sites)]
+    known = Inspection(tuple(with_writers), (), "torch.export")
+    for chosen_by in (config, surgery.SSpaceScale()):
+        keys = [site.key for site in select_sites(nn.Module(), known, config=chosen_by, **options)]
+        assert keys == [f"model.layers.{i}.mlp.up_proj" for i in middle]
+        named = {**options, "layers_to_transform": 0}
+        keys = [site.key for site in select_sites(nn.Module(), known, config=chosen_by, **named)]
+        assert keys == ["model.layers.0.mlp.up_proj"]
+    flat = Inspection(tuple(with_writers[-2:]), (), "torch.export")
+    assert [site.key for site in select_sites(nn.Module(), flat, config=config, **options)] == ["a", "b"]

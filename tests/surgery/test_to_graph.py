@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import warnings
 
@@ -33,7 +32,7 @@ from tests.support.model_state import state_of
 from tests.support.operated_graphs import graph_state, shape_of
 from tests.support.operated_models import frozen, operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import Patient, built_once, patient
 
 HUB = tuple(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "qwen3"))
 NAMES = ("mlp", "raw", "attention", "encoder_layer", *HUB)
@@ -43,7 +42,7 @@ each_whole = pytest.mark.parametrize("name", WHOLE)
 each_form = pytest.mark.parametrize("form", ["delta", "residual"])
 
 
-@functools.cache
+@built_once
 def _made(name: str, dtype: torch.dtype, form: str, keep_base: bool) -> tuple[Patient, fx.GraphModule]:
     found = operated(name, dtype)
     return found, to_graph(found.model, found.inputs, form=form, keep_base=keep_base)
@@ -53,7 +52,7 @@ def patient_and_graph(
     name: str, dtype: torch.dtype = torch.float32, form: str = "delta", keep_base: bool = True
 ) -> tuple[Patient, fx.GraphModule]:
     """An operated patient and its graph, which share their cores."""
-    return copy.deepcopy(_made(name, dtype, form, keep_base))
+    return _made(name, dtype, form, keep_base)
 
 
 @each_form

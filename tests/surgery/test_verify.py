@@ -15,7 +15,7 @@ import exporters
 import surgery
 from surgery import InputError, fold, fuse, merge, pipeline, to_graph
 from tests.support.operated_models import operated
-from tests.support.zoo import patient
+from tests.support.zoo import built_once, patient
 
 VERBS: dict[str, Callable[..., Any]] = {"fold": fold, "fuse": fuse, "merge": merge}
 
@@ -35,6 +35,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+@built_once
 def graph_of(name: str = "mlp") -> tuple[fx.GraphModule, Any]:
     found = operated(name)
     return to_graph(found.model, found.inputs), found.inputs

@@ -51,16 +51,24 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "new data": lambda m: refresh([setattr(s.core.g, "data", -s.core.g.data) for s in sites(m).values()] and m),
     "optimiser": lambda m: _train(m),
     "fused optimiser": lambda m: _train(m, fused=True),
-    "state dict": lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}),
-    "state dict, assigned": lambda m: m.load_state_dict(
-        {k: v.clone() * 0.5 for k, v in m.state_dict().items()}, assign=True
-    ),
+    "state dict": lambda m: m.load_state_dict(_other_cores(m)),
+    "state dict, assigned": lambda m: m.load_state_dict(_other_cores(m), assign=True),
+    "vector": lambda m: _vector(m),
     "to": lambda m: m.to(torch.bfloat16).to(torch.float32),
     "double": lambda m: m.to(torch.float64),
     "train and eval": lambda m: m.train().eval(),
     "base": lambda m: [s.weight.data.mul_(1.0) for s in sites(m).values()],
     "nothing": lambda m: None,
 }
+
+
+def _other_cores(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v * 0.5 if ".core." in k else v.clone() for k, v in model.state_dict().items()}
+
+
+def _vector(model: nn.Module) -> None:
+    cores = [site.core.g for site in sites(model).values()]
+    nn.utils.vector_to_parameters(-nn.utils.parameters_to_vector(cores), cores)
 
 
 def _in_place(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Products whose weight is changed as a whole: 1x1 convolutions, views, slices, left operands, einsums."""
+"""Products whose weight is changed as a whole: convolutions, views, slices, left operands, einsums."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def some(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def conv(cls: Any, *args: Any, **options: Any) -> nn.Module:
+def conv(cls: Any, kernel: Any = 1, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(cls(4, 6, 1, *args, **options), nn.Tanh())
+    return nn.Sequential(cls(4, 6, kernel, **options), nn.Tanh())
 
 
 # a function, the shape of its parameter, its input, and (stack, d_out, d_in, layout)
@@ -75,6 +75,16 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "conv2d same": (lambda: conv(nn.Conv2d, padding="same", bias=False), some(2, 4, 5, 6)),
     "conv2d reflected": (lambda: conv(nn.Conv2d, padding=1, padding_mode="reflect"), some(2, 4, 5, 6)),
     "conv3d": (lambda: conv(nn.Conv3d, dilation=2), some(2, 4, 3, 4, 5)),
+    "kernel of 3": (lambda: conv(nn.Conv1d, 3, stride=2, padding=1), some(2, 4, 9)),
+    "kernel of 3x2": (lambda: conv(nn.Conv2d, (3, 2), stride=(2, 1), padding=(1, 0)), some(2, 4, 7, 6)),
+    "kernel, same": (lambda: conv(nn.Conv2d, (3, 2), padding="same", bias=False), some(2, 4, 5, 6)),
+    "kernel, dilated": (lambda: conv(nn.Conv2d, 3, dilation=(1, 2), padding=2), some(2, 4, 5, 6)),
+    "kernel, circular": (lambda: conv(nn.Conv2d, 3, padding=(2, 1), padding_mode="circular"), some(2, 4, 5, 6)),
+    "kernel, replicated": (lambda: conv(nn.Conv1d, 3, padding=1, padding_mode="replicate"), some(2, 4, 5)),
+    "kernel of 2x2x2": (lambda: conv(nn.Conv3d, 2, stride=2), some(2, 4, 4, 4, 5)),
+    "groups": (lambda: conv(nn.Conv2d, 3, groups=2, padding=1), some(2, 4, 5, 6)),
+    "groups of 1x1": (lambda: conv(nn.Conv1d, 1, groups=2), some(2, 4, 5)),
+    "one batch": (lambda: conv(nn.Conv2d, 3), some(4, 5, 6)),
 }
 CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = CONVOLUTIONS | {
     name: (lambda function=function, shape=shape: Forward(function, w=nn.Parameter(some(*shape, seed=1))), x)
@@ -82,6 +92,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = CONVOLUTIONS | 
 }
 each_case = pytest.mark.parametrize("name", CASES)
 each_convolution = pytest.mark.parametrize("name", CONVOLUTIONS)
+
+
+def host_of(name: str) -> str:
+    """A convolution of one group is called; any other weight is changed as a whole."""
+    return "module" if name in CONVOLUTIONS and not name.startswith("groups") else "weight"
 
 
 def reference(model: nn.Module, plain: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -120,11 +135,13 @@ def test_a_weight_is_seen_as_matrices(name):
 
 @each_convolution
 @pytest.mark.parametrize("given", [True, False])
-def test_a_convolution_of_single_positions_is_a_site(name, given):
+def test_a_convolution_is_a_site(name, given):
     build, x = CONVOLUTIONS[name]
+    layer = build()[0]
     (site,) = inspect_sites(build(), x if given else None).sites
-    bias = None if name.endswith("same") else "0.bias"
-    assert (site.key, site.stack, site.d_out, site.d_in, site.layout, site.bias) == ("0", None, 6, 4, "out_in", bias)
+    assert (site.key, site.layout, site.bias) == ("0", "out_in", None if layer.bias is None else "0.bias")
+    stack = None if layer.groups == 1 else layer.groups
+    assert (site.stack, site.d_out, site.d_in) == (stack, 6 // layer.groups, layer.weight[0].numel())
 
 
 @each_case
@@ -137,7 +154,7 @@ def test_in_place(name, tmp_path):
         assert torch.equal(model(x), base)
         gains(model, 0.4)
         (site,) = sites(model).values()
-        assert site.host.name == "weight"
+        assert site.host.name == host_of(name)
         assert site.delta_weight().shape == site.weight.shape
         expected = reference(model, plain, x)
         assert not torch.allclose(expected, base)
@@ -212,10 +229,8 @@ def test_a_convolution_that_a_symbolic_trace_calls(name):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv2d(4, 6, 3), "its kernel of 3x3 mixes positions"),
-        (nn.Conv2d(4, 6, (1, 3)), "its kernel of 1x3 mixes positions"),
-        (nn.Conv2d(4, 6, 1, groups=2), "its 2 groups each see a part of the channels"),
         (nn.ConvTranspose2d(4, 6, 1), "transposed"),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), "transposed"),
     ],
 )
 @pytest.mark.parametrize("given", [True, False])
@@ -266,21 +281,19 @@ def test_sees_one_weight_in_two_ways():
     assert [s.reason for s in found.skipped] == ["its products see its weight as different matrices"]
 
 
-@each_convolution
-def test_calibration_sees_the_positions(name):
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if not name.startswith("groups")])
+def test_calibration_sees_the_unfolded_input(name):
     build, x = CONVOLUTIONS[name]
-    if name.endswith("reflected"):
-        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
     model = build()
     surgery.apply_surgery(
         model, surgery.AntiPaSTOCorDA(r=3, cov_eps=0.0), calibration=[CONVOLUTIONS[name][1]], progress=False
     )
-    layer = build()[0]
-    padding = (
-        layer.padding if isinstance(layer.padding, tuple) and layer.padding_mode == "zeros" else (0,) * (x.dim() - 2)
-    )
-    padded = F.pad(x, [size for size in reversed(padding) for _ in range(2)])
-    tokens = padded[(..., *(slice(None, None, step) for step in layer.stride))].movedim(1, -1).flatten(0, -2).double()
+    layer = build()[0].double()
+    window = copy.deepcopy(layer)  # gives each entry of the window as a channel of its own
+    rows = torch.eye(layer.weight[0].numel(), dtype=torch.float64)
+    window.weight, window.bias = nn.Parameter(rows.reshape(-1, *layer.weight.shape[1:])), None
+    tokens = window(x.double() if x.dim() > layer.weight.dim() - 1 else x[None].double()).detach()
+    tokens = tokens.movedim(1, -1).flatten(0, -2)
     W = layer.weight.detach().flatten(1).double()
     moment = W @ (tokens.T @ tokens / len(tokens)) @ W.T
     expected = torch.linalg.eigvalsh(moment).flip(0)[:3].clamp(min=0).sqrt()

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
 def test_on_a_stand_in_for_an_accelerator(which: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "DEVICE"))}

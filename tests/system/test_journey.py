@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked_commands import run_forked
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -22,9 +24,10 @@ def blocks(language: str) -> list[str]:
 def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     here = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # not what is installed
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": here, **env}
-    return subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600, check=False)
 
 
+@pytest.mark.long
 def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text("\n".join(blocks("python")))
     done = run(sys.executable, "example.py", cwd=tmp_path)
@@ -63,6 +66,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     return folder / "out", run(sys.executable, "-m", "surgery", "demo", *short, cwd=folder)
 
 
+@pytest.mark.long
 def test_a_short_demo_verifies_everything_but_learning(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = demo
     assert (out / "demo.json").is_file(), done.stdout + done.stderr
@@ -90,6 +94,7 @@ def test_the_demos_adapter_and_graphs_are_left_behind(demo: tuple[Path, subproce
         assert (out / name).stat().st_size > 0
 
 
+@pytest.mark.long
 def test_the_demo_on_a_model_and_a_text_of_ones_own(tmp_path: Path) -> None:
     import tokenizers
     import transformers
@@ -111,6 +116,7 @@ def test_the_demo_on_a_model_and_a_text_of_ones_own(tmp_path: Path) -> None:
     assert data["unit"] == "token"
 
 
+@pytest.mark.long
 def test_the_command_line(tmp_path: Path) -> None:
     helped = run(sys.executable, "-m", "surgery", "--help", cwd=tmp_path)
     assert helped.returncode == 0
@@ -120,13 +126,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "one gain per singular direction" in listed.stdout
     assert "256 trainable at r = 256" in listed.stdout
     assert "pool='rms', suppress_only=False" in listed.stdout
-    failed = run(sys.executable, "-m", "surgery", "demo", "--text", "missing.txt", cwd=tmp_path)
+    demo = [sys.executable, "-m", "surgery", "demo"]
+    failed = run_forked([*demo, "--text", "missing.txt"], cwd=tmp_path)
     assert failed.returncode == 1
     assert "InputError" in failed.stderr
     assert "missing.txt" in failed.stderr
     assert "Traceback" not in failed.stderr
     (tmp_path / "short.txt").write_text("too short")
-    failed = run(sys.executable, "-m", "surgery", "demo", "--model", "model", "--text", "short.txt", cwd=tmp_path)
+    failed = run_forked([*demo, "--model", "model", "--text", "short.txt"], cwd=tmp_path)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
 

@@ -6,8 +6,7 @@ a parameter; the first one that does is taken, and a parameter that none accepts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from surgery.errors import WeightError
 from surgery.support.configuration import import_all
 from surgery.support.distributed import is_sharded, whole
 from surgery.support.fingerprint import DTYPES, can_be_cast, cast_fingerprints, fingerprint, is_base
+from surgery.support.untrusted_files import JsonObject
 
 BLOCK = 2**18  # entries of a weight that are summed in float64 at a time, at least of 64 rows
 KINDS: dict[str, type[BaseWeight]] = {}
@@ -102,7 +102,9 @@ class BaseWeight:
     def stored(self, matrix: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`matrix`: numbers in the layout and shape of the stored weight."""
         found = matrix if self.layout == "out_in" else matrix.mT
-        return found if found.dim() == len(self.shape) else found.reshape(self.shape)
+        if found.dim() == len(self.shape) == 2:  # whose sizes a trace may leave free
+            return found
+        return found if found.shape == self.shape else found.reshape(self.shape)
 
     def why_not(self) -> str | None:
         """Why it cannot be factorised, or None."""
@@ -128,20 +130,20 @@ class BaseWeight:
         """SHA-256 of what the weight is known by in files."""
         return fingerprint(whole(self.tensor()))
 
-    def known_by(self) -> dict[str, Any]:
+    def known_by(self) -> JsonObject:
         """What a file says of it: its dtype, its fingerprint, and those of what a cast to another dtype would give."""
         if not self.holds_entries:
             return {"dtype": self.dtype_name, "fingerprint": self.fingerprint(), "casts": {}}
         weight = whole(self.tensor())
         return {"dtype": self.dtype_name, "fingerprint": fingerprint(weight), "casts": cast_fingerprints(weight)}
 
-    def comparable(self, entry: Mapping[str, Any]) -> bool:
+    def comparable(self, entry: JsonObject) -> bool:
         """Whether it can be compared with the weight that a file describes."""
         if not self.holds_entries:
             return bool(self.dtype_name == entry["dtype"])
         return can_be_cast(self.tensor(), entry)
 
-    def is_that_of(self, entry: Mapping[str, Any]) -> bool:
+    def is_that_of(self, entry: JsonObject) -> bool:
         """Whether it is the weight that a file describes, or that weight in another dtype."""
         if not self.holds_entries:
             return bool(self.fingerprint() == entry["fingerprint"])
@@ -186,7 +188,28 @@ def matrices_of(weight: torch.Tensor, layout: str, shape: tuple[int, ...]) -> to
 def is_plain(parameter: torch.Tensor) -> bool:
     """Whether the entries of a parameter are there as plain floating-point numbers."""
     data = parameter.data if isinstance(parameter, nn.Parameter) else parameter
-    return type(parameter) is nn.Parameter and type(data) is torch.Tensor and parameter.dtype in DTYPES.values()
+    plain = type(parameter) is nn.Parameter and type(data) is torch.Tensor and parameter.layout is torch.strided
+    return plain and parameter.dtype in DTYPES.values()
+
+
+def why_not_plain(parameter: torch.Tensor) -> str:
+    """What a parameter is that no kind accepts."""
+    if parameter.is_meta:
+        return _ON_META
+    if is_sharded(parameter):
+        return _SHARDED
+    data = parameter.data if type(parameter) is nn.Parameter else parameter
+    if type(data) is not torch.Tensor:
+        package = type(data).__module__.partition(".")[0]
+        what = f"is a {type(data).__name__} ({package}) of {parameter.dtype}, a subclass of torch.Tensor"
+    elif parameter.layout is not torch.strided:
+        what = f"is stored as {parameter.layout}, without the entries that are zero"
+    elif parameter.is_complex():
+        what = f"is complex ({parameter.dtype})"
+    else:
+        whole_numbers = not parameter.is_floating_point() and parameter.dtype not in (torch.int8, torch.uint8)
+        what = f"holds integers ({parameter.dtype})" if whole_numbers else f"is of {parameter.dtype}, quantised"
+    return f"its weight {what}; {SUPPORTED}; leave it out with exclude_modules"
 
 
 def base_weight_of(
@@ -195,17 +218,13 @@ def base_weight_of(
     """The base weight of a site, of the kind that accepts its parameter.
 
     Raises:
-        WeightError: no kind does: it is sharded, quantised, or another tensor subclass.
+        WeightError: no kind does: it is sharded, quantised, complex, or another tensor subclass.
     """
     parameter = reader.parameter()
     kind = kind_of(parameter, layout, matrix_shape, rows)
     if kind is not None:
         return kind(reader, layout, matrix_shape, rows)
-    data = parameter.data if type(parameter) is nn.Parameter else parameter
-    reason = f"its weight is a {type(data).__name__} of {parameter.dtype}, quantised; {SUPPORTED}"
-    if parameter.is_meta or is_sharded(parameter):
-        reason = _ON_META if parameter.is_meta else _SHARDED
-    raise WeightError(f"site {key!r}: {reason}")
+    raise WeightError(f"site {key!r}: {why_not_plain(parameter)}")
 
 
 class _InModel:

@@ -17,4 +17,5 @@ class Plain(BaseWeight):
         cls, parameter: torch.Tensor, layout: str, matrix_shape: tuple[int, ...], rows: tuple[int, int] | None
     ) -> bool:
         """One matrix, in the layout of ``nn.Linear``."""
-        return rows is None and len(matrix_shape) == 2 and layout == "out_in" and is_plain(parameter)
+        one = len(matrix_shape) == 2 and layout == "out_in" and parameter.dim() == 2
+        return rows is None and one and is_plain(parameter)

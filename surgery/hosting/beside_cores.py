@@ -1,0 +1,162 @@
+"""What was trained beside the cores: a new head, biases, norms, whole embeddings, and buffers that forwards write to.
+
+What a load brings stands in the place of the model's own tensors, which are never written; undoing puts these back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from passes.ir.module_utils import private_module
+from surgery.hosting.state import Replaced, State, adapters_of, module_paths, parameter_names, record_of
+from surgery.modules.adapter import Adapter
+from surgery.support.fingerprint import cast_fingerprints, fingerprint
+
+LARGEST = 2**16  # entries of a buffer that is watched: running statistics are small
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters but those of adapters, by the names that they have without adapters; a tied one by each name."""
+    found = adapters_of(model)
+    of_adapters = {id(parameter) for site in found.values() for parameter in site.parameters()}
+    hosted = _hosted_names(model, found.values())
+    names = {
+        hosted.get(name, name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) not in of_adapters
+    }
+    paths = module_paths(model)
+    for site in found.values():
+        if site.host.set_aside is not None:
+            names[parameter_names(paths, site)[0]] = site.host.set_aside
+    return names
+
+
+def base_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers outside adapters, by name; one that is shared, by each name."""
+    inside = {id(module) for site in adapters_of(model).values() for module in site.modules()}
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) not in inside
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _hosted_names(model: nn.Module, found: Iterable[Adapter]) -> dict[str, str]:
+    """Names that weights had before they were parametrised by an adapter, by the names that they have since."""
+    weights: dict[int, set[str]] = {}
+    for site in found:
+        if site.host.name == "weight":
+            weights.setdefault(id(site.host.owner), set()).add(site.host.weight_name)
+    names = {}
+    for path, module in model.named_modules(remove_duplicate=False) if weights else ():
+        prefix = f"{path}." if path else ""
+        for local in weights.get(id(module), ()):
+            names[f"{prefix}parametrizations.{local}.original"] = prefix + local
+    return names
+
+
+def watched_buffers(model: nn.Module) -> dict[str, set[str]]:
+    """Fingerprints of small persistent buffers, as the running statistics of a batch norm: training writes to them.
+
+    They are those of the buffer itself, and of what casts of the model make of it.
+    """
+    return {
+        _uncompiled(name): {
+            fingerprint(buffer),
+            *(cast_fingerprints(buffer) if buffer.is_floating_point() else {}).values(),
+        }
+        for name, buffer in base_buffers(model).items()
+        if type(buffer) is torch.Tensor and not buffer.is_meta and buffer.numel() <= LARGEST
+    }
+
+
+def _uncompiled(name: str) -> str:
+    """The name of a buffer, also where its layer was compiled in place since."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def beside_cores(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that belong to what was trained, by the names that they have without adapters.
+
+    These are the parameters outside the cores that require gradients, the small buffers that were written to since
+    surgery, and what a load or a checkpoint has brought.
+    """
+    state = record_of(model)
+    brought = {id(tensor) for tensor in map(present, state.replaced)} | {id(one.brought) for one in state.replaced}
+    found: dict[str, torch.Tensor] = {
+        name: parameter
+        for name, parameter in base_parameters(model).items()
+        if parameter.requires_grad or id(parameter) in brought or name in state.brought_in_place
+    }
+    for name, buffer in base_buffers(model).items():
+        before = state.buffers.get(_uncompiled(name))
+        is_written = before is not None and not buffer.is_meta and fingerprint(buffer) not in before
+        if is_written or id(buffer) in brought or name in state.brought_in_place:
+            found[name] = buffer
+    return found
+
+
+def _table(owner: nn.Module, tensor: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Where a module registers a tensor of this kind."""
+    return owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers  # type: ignore[return-value]
+
+
+def present(one: Replaced) -> torch.Tensor:
+    """What stands now where a load has brought something: conversions make new buffers."""
+    found = _table(one.owner, one.before).get(one.name)
+    return one.brought if found is None else found
+
+
+def bring(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> list[Replaced]:
+    """Put tensors in the place of a root's own parameters and buffers, by name; one under several names is tied."""
+    replaced, original = [], record_of(model).original
+    for name, tensor in trained.items():
+        path, _, local = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if original is not None:  # a module that a graph calls may be another model's too
+            owner = private_module(model, path, original.modules)
+        table = _table(owner, tensor)
+        before = table[local]
+        if before is not None and before is not tensor:  # a module may have several paths
+            replaced.append(Replaced(owner, local, before, tensor, tensor.dtype))
+            table[local] = tensor
+    return replaced
+
+
+def put_back(state: State) -> None:
+    """Put the model's own tensors back; they follow conversions of the model since they were replaced."""
+    for one in reversed(state.replaced):
+        now = present(one)
+        dtype = one.before.dtype if now.dtype == one.dtype else now.dtype
+        if (one.before.device, one.before.dtype) != (now.device, dtype):
+            one.before.data = one.before.detach().to(now.device, dtype)
+        _table(one.owner, one.before)[one.name] = one.before
+
+
+def brought_by_name(model: nn.Module, state: State) -> dict[str, torch.Tensor]:
+    """What loads have brought to a root, by the names that it has in a model around it, or in the root itself."""
+    paths = module_paths(model)
+    return {".".join(filter(None, (paths[id(one.owner)], one.name))): present(one) for one in state.replaced}
+
+
+def trained_in_place(model: nn.Module) -> list[str]:
+    """Names of what was trained outside the cores in the model's own tensors, whose old values are gone."""
+    brought = {id(present(one)) for one in record_of(model).replaced}
+    return [name for name, tensor in beside_cores(model).items() if id(tensor) not in brought]
+
+
+def say_what_stays(names: list[str]) -> None:
+    """Warn that what was trained in place is not undone."""
+    if names:
+        warnings.warn(
+            f"{names[0]!r} ({len(names)} such) could be trained in place, beside the cores: it stays as it is now, "
+            "since only what load_adapter brings is replaced; load the base model again to have its old values",
+            stacklevel=3,
+        )
