@@ -23,23 +23,24 @@ from passes.ir.torch_internals import (
     storage_address,
     tensor_hooks,
     tree_iter,
+    without_modes,
     without_torch_function,
 )
 
-AHEAD = 2**20  # bytes, at most, of a tensor that is copied before the run
+AHEAD = 2**16  # bytes, at most, of a tensor that is copied before the run
 
 
 class TensorStates:
     """What tensors are and hold, to be put back."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        with without_torch_function(), torch.no_grad():
+        with without_torch_function(), torch.inference_mode(False), torch.no_grad():
             self.before = [_Before.of(tensor) for tensor in tensors]
         self.watch = Watch(before.alias for before in self.before if before.alias is not None)
 
     def put_back(self) -> list[torch.Tensor]:
         """Put it all back; gives the tensors that were written to unseen, whose values are not known any more."""
-        with without_torch_function(), torch.no_grad():
+        with without_torch_function(), torch.inference_mode(False), torch.no_grad():
             written = [before for before in self.before if before.is_written]
             lost = [before.tensor for before in self.before if before.is_lost(self.watch)]
             self.watch.put_back()
@@ -79,7 +80,8 @@ class Watch(TorchDispatchMode):
             return
         address = storage_address(tensor)
         if address in self.memories and address not in self.copies:
-            self.copies[address] = self.memories[address].clone()
+            with without_modes():
+                self.copies[address] = self.memories[address].clone()
 
     def shrunk(self, address: int) -> bool:
         """Whether memory was given back, and with it what it held."""
@@ -168,7 +170,8 @@ class _Before:
         if storage_address(tensor) != storage_address(alias) or _form(tensor) != _form(alias):
             tensor.data = alias
         if copy is not None and not torch.equal(alias, copy):
-            alias.copy_(copy)
+            with torch.inference_mode(alias.is_inference()):  # nowhere else may a tensor of that mode be written
+                alias.copy_(copy)
 
     def put_back_flags(self) -> None:
         """Give the tensor its gradient, its hooks, and no history where it had none."""

@@ -194,6 +194,13 @@ def without_torch_function() -> contextlib.AbstractContextManager[None]:
     return torch._C.DisableTorchFunctionSubclass()  # type: ignore[return-value]
 
 
+def without_modes() -> contextlib.AbstractContextManager[object]:
+    """Compute past all modes of dispatch: an exporter's would take the operations for the model's."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
     """Let tensors count as written to so many times: for those whose values were put back."""
     torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))

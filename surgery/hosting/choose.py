@@ -66,6 +66,8 @@ def why_not_called(owner: nn.Module, layout: str) -> str | None:
 
 def is_product(module: nn.Module) -> bool:
     """Whether a module with a forward of its own is a site although no parameter is its matrix: it passes the probe."""
+    if parametrize.is_parametrized(module):  # to read its weight is to run what computes it, which may write
+        return False
     base = _base_weight(module, "out_in")
     if base is None or base.holds_entries or base.why_not_there():
         return False

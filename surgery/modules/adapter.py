@@ -94,10 +94,12 @@ class Adapter(InlinedAdapter):
         steps = self.schedule.case(training=learns, rows=coeff.dim() > 0)  # type: ignore[union-attr]
         name = step(steps, x.numel() // self.factors.Vh.shape[1]) if len(steps) > 1 else steps[0][1]
         lowering = REGISTRY[name]
-        unchecked = not steering.armed and (
-            (lowering.takes_projection and recalled is None) or (lowering.caches and not learns)
-        )
-        return ALWAYS if unchecked else name
+        if not steering.armed and lowering.takes_projection:
+            if torch.compiler.is_compiling():
+                return ALWAYS
+            if recalled is None:  # a part is called by itself; a recomputation has to choose as its forward did
+                self.record.settle(self, weight)
+        return name if steering.armed or learns or not lowering.caches else ALWAYS
 
     def runs(self) -> bool:
         """Whether the model runs, in this thread: what reads the weight now multiplies by it."""

@@ -18,8 +18,9 @@ from tests.support.traces import SIZE, TRACES, Traces
 
 X = torch.linspace(-1, 1, 4 * SIZE).reshape(4, SIZE)
 TARGETS = ["first", "second"]
-# A graph that leaves all traces cannot be captured; each of these leaves some, and can.
-CAPTURED = ["attribute", "nested_list", "queue", "buffer_in_place", "rows_of_an_embedding", "own_random_numbers"]
+ALL = [name for name in TRACES if name != "lazy_layer"]  # with which a model is refused until it has run
+# A forward that leaves all traces cannot be captured; one that leaves these can.
+CAPTURED = ["attribute", "nested_list", "queue", "rows_of_an_embedding", "attribute_of_a_tensor", "modes"]
 
 
 def operated(names: list[str], **options: Any) -> Traces:
@@ -41,11 +42,9 @@ def operates(model: nn.Module, path: Any) -> None:
 
 
 def operates_on_data(model: nn.Module, path: Any) -> None:
-    surgery.undo_surgery(
-        surgery.apply_surgery(
-            model, "antipasto_corda", r=2, target_modules=TARGETS, calibration=[X, 2 * X], progress=False
-        )
-    )
+    options: Any = {"r": 2, "target_modules": TARGETS, "progress": False}
+    surgery.apply_surgery(model, "antipasto_corda", calibration=[X, 2 * X], **options)
+    surgery.undo_surgery(surgery.recalibrate(model, [3 * X], progress=False))
 
 
 def calibrates(model: nn.Module, path: Any) -> None:
@@ -54,7 +53,7 @@ def calibrates(model: nn.Module, path: Any) -> None:
 
 def contrasts(model: nn.Module, path: Any) -> None:
     data = surgery.Contrast([X], [-X], pool="all")
-    surgery.calibrate(model, "sspace", data, r=2, target_modules=TARGETS, progress=False)
+    surgery.calibrate(model, "sspace", data, r=2, target_modules=["first"], progress=False)
 
 
 PLAIN = [inspects, operates, operates_on_data, calibrates, contrasts]
@@ -64,8 +63,7 @@ PLAIN = [inspects, operates, operates_on_data, calibrates, contrasts]
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("look", PLAIN)
 def test_verbs_on_a_model_that_leaves_every_trace(look, before, tmp_path):
-    model, other = Traces(TRACES), Traces(TRACES)
-    other.load_state_dict(model.state_dict()) if before else None
+    model = Traces(ALL)
     for _ in range(before):
         model.eval()(X.clone())
     was = described(model)
@@ -78,33 +76,35 @@ def graphs(model: nn.Module, path: Any) -> None:
 
 
 def exports_a_program(model: nn.Module, path: Any) -> None:
-    export(model, path / "model.pt2", "pt2", example_inputs=X)
+    export(model, "pt2", path / "model.pt2", example_inputs=X)
 
 
 def exports_a_script(model: nn.Module, path: Any) -> None:
-    export(model, path / "model.pt", "torchscript", example_inputs=X)
+    export(model, "torchscript", path / "model.pt", example_inputs=X)
 
 
 def exports_a_lora(model: nn.Module, path: Any) -> None:
-    export(model, path / "lora", "lora", example_inputs=X)
+    export(model, "lora", path / "lora", example_inputs=X)
 
 
-def recalibrates(model: nn.Module, path: Any) -> None:
-    surgery.calibrate(model, "antipasto_corda", [X], r=2, target_modules=["inner"], progress=False)
-
-
-OPERATED = [graphs, exports_a_program, exports_a_script, exports_a_lora, recalibrates]
+OPERATED = [graphs, exports_a_program, exports_a_script, exports_a_lora]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("names", [CAPTURED, list(TRACES)], ids=["captured", "all"])
+@pytest.mark.parametrize("names", [CAPTURED, ALL], ids=["captured", "all"])
 @pytest.mark.parametrize("look", OPERATED)
 def test_verbs_on_an_operated_model(look, names, tmp_path):
     model = operated(names)
-    was = described(model)
-    with contextlib.suppress(SurgeryError):  # not every trace can be captured, or agrees with a second run
+    was = without_caches(model)
+    # not every trace can be captured, or agrees with a second run
+    with contextlib.suppress(*[] if names is CAPTURED else [SurgeryError]):
         look(model, tmp_path)
-    assert described(model) == was
+    assert without_caches(model) == was
+
+
+def without_caches(model: nn.Module) -> list[str]:
+    """Without what adapters have derived and checked, which a verb may do anew."""
+    return [line for line in described(model) if not any(own in line for own in (".staleness.", ".record."))]
 
 
 class Building(nn.Module):

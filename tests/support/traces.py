@@ -66,7 +66,7 @@ class Traces(nn.Module):
         self.first, self.second, self.inner = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
         self.swapped = nn.Linear(SIZE, SIZE)
         self.norm, self.spectral = nn.BatchNorm1d(SIZE), spectral_norm(nn.Linear(SIZE, SIZE))
-        self.embedding, self.lazy = nn.Embedding(4, SIZE, max_norm=0.5), nn.LazyLinear(SIZE)
+        self.embedding = nn.Embedding(4, SIZE, max_norm=0.5)
         self.table: Any = {"b": 1, "a": [2]}
         self.ordered: Any = OrderedDict(x=1, y=2, z=3)
         self.own = Own(x=1)
@@ -83,6 +83,8 @@ class Traces(nn.Module):
             self.register_buffer(name, value)
         self.first.register_forward_hook(counting())
         self.names, self.fails = tuple(names), fails
+        if "lazy_layer" in self.names:
+            self.lazy = nn.LazyLinear(SIZE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (rows, 6) to (rows, 6)."""

@@ -151,6 +151,8 @@ def test_a_checkpointed_function_may_steer_within_itself(kind: str, coefficient:
     model, x, run = checkpointed(None), inputs(), KINDS[kind]
     coefficients = [c for c in COEFFICIENTS[coefficient] if not isinstance(c, Tensor) or c.dim() < 2]
     coefficients = coefficients or [torch.linspace(-1, 1, BATCH)]  # tokens belong to calls of the root
+    with torch.no_grad(), steer(model, torch.linspace(-1, 1, BATCH)):
+        model(x)  # where rows lie is measured in a call of the whole model
     outputs = []
     for coeff in coefficients:
         with steer(model, coeff):
