@@ -12,6 +12,7 @@ from torch import fx, nn
 from passes.errors import InputError
 from passes.ir.forward_context import Call
 from passes.ir.provenance import adapter_instances
+from passes.ir.torch_internals import unseen_by_checkpoints
 from surgery.hosting.coefficient import Coefficient, Sequences
 from surgery.hosting.row_probe import DoesNotRunError, Layouts, Run, chosen, join, measure_rows
 from surgery.modules.adapter import ROWS_FIRST, Adapter
@@ -95,7 +96,8 @@ class RowRecord:
         assert self.sites is not None
         tried = []
         for dim in dims:
-            found = measure_rows(root, steering, call, dim, _run_of(root, self.sites))
+            with unseen_by_checkpoints():
+                found = measure_rows(root, steering, call, dim, _run_of(root, self.sites))
             layouts = {site: found[site] for site in self.sites.values() if site in found}
             tried.append((dim, layouts))
             if not any(isinstance(one, str) for one in layouts.values()):
