@@ -58,7 +58,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Prepared:
     """The base model, the three parts of the text, two windows to compare models on, and the base's logits there."""
 
     base: nn.Module
@@ -69,12 +69,12 @@ class Setting:
     logits: Tensor
 
 
-def prepare(settings: QualitySettings, cache: Path | None) -> Setting:
+def prepare(settings: QualitySettings, cache: Path | None) -> Prepared:
     """The demo's base model and its English text, whose held-out part is split once more, for the choice of rates."""
     demo = small_demo_model(cache, settings.base_steps, None, 0)
     held_out, validation = corpus.split(bytes(demo.held_out["English"].tolist()), held_out=0.5)
     base, probe = demo.load(), next(iter(corpus.windows(held_out, batch=2, length=settings.length, count=2)))
-    return Setting(base, demo.train, validation, held_out, probe, frozen_logits(base, probe))
+    return Prepared(base, demo.train, validation, held_out, probe, frozen_logits(base, probe))
 
 
 def schedule(step: int, steps: int) -> float:
@@ -100,7 +100,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def run(task: Task, settings: QualitySettings, setting: Setting) -> dict[str, Any]:
+def run(task: Task, settings: QualitySettings, setting: Prepared) -> dict[str, Any]:
     """Train and evaluate once; a loss that is not finite is None."""
 
     def loss_on(data: Tensor, most: int) -> float | None:
@@ -126,7 +126,7 @@ def run(task: Task, settings: QualitySettings, setting: Setting) -> dict[str, An
     return {**row, "setup_seconds": round(ready, 3)}
 
 
-_work: tuple[QualitySettings, Setting] | None = None
+_work: tuple[QualitySettings, Prepared] | None = None
 
 
 def _enter(settings: QualitySettings, cache: Path | None) -> None:

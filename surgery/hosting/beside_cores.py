@@ -89,7 +89,7 @@ def beside_cores(model: nn.Module) -> dict[str, torch.Tensor]:
     surgery, and what a load or a checkpoint has brought.
     """
     state = record_of(model)
-    brought = {id(tensor) for tensor in map(present, state.replaced)} | {id(one.brought) for one in state.replaced}
+    brought = {id(tensor) for tensor in map(standing, state.replaced)} | {id(one.brought) for one in state.replaced}
     found: dict[str, torch.Tensor] = {
         name: parameter
         for name, parameter in base_parameters(model).items()
@@ -108,7 +108,7 @@ def _table(owner: nn.Module, tensor: torch.Tensor) -> dict[str, torch.Tensor | N
     return owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers  # type: ignore[return-value]
 
 
-def present(one: Replaced) -> torch.Tensor:
+def standing(one: Replaced) -> torch.Tensor:
     """What stands now where a load has brought something: conversions make new buffers."""
     found = _table(one.owner, one.before).get(one.name)
     return one.brought if found is None else found
@@ -133,7 +133,7 @@ def bring(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> list[Replace
 def put_back(state: State) -> None:
     """Put the model's own tensors back; they follow conversions of the model since they were replaced."""
     for one in reversed(state.replaced):
-        now = present(one)
+        now = standing(one)
         dtype = one.before.dtype if now.dtype == one.dtype else now.dtype
         if (one.before.device, one.before.dtype) != (now.device, dtype):
             one.before.data = one.before.detach().to(now.device, dtype)
@@ -143,12 +143,12 @@ def put_back(state: State) -> None:
 def brought_by_name(model: nn.Module, state: State) -> dict[str, torch.Tensor]:
     """What loads have brought to a root, by the names that it has in a model around it, or in the root itself."""
     paths = module_paths(model)
-    return {".".join(filter(None, (paths[one.owner], one.name))): present(one) for one in state.replaced}
+    return {".".join(filter(None, (paths[one.owner], one.name))): standing(one) for one in state.replaced}
 
 
 def trained_in_place(model: nn.Module) -> list[str]:
     """Names of what was trained outside the cores in the model's own tensors, whose old values are gone."""
-    brought = {id(present(one)) for one in record_of(model).replaced}
+    brought = {id(standing(one)) for one in record_of(model).replaced}
     return [name for name, tensor in beside_cores(model).items() if id(tensor) not in brought]
 
 

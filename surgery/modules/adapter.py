@@ -208,7 +208,7 @@ class Adapter(InlinedAdapter):
             return False
         if core.trains() or (weight.requires_grad and torch.is_grad_enabled()):
             return False
-        return type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
+        return not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter) and steering.coeff.dim() == 0
 
     def reference(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What the site should give for an input and its product, by the forward that the in-place host runs."""

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 
-class Snapshot(Protocol):
+class CoreVersions(Protocol):
     """The tensors of all cores of a root at some time."""
 
     def changed(self, core: torch.nn.Module | None) -> bool:
@@ -41,7 +41,7 @@ class Setting:
     given: object = None
     number: float | None = None
     scales: dict[torch.nn.Module, torch.Tensor | None] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
+    snapshot: CoreVersions | None = None
     within: tuple[weakref.ref[object], ...] = ()
     graph: weakref.ref[Graph] | None = None
 

@@ -23,7 +23,7 @@ from passes.errors import SurgeryError
 from passes.ir.torch_internals import LEAF_NUMBER, backward_task, checkpoints_within, sequence_number
 from surgery.modules.recomputation import Recomputation
 from surgery.modules.recording_thread import Thread, this_thread
-from surgery.modules.setting import Entries, Setting, Snapshot, find
+from surgery.modules.setting import CoreVersions, Entries, Setting, find
 
 KEPT = 32  # settings of forwards that left no graph behind, as far as can be seen
 OTHER_THREADS = 8  # whose settings are kept after they have ended
@@ -90,7 +90,7 @@ class Log:
         self.nested |= bool(within)
         return replace(setting, within=within) if within != setting.within else setting
 
-    def renew(self, snapshot: Snapshot) -> None:
+    def renew(self, snapshot: CoreVersions) -> None:
         """Note that cores were written to."""
         self._append(replace(self.present, snapshot=snapshot, graph=None))
 

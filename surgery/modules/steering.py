@@ -19,7 +19,7 @@ from passes.ir.torch_internals import (
 )
 from surgery.modules.recomputation import Recomputation
 from surgery.modules.recording_thread import Thread, this_thread
-from surgery.modules.setting import Setting, Snapshot
+from surgery.modules.setting import CoreVersions, Setting
 from surgery.modules.setting_log import Log
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,7 +65,7 @@ class Steering(nn.Module):
         self.caller: int | None = None
         self.probe: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
         self.root: Callable[[], nn.Module | None] | None = None
-        self.look: Callable[[], Snapshot] | None = None
+        self.look: Callable[[], CoreVersions] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._written: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
@@ -181,7 +181,7 @@ class Steering(nn.Module):
         number = self._number[2] if self._number is not None and self._number[0] is coeff else None
         return Setting(coeff, second, dict(self.copies), self.rows, known, self.given, number, snapshot=snapshot)
 
-    def record(self, snapshot: Snapshot) -> None:
+    def record(self, snapshot: CoreVersions) -> None:
         """Note that this thread records nodes with what is in force, and with which cores."""
         if self.log is None:
             self.log = self._new_log()

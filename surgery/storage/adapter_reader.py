@@ -14,7 +14,7 @@ from torch import nn
 from passes.analysis.linear_sites import Site
 from surgery.errors import AdapterError, WeightError
 from surgery.hosting.attach import AdapterPlan
-from surgery.hosting.beside_cores import base_buffers, present
+from surgery.hosting.beside_cores import base_buffers, standing
 from surgery.hosting.choose import why_not_called
 from surgery.hosting.state import state_of
 from surgery.storage.adapter_file import StoredTensors, open_adapter
@@ -92,7 +92,7 @@ def _own_tensors(
     """The parameters and the buffers that a model would have without adapters, by every name."""
     parameters: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **hosted}
     state = state_of(model)
-    before = {id(present(one)): one.before for one in state.replaced} if state else {}
+    before = {id(standing(one)): one.before for one in state.replaced} if state else {}
     return tuple(  # type: ignore[return-value]
         {name: before.get(id(tensor), tensor) for name, tensor in table.items()}
         for table in (parameters, base_buffers(model))

@@ -5,29 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from torch import nn
 
 from bench.micro import fused
 
 
-class Attention(nn.Module):
-    """Three projections of one input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
-
-
-def model() -> tuple[nn.Module, torch.Tensor]:
-    return Attention(), torch.randn(1, 8, 16)
-
-
 def test_rows_and_their_table(tmp_path):
-    text = fused.measure(tmp_path, "tests.bench.test_fused:model", repeats=3, modes=["eager"], ranks=[4], tokens=[1, 8])
+    text = fused.measure(tmp_path, "tests.support.three_projections:model", repeats=3, modes=["eager"], ranks=[4], tokens=[1, 8])
     rows = [json.loads(line) for line in (tmp_path / "fuse.jsonl").read_text().splitlines()]
     assert [(row["model"], row["mode"], row["r"], row["tokens"]) for row in rows] == [
         ("Attention", "eager", 4, 1),
