@@ -8,10 +8,13 @@ import pytest
 from torch import nn
 
 from bench.micro import fused
+from tests.support.three_projections import model
+
+MODEL = "tests.support.three_projections:model"
 
 
 def test_rows_and_their_table(tmp_path):
-    text = fused.measure(tmp_path, "tests.support.three_projections:model", repeats=3, modes=["eager"], ranks=[4], tokens=[1, 8])
+    text = fused.measure(tmp_path, MODEL, repeats=3, modes=["eager"], ranks=[4], tokens=[1, 8])
     rows = [json.loads(line) for line in (tmp_path / "fuse.jsonl").read_text().splitlines()]
     assert [(row["model"], row["mode"], row["r"], row["tokens"]) for row in rows] == [
         ("Attention", "eager", 4, 1),
