@@ -45,10 +45,12 @@ class _RunTracer(ModuleStack):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.graph = fx.Graph()
-        self.nodes: Any = WeakIdKeyDictionary()
+        self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.names = {id(p): name for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if isinstance(func, OpOverload):
@@ -58,7 +60,7 @@ class _RunTracer(ModuleStack):
             self._note(out, node)
         return out
 
-    def _operand(self, value: Any) -> Any:
+    def _operand(self, value: object) -> Any:
         """The node of a tensor: what gave it, the parameter that it is, or an input where it came from elsewhere."""
         if not isinstance(value, torch.Tensor):
             return value if isinstance(value, BASE_TYPES) else None
@@ -70,7 +72,7 @@ class _RunTracer(ModuleStack):
                 self.nodes[value] = self.graph.get_attr(name)
         return self.nodes[value]
 
-    def _note(self, out: Any, node: fx.Node) -> None:
+    def _note(self, out: object, node: fx.Node) -> None:
         if isinstance(out, torch.Tensor):
             self.nodes[out] = node
         elif isinstance(out, (tuple, list)):

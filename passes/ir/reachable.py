@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.ir.tables import TABLES, Look, Note, Put, look_at_dict, table_looks
+from passes.ir.tables import TABLES, Look, Note, Place, look_at_dict, table_looks
 
 ATOMS = frozenset(
     (
@@ -42,7 +42,7 @@ class Reachable:
 
     def __init__(self, root: object) -> None:
         self.tensors: list[torch.Tensor] = []
-        self._places: list[tuple[Put, Any, Any]] = []
+        self._places: list[Place] = []
         self._empty: list[Any] = []  # most tables of a module are: not worth more than a look
         self._walk(root)
 
@@ -107,7 +107,7 @@ def _attributes(obj: Any, note: Note) -> Iterable[object]:
     return look_at_dict(table, note) if type(table) is dict else ()  # a class may define it as something else
 
 
-def _put_class(obj: Any, cls: type) -> None:
+def _put_class(obj: object, cls: type) -> None:
     if type(obj) is not cls:  # a lazy module that has found its shape, a parametrised one
         object.__setattr__(obj, "__class__", cls)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 Put = Callable[[Any, Any], None]
-Note = Callable[[tuple[Put, Any, Any]], None]
+Place = tuple[Put, Any, Any]
+Note = Callable[[Place], None]
 Look = Callable[[Any, Note], Iterable[object]]
 
 
@@ -61,7 +62,7 @@ def _is_dead(value: object) -> bool:
     return isinstance(value, weakref.ref) and value() is None
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Collection[object], other: Collection[object]) -> bool:
     """Whether two tables hold the same objects in the same order; equal ones are not enough."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from passes.ir.torch_internals import (
+    OpOverload,
     TorchDispatchMode,
     inner_tensors,
     is_fake,
@@ -63,7 +64,9 @@ class Watch(TorchDispatchMode):
         self.sizes = {address: memory.nbytes() for address, memory in self.memories.items()}
         self.copies: dict[int, torch.UntypedStorage] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         places = _WRITES.get(func)
         if places is None:
@@ -97,11 +100,11 @@ class Watch(TorchDispatchMode):
                 memory.copy_(copy)
 
 
-_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {}  # by operation: what it writes to, by position and name
+_WRITES: dict[OpOverload, tuple[tuple[int, str], ...]] = {}  # by operation: what it writes to, by position and name
 _ALL = ((-1, ""),)
 
 
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
+def _written(func: OpOverload) -> tuple[tuple[int, str], ...]:
     schema = schema_of(func)
     if schema is None:  # one of higher order: what runs inside is not seen
         return _ALL
@@ -109,7 +112,9 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, one.name) for i, one in arguments if one.alias_info is not None and one.alias_info.is_write)
 
 
-def _arguments(places: tuple[tuple[int, str], ...], args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+def _arguments(
+    places: tuple[tuple[int, str], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[torch.Tensor]:
     given = (args, kwargs) if places is _ALL else [args[i] if i < len(args) else kwargs.get(n) for i, n in places]
     return (leaf for leaf in tree_iter(given) if isinstance(leaf, torch.Tensor))
 

@@ -14,7 +14,6 @@ import operator
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from passes.ir.torch_internals import REPLICA, backward_task
 from surgery.modules.adapter import Adapter
+from surgery.modules.core import Core
 from surgery.modules.steering import Steering
 from surgery.support.change_detection import address_of, version_of
 from surgery.support.untrusted_files import JsonObject
@@ -115,12 +115,12 @@ class Staleness:
         """Take all for stale, and look the adapters up again."""
         self.sites: dict[str, Adapter] | None = None
         self.tables: list[Table] = []
-        self.nested: list[Any] = []
+        self.nested: list[Core] = []
         self.places: list[tuple[Mapping[str, torch.Tensor | None], str]] = []
         self.factors: list[Table] = []
         self.cores, self.weights, self.frozen = _Seen(), _Seen(), _Seen()
         self.flags: list[bool] = []
-        self.offloaded: list[Any] = []
+        self.offloaded: list[nn.Module] = []
         self.steps = -1
         self.coeff: torch.Tensor | None = None
         self.coeff_version = -1
@@ -152,9 +152,9 @@ class Staleness:
         cores: list[torch.Tensor] = [t for t in chain.from_iterable(map(dict.values, self.tables)) if t is not None]
         for core in self.nested:
             cores += [*core.parameters(), *core.buffers()]
-        weights: list[Any] = [table.get(name) for table, name in self.places]
-        weights = [t for t in weights if t is not None]
-        factors: list[Any] = [*chain.from_iterable(map(dict.values, self.factors))]
+        held = (table.get(name) for table, name in self.places)
+        weights = [t for t in held if t is not None]
+        factors: list[torch.Tensor] = [*chain.from_iterable(map(dict.values, self.factors))]
         flags = [t.requires_grad for t in weights]
         self._check_coefficient()
         moved = flags != self.flags or not self.weights.same(weights) or not self.frozen.same(factors)

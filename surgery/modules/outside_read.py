@@ -7,13 +7,15 @@ the changed weight, with the gradient of the core.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from passes.errors import InputError, SurgeryError
 from passes.ir.torch_internals import plainly, tree_map_only
 from surgery.errors import VariantError, WeightError
+from surgery.support.untrusted_files import JsonObject
 
 if TYPE_CHECKING:
     from surgery.modules.adapter import Adapter
@@ -37,7 +39,9 @@ class OutsideRead(torch.Tensor):
     site: Adapter
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: JsonObject | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in METADATA:
             return plainly(func, args, kwargs)

@@ -143,7 +143,7 @@ def read_parts(
 
 
 def _check_factors(
-    where: str, entry: JsonObject, variant: Variant, factors: Factors, base: BaseWeight, dtypes: tuple[Any, ...]
+    where: str, entry: JsonObject, variant: Variant, factors: Factors, base: BaseWeight, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Check that stored factors are those of the weight, by :func:`surgery.modules.factor_fit.why_not_of`.
 

@@ -30,7 +30,7 @@ from surgery.support.untrusted_files import JsonObject, path_of
 from surgery.verbs.save_load import coefficient_entry, say_coefficient, write_adapter
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-ACCEPTED: dict[str, tuple[Any, ...]] = {  # arguments of transformers that change nothing here, and with which values
+ACCEPTED: dict[str, tuple[object, ...]] = {  # arguments of transformers that change nothing here, and with which values
     "variant": (None,),
     "save_peft_format": (True,),
     "save_original_format": (True, False),  # files have the names of the model in memory
@@ -56,8 +56,8 @@ class SavesAdapter(RootMixin):
         state_dict: JsonObject | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         """Write the adapter to a folder, and beside it what a Trainer needs to resume from it.
 
         ``load_adapter`` puts the folder on the base model; ``from_pretrained`` refuses it. Without an adapter on the
@@ -88,7 +88,7 @@ class SavesAdapter(RootMixin):
                 push_adapter(path, push.pop("repo_id", path.name), **push)
         return None
 
-    def load_state_dict(self, state_dict: JsonObject, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: JsonObject, *args: object, **kwargs: object) -> object:
         """The model's own ``load_state_dict``; of a checkpoint of what was trained, the base is not missing."""
         model: Any = self
         result = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
