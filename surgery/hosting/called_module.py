@@ -51,6 +51,8 @@ class Called(Pickles):
         site: Adapter | None = self._modules.get(ATTRIBUTE)  # type: ignore[attr-defined]
         if site is None or site.host.entered or weight.is_meta or not site.runs():  # type: ignore[union-attr]
             return weight  # type: ignore[return-value]
+        if type(weight) not in (torch.Tensor, nn.Parameter):  # FSDP looks for its shards while the model runs
+            return weight  # type: ignore[return-value]
         return outside_read(site, weight)  # type: ignore[arg-type]
 
     @weight.setter
