@@ -61,6 +61,8 @@ class OutsideRead(torch.Tensor):
 def outside_read(site: Adapter, weight: torch.Tensor) -> torch.Tensor:
     """What stands for the weight of a site where its module is not called."""
     if torch.compiler.is_compiling():  # where the dtype alone is asked for, nothing is computed
+        if _why_not(site) is not None:  # a product with it is refused by whatever traces
+            return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         return with_change(site)
     if not site.base_weight.holds_entries:
         weight = torch.empty((), dtype=weight.dtype, device=weight.device).expand(site.base_weight.matrix_shape)
@@ -77,17 +79,24 @@ def with_change(site: Adapter) -> torch.Tensor:
         WeightError: the weight takes no change.
         InputError: rows or tokens have coefficients of their own.
     """
-    where = f"site {site.key!r}: its weight is read without a call of its module"
-    advice = "leave the site out with exclude_modules"
-    if not site.variant.linear:
-        raise VariantError(
-            f"{where}, and {site.variant.name} is not linear, so that no weight has its effect; {advice}"
-        )
-    if not site.base_weight.holds_entries:
-        raise WeightError(f"{where}, and it is quantised, so that it takes no change; {advice}")
-    if site.steering.coeff.numel() > 1:
-        raise InputError(f"{where}, which cannot differ between the rows of a batch; set a scalar coeff, or {advice}")
+    if (error := _why_not(site)) is not None:
+        raise error
     weight = site.weight
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return site.changed_weight(weight)
     return site.cache.get("read", lambda one: one.changed_weight(weight.detach()))  # type: ignore[no-any-return]
+
+
+def _why_not(site: Adapter) -> SurgeryError | None:
+    """Why a site has no changed weight at present, or None."""
+    where = f"site {site.key!r}: its weight is read without a call of its module"
+    advice = "leave the site out with exclude_modules"
+    if not site.variant.linear:
+        return VariantError(
+            f"{where}, and {site.variant.name} is not linear, so that no weight has its effect; {advice}"
+        )
+    if not site.base_weight.holds_entries:
+        return WeightError(f"{where}, and it is quantised, so that it takes no change; {advice}")
+    if site.steering.coeff.numel() > 1:
+        return InputError(f"{where}, which cannot differ between the rows of a batch; set a scalar coeff, or {advice}")
+    return None

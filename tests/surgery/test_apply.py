@@ -204,11 +204,15 @@ def test_training_lowers_the_loss_and_changes_the_core_only(name):
 
 
 @pytest.mark.parametrize("name", HUB_NAMES)
-def test_save_pretrained_keeps_the_untouched_tensors(name, tmp_path):
+def test_save_pretrained_of_an_undone_model_is_that_of_the_base(name, tmp_path):
     base, model = patient(name).model, operated(name).model
-    model.save_pretrained(tmp_path / "operated")
+    model.save_pretrained(tmp_path / "operated")  # the adapter: see test_save_pretrained.py
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert load_file(tmp_path / "operated" / "model.safetensors").keys() == trained
+    undo_surgery(model).save_pretrained(tmp_path / "undone")
     base.save_pretrained(tmp_path / "base")
-    saved, expected = (load_file(tmp_path / kind / "model.safetensors") for kind in ("operated", "base"))
+    saved, expected = (load_file(tmp_path / kind / "model.safetensors") for kind in ("undone", "base"))
+    assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
 
 
