@@ -68,7 +68,7 @@ class Steering(nn.Module):
         self.look: Callable[[], CoreVersions] | None = None
         self.requires_grad: dict[str, bool] = {}
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._written: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._written: tuple[tuple[str, torch.Tensor, int, torch.Tensor], ...] = ()
         self._number: tuple[torch.Tensor, int, float] | None = None
         self._begin_log()
 
@@ -127,9 +127,9 @@ class Steering(nn.Module):
     def remember(self) -> None:
         """Take what the buffers hold for what was written."""
         held = ((name, self._buffers[name]) for name in NAMES)
-        self._written = {
-            n: (t, t._version, t.detach().clone()) for n, t in held if t is not None and not t.is_inference()
-        }
+        self._written = tuple(
+            (n, t, t._version, t.detach().clone()) for n, t in held if t is not None and not t.is_inference()
+        )
 
     def _is(self, coeff: torch.Tensor, second: torch.Tensor | None, rows: str) -> bool:
         """Whether a number is what is set already."""
@@ -249,11 +249,11 @@ class Steering(nn.Module):
         DDP bumps no version, so that among several processes it is written before each call of the root.
         """
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        for name, (tensor, version, value) in self._written.items():
+        for name, tensor, version, value in self._written:
             if tensor is self._buffers[name] and (together or tensor._version != version):
                 with torch.inference_mode(False), torch.no_grad(), same_version(tensor):
                     tensor.copy_(value)
-                self._written[name] = tensor, tensor._version, value
+                self._written = tuple((n, t, t._version if t is tensor else v, c) for n, t, v, c in self._written)
                 self.refresh_copies()
 
     def refresh_copies(self, *, anew: bool = False) -> None:
@@ -296,7 +296,7 @@ class Steering(nn.Module):
             "generating": False,
             "root": None,
             "look": None,
-            "_written": {},
+            "_written": (),
             "_number": None,
             "probe": None,
         }
