@@ -82,6 +82,10 @@ def adapter_content(
     trained, more = trained_entries(beside, names, values.of)
     if twice := sorted(tensors.keys() & more.keys()):
         raise AdapterError(f"{twice[0]!r} would be the name of two tensors in the file: rename the module")
+    written = {*trained, *(name for others in trained.values() for name in others)}
+    for entry in entries.values():
+        if entry["weight"] in written:  # its factors are those of the weight before it was trained
+            entry["trained"] = True
     values.check_frozen(model, {id(t) for t in (*_core_parameters(present), *beside.values())})
     tensors |= more
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:

@@ -50,10 +50,14 @@ def reference(model: Any, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
     for site in sites(wide).values():
         U, S, Vh, g, owner = (*(getattr(site.factors, n) for n in ("U", "S", "Vh")), site.core.g, site.host.owner)
 
-        def forward(x: torch.Tensor, U: Any = U, S: Any = S, Vh: Any = Vh, g: Any = g, owner: Any = owner) -> Any:
+        weight = owner._parameters["weight"]  # while the model runs, owner.weight has the adapter's change
+
+        def forward(
+            x: torch.Tensor, U: Any = U, S: Any = S, Vh: Any = Vh, g: Any = g, weight: Any = weight, owner: Any = owner
+        ) -> Any:
             coeff = tokens.double()[:, : x.shape[1], None]
             d = (x @ Vh.T) * S * torch.nn.functional.elu(coeff * g)
-            return torch.nn.functional.linear(x, owner.weight, owner.bias) + d @ U.T
+            return torch.nn.functional.linear(x, weight, owner.bias) + d @ U.T
 
         vars(owner)["forward"] = forward
     with torch.no_grad():
