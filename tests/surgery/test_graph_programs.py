@@ -425,7 +425,11 @@ def test_verbs_on_a_captured_program(dialect, data):
         check_gradients(made, graph, coeff, **by)
     if made.rows and not any(site.host.name == "weight" for site in sites(graph).values()):
         rows = torch.linspace(-1, 1, len(made.x))
-        together = run(set_coeff(graph, rows), made.x)
+        try:
+            together = run(set_coeff(graph, rows), made.x)
+        except surgery.InputError:  # a site whose input is alike in all rows has no coeff by row
+            set_coeff(graph, coeff)
+            return
         apart = [run(set_coeff(graph, float(row)), made.x) for row in rows]
         for values in zip(together, *apart, strict=True):
             share = len(values[0]) // len(rows)

@@ -85,10 +85,9 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "coeff": lambda m: set_coeff(m, -0.6),
     "core": lambda m: in_place(core(m)),
     "core, by data": lambda m: refresh([core(m).data.mul_(-1)] and m),
-    "core, assigned": lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}, assign=True),
-    "weight": lambda m: in_place(site(m).host.parameter()),
-    "weight, another": lambda m: setattr(m.parametrizations.w, "original", nn.Parameter(torch.ones(6, 6), False)),
-    "factor": lambda m: in_place(site(m).factors.S),
+    "core, assigned": lambda m: m.load_state_dict(
+        {k: v * 0.5 if ".core." in k else v for k, v in m.state_dict().items()}, assign=True
+    ),
     "optimiser": lambda m: step(m),
     "fused optimiser": lambda m: step(m, fused=True),
     "double": lambda m: m.double(),
@@ -114,6 +113,23 @@ def step(model: nn.Module, **options: Any) -> None:
     optimiser = torch.optim.AdamW([core(model)], lr=0.1, **options)
     model(X).pow(2).sum().backward()
     optimiser.step()
+
+
+ANOTHER: dict[str, Callable[[nn.Module], Any]] = {
+    "weight": lambda m: in_place(site(m).host.parameter()),
+    "weight, another": lambda m: setattr(m.parametrizations.w, "original", nn.Parameter(torch.ones(6, 6), False)),
+    "factor": lambda m: in_place(site(m).factors.S),
+}
+
+
+@pytest.mark.parametrize("change", ANOTHER)
+def test_another_base_is_refused_in_the_next_call(change):
+    model = operated()
+    with torch.no_grad():
+        model(X)
+        ANOTHER[change](model)
+        with pytest.raises(surgery.SurgeryError, match="site 'w': its base weight is not the one"):
+            model(X)
 
 
 @pytest.mark.parametrize("change", CHANGES)
