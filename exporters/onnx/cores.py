@@ -50,6 +50,8 @@ class Slot(NamedTuple):
 def core_slots(model: nn.Module) -> dict[str, Slot]:
     """All core tensors of a model under the names that they have in a graph and in a file, in the order of names."""
     found = sites(model)
+    if not found:
+        return {}
     same = digest({key: SiteSignature.of(site) for key, site in found.items()}, beside_fingerprints(model))
     slots = {
         f"{key}.core.{local}@{same}": Slot(site.core, local)

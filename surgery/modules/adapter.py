@@ -96,7 +96,7 @@ class Adapter(InlinedAdapter):
         lowering = REGISTRY[name]
         if not steering.armed and lowering.takes_projection:
             if torch.compiler.is_compiling():
-                return ALWAYS
+                return name if learns else ALWAYS  # in training, a recomputation has to choose the same
             if recalled is None:  # a part is called by itself; a recomputation has to choose as its forward did
                 self.record.settle(self, weight)
         return name if steering.armed or learns or not lowering.caches else ALWAYS
