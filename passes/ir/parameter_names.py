@@ -95,10 +95,15 @@ class ParameterNames:
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph | None = None) -> None:
-        self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors: dict[str, torch.Tensor] = {
+            f"{path}.{local}" if path else local: parameter
+            for path, module in self.modules.items()
+            for local, parameter in module._parameters.items()
+            if parameter is not None
+        }
         for name, tensor in placeholder_parameters(graph).items() if graph is not None else ():
             self.tensors.setdefault(name, tensor)
-        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.originals = original_names(model)
         self.first_path: dict[int, str] = {}
         for path, module in self.modules.items():

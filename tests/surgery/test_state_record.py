@@ -82,7 +82,7 @@ HOSTS: dict[str, Callable[[int], nn.Module]] = {
 }
 # how often each verb walks all modules, at most; the first surgery also runs, captures and inspects the model
 WALKS = {
-    "apply": 40, "apply again": 12, "set_coeff": 1, "save": 12, "recalibrate": 22, "load over": 20, "to_graph": 12,
+    "apply": 34, "apply again": 8, "set_coeff": 1, "save": 12, "recalibrate": 22, "load over": 20, "to_graph": 12,
     "undo": 9, "load": 18, "merge": 6,
 }  # fmt: skip
 
