@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeGuard
+from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_leaves, 
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensor, FakeTensorMode
+
+F = TypeVar("F", bound=Callable[..., object])
 
 __all__ = [
     "Convolution",
@@ -127,14 +129,23 @@ def unseen_by_checkpoints() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes()
 
 
-def pass_over(function: Callable[..., object]) -> None:
+def pass_over(function: F, *, inner: bool = False) -> F:
     """Let Dynamo run the frame of a function as it stands, and compile what it calls.
 
-    A torch without the call (some before 2.12) traces the frame instead: nothing is changed then, and the function has
-    to give the same result when it is traced.
+    Told to the interpreter hook itself: ``torch.compiler.disable`` and ``torch._dynamo`` would import all of Dynamo.
+    A torch without that call traces the frame instead, which then has to give the same result.
+
+    Args:
+        inner: run what it calls as it stands, too.
     """
-    if hasattr(torch._dynamo.eval_frame, "skip_code"):
-        torch._dynamo.eval_frame.skip_code(function.__code__)
+    frames: Any = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        action = frames._FrameAction
+        strategy = frames._FrameExecStrategy(action.SKIP, action.SKIP if inner else action.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, strategy)  # type: ignore[attr-defined]
+    elif inner:
+        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    return function
 
 
 def uncompiled(model: Any) -> Any:

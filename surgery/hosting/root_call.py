@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import nn
 
 from passes.errors import InputError
 from passes.ir.forward_context import Call
-from passes.ir.torch_internals import function_transforms, sequence_number
+from passes.ir.torch_internals import function_transforms, pass_over, sequence_number
 from surgery.hosting.coefficient import Coefficient, Sequences
 from surgery.hosting.state import State, sites_of
 from surgery.modules.setting import Setting
@@ -35,7 +36,7 @@ class RootCall:
     since: int | None = None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@functools.partial(pass_over, inner=True)
 def begin(root: nn.Module, state: State, args: tuple[object, ...], kwargs: dict[str, object]) -> RootCall:
     """Arm the sites for a call of the root: what is cached is checked, and rows have the coefficients of this call."""
     steering, staleness, call = state.steering, state.staleness, RootCall()
@@ -113,7 +114,7 @@ def _disarm(state: State) -> None:
         part._buffers.update(buffers)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@functools.partial(pass_over, inner=True)
 def end(state: State, call: RootCall, output: object) -> None:
     """Disarm the sites, and keep what was in force for as long as the graph of the output is there."""
     steering = state.steering
