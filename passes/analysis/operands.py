@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from passes.analysis.residual_stream import operation
-from passes.analysis.weight_views import Dims, View, can_be_followed, dim_size
+from passes.analysis.weight_views import Dims, View, can_be_followed
 from passes.ir.parameter_names import tensor_name
 
 Lookup = Callable[[str], torch.Tensor | None]
@@ -115,8 +115,3 @@ def see_matrices(operand: Operand, labels: str, shape: Sequence[int]) -> Matrice
     sizes = dict(merged)
     layout = "in_out" if letters.endswith("IO") else "out_in"
     return Matrices(sizes.get("S"), sizes.get("O", 1), sizes.get("I", 1), layout)
-
-
-def sizes_of(operand: Operand) -> list[int]:
-    """The shape of an operand."""
-    return [dim_size(dim) for dim in operand.dims]

@@ -304,16 +304,6 @@ def has_line_tables() -> bool:
     return hasattr(config.aot_inductor, "enable_line_tables")
 
 
-def archive_reader(file: IO[bytes]) -> torch._C.PyTorchFileReader:
-    """Torch's reader of the records of an archive."""
-    return torch._C.PyTorchFileReader(file)
-
-
-def archive_writer(file: IO[bytes]) -> torch._C.PyTorchFileWriter:
-    """Torch's writer of the records of an archive."""
-    return torch._C.PyTorchFileWriter(file)
-
-
 def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
     """Give a module that has no state yet the class that ``register_parametrization`` gives it, for these tensors."""
     torch.nn.utils.parametrize._inject_new_class(module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from passes.errors import SurgeryError
-from surgery.modules.steering import STEERINGS
+from surgery.modules.recorded_coefficient import STEERINGS
 
 OPERATORS = torch.library.Library("surgery", "FRAGMENT")
 OPERATORS.define(
