@@ -25,10 +25,9 @@ def check_idle(model: nn.Module) -> None:
     paths: dict[int, str] = {}
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
-        if ident == threading.get_ident():
-            continue
-        paths = paths or {id(module): path for path, module in model.named_modules()}
-        called = _called(frame)
+        called = [] if ident == threading.get_ident() else _called(frame)
+        if called and not paths:
+            paths = {id(module): path for path, module in model.named_modules()}
         inside = next((module for module in called if id(module) in paths), None)
         if inside is not None:
             where = f" (it is in {paths[id(inside)]!r})" if paths[id(inside)] else ""
