@@ -67,7 +67,7 @@ def measure_rows(
             except Exception as error:  # a model may resist other sizes and contents in any way
                 failed = error
                 continue
-            return {site: _joined([one[site] for one in found if site in one]) for one in found for site in one}
+            return {site: _of_trials([one[site] for one in found if site in one]) for one in found for site in one}
     reason = (str(failed).strip().splitlines() or [""])[0][:300]
     raise DoesNotRunError(
         f"which entries belong to which row of {type(model).__name__} cannot be measured, since it does not run with "
@@ -191,8 +191,9 @@ def _layouts(base: Sequence[torch.Tensor], changed: Mapping[int, Sequence[torch.
 
 
 def _of_call(x: torch.Tensor, changed: Mapping[int, torch.Tensor], batch: int) -> Layouts | str:
-    moved = {row: _moved(x, other) for row, other in changed.items()}
-    if not all(bool(mask.any()) for mask in moved.values()):
+    masks = {row: _moved(x, other) for row, other in changed.items()}
+    moved = {row: mask for row, mask in masks.items() if bool(mask.any())}  # a row may be dead: before ReLU, say
+    if not moved:
         return UNMOVED
     if bool((torch.stack(list(moved.values())).sum(0) > 1).any()):
         return MIXED
@@ -205,6 +206,11 @@ def _of_call(x: torch.Tensor, changed: Mapping[int, torch.Tensor], batch: int) -
         if all(_are_of(mask, layout, row, batch) for row, mask in moved.items())
     }
     return frozenset(found) or IRREGULAR
+
+
+def _of_trials(found: Sequence[Layouts | str]) -> Layouts | str:
+    """The layouts that agree with all trials in which a row moved anything."""
+    return _joined([one for one in found if one != UNMOVED] or [UNMOVED])
 
 
 def _are_of(mask: torch.Tensor, layout: RowLayout, row: int, batch: int) -> bool:

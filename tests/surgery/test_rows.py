@@ -27,6 +27,7 @@ from tests.support.row_models import (
     SequenceFirst,
     one_by_one,
     operated,
+    shaken,
 )
 
 each_layout = pytest.mark.parametrize("name", LAYOUTS)
@@ -301,3 +302,14 @@ def test_a_graph_takes_blocks_of_the_first_dimension_and_refuses_others() -> Non
                 graph(x)
         with steer(graph, 0.5), steer(model, 0.5):
             assert disagreement(graph(x), model(x)) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+@torch.no_grad()
+def test_a_row_that_is_dead_while_rows_are_measured_refuses_nothing(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 4)).eval()
+    model, x = shaken(net, target_modules="all-linear", r=1), torch.randn(3, 3)
+    wanted = one_by_one(model, ROWS, lambda m: m(x.double()))
+    with steer(model, ROWS):
+        assert disagreement(model(x), wanted) is None
