@@ -30,7 +30,7 @@ def compiled(
     fuse: bool = False,
     verify: Verify = False,
     **options: Any,
-) -> Any:
+) -> nn.Module:
     """Compile the graph of an operated model; the model is left as it was.
 
     The result is called as the model is, in eval mode; the tensors of a ``transformers`` model are keywords, its flags
@@ -58,6 +58,7 @@ def compiled(
     model = unwrap(model)
     graph = pipeline(model, example_inputs, form=form, fuse=fuse, stop_after=stop, disable=disable).graph
     program = torch.compile(graph, **options)
+    assert isinstance(program, nn.Module)
     if call_to_verify(model, verify, ((), {})) is not None:
         reference = working_copy(model)
         call, flags = call_of(reference, example_inputs if verify is True else verify)

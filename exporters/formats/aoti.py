@@ -22,14 +22,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.program.live_program import NOISY, Mode, foreign_operations, program_of, subject_of
-from exporters.program.metadata import FORMAT, LoadedProgram, replaceable_names
+from exporters.program.metadata import FORMAT, CompiledPackage, replaceable_names
 from exporters.program.swap import swap
 from exporters.shared.agreement import compare_program, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
@@ -117,8 +116,7 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, object], 
     with tempfile.TemporaryDirectory() as folder, quiet(*NOISY):
         places = {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         try:
-            module: Any = program.module()
-            files = compile_ahead_of_time(module, args, kwargs, settings | places)
+            files = compile_ahead_of_time(program.module(), args, kwargs, settings | places)
         except Exception as error:  # inductor may fail in any way; the cause is chained
             raise ExportError(f"{name} cannot be compiled: {type_and_message(error)}") from error
         # the sources are not needed to run, and name this machine's folders;
@@ -133,7 +131,7 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, object], 
             write_package(written, kept)
 
 
-def _check_replaceable(subject: Subject, loaded: LoadedProgram) -> None:
+def _check_replaceable(subject: Subject, loaded: CompiledPackage) -> None:
     """Put noise into the cores of the reference and of the loaded package, and compare.
 
     Raises:

@@ -22,7 +22,6 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +58,7 @@ def write(model: nn.Module, path: Path, example_inputs: object, options: Options
     subject = subject_of(model, example_inputs, options.mode)
     _save(_traced(subject), path)
     with quiet(*NOISY):
-        loaded: Any = torch.jit.load(str(path))
+        loaded = torch.jit.load(str(path))
     error = compare_program(
         subject, loaded, lambda coeff: getattr(loaded, COEFF).fill_(coeff), "the TorchScript program"
     )

@@ -42,7 +42,7 @@ class Cached:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, object]) -> None:
         name = type(model).__name__
-        if not is_pretrained(model) or not hasattr(model, "generate") or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        if not is_pretrained(model) or not hasattr(model, "generate") or model.config.is_encoder_decoder:
             raise ExportError(f"use_cache=True is for causal language models of transformers, and {name} is none")
         tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         if extra := sorted(set(tensors) - {IDS, MASK, POSITIONS}):

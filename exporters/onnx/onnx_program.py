@@ -99,7 +99,7 @@ def convert(
     names = [*traced, *(one.name for one in extra)]
     alias = _identifiers(names)
     values = {alias[name]: value for name, value in traced.items()}
-    shapes = {name: all_dynamic(value) for name, value in values.items()}
+    shapes = all_dynamic(values)
     values |= {alias[one.name]: one.example for one in extra}
     shapes |= {alias[one.name]: None for one in extra}
     named = _named_forward(called, FunctionalModel(model, called.forward), alias, fixed, extra, call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -19,7 +19,19 @@ from surgery.verbs.steer import sites
 
 FORMAT, VERSION = "sspace-program", 1
 PARTS = ("core", "factors")
-LoadedProgram = Any  # an ExportedProgram, its module, or a compiled package, whose class torch keeps to itself
+
+
+@runtime_checkable
+class CompiledPackage(Protocol):
+    """What ``aoti_load_package`` gives, whose class torch keeps to itself."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
+    def get_metadata(self) -> dict[str, str]: ...
+    def get_constant_fqns(self) -> list[str]: ...
+    def load_constants(self, constants_map: dict[str, torch.Tensor], *, check_full_update: bool) -> None: ...
+
+
+LoadedProgram = ExportedProgram | nn.Module | CompiledPackage
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Names = dict[str, list[str]]  # of one part of a site: its tensors, and what the program calls each
 
@@ -105,7 +117,7 @@ def read_metadata(loaded: LoadedProgram) -> ProgramMetadata:
     Raises:
         ExportError: it is no live program of this library, or the metadata is damaged.
     """
-    if hasattr(loaded, "get_metadata"):
+    if isinstance(loaded, CompiledPackage):
         try:
             held = parse_json(loaded.get_metadata().get(FORMAT, "null"))
         except ValueError as error:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from exporters.program.metadata import PARTS, LoadedProgram, ProgramSite, read_metadata
+from exporters.program.metadata import PARTS, CompiledPackage, LoadedProgram, ProgramSite, read_metadata
 from exporters.shared.site_signature import SiteSignature, TensorSignature, beside_fingerprints
 from passes.errors import InputError
 from surgery.errors import AdapterError, ExportError
@@ -133,7 +133,7 @@ def _value(where: str, tensor: torch.Tensor, wanted: TensorSignature, names: lis
 
 
 def _put(loaded: LoadedProgram, values: dict[str, torch.Tensor]) -> None:
-    if hasattr(loaded, "load_constants"):
+    if isinstance(loaded, CompiledPackage):
         if missing := sorted(set(values) - set(loaded.get_constant_fqns())):
             raise ExportError(f"the package has no constant {missing[0]!r} ({len(missing)} such): export it again")
         loaded.load_constants(values, check_full_update=False)

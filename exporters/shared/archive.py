@@ -10,7 +10,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class _Sink(io.RawIOBase):
@@ -30,7 +33,7 @@ class _Sink(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         return 0  # asked for when all is written, and nothing is read here
 
-    def write(self, data: Any) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         if self.error is None:
             try:
                 self.file.write(data)

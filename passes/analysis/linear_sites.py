@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -57,10 +56,12 @@ class Site:
     def parameter_of(self, model: nn.Module) -> torch.Tensor:
         """The parameter of a model that holds the weight, also where it is parametrised."""
         path, _, local = self.weight.rpartition(".")
-        owner: Any = model.get_submodule(path)
-        if parametrize.is_parametrized(owner, local):
-            return owner.parametrizations[local].original  # type: ignore[no-any-return]
-        return owner.get_parameter(local)  # type: ignore[no-any-return]
+        owner = model.get_submodule(path)
+        if not parametrize.is_parametrized(owner, local):
+            return owner.get_parameter(local)
+        original = owner.get_submodule(f"parametrizations.{local}").original
+        assert isinstance(original, torch.Tensor)
+        return original
 
     def weight_of(self, model: nn.Module) -> torch.Tensor:
         """The weight in a model: the parameter, or of a part a view of its rows."""

@@ -120,6 +120,7 @@ def rewritten_product(node: fx.Node, rewrite: WeightRewrite, parameter: Lookup) 
     """The product of a weight that is changed as a whole."""
     bias = _parameter(rewrite.bias, parameter)
     name = bias[0] if bias else None
+    assert isinstance(rewrite.input, fx.Node)
     return Product(node, rewrite.input, rewrite.weight, rewrite.matrices.layout, name, None, rewrite.matrices)
 
 

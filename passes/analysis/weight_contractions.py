@@ -32,7 +32,7 @@ class _NoMatrixError(Exception):
 class WeightRewrite:
     """A product whose weight is changed as a whole: the other operand, the parameter as matrices, and the bias."""
 
-    input: Any
+    input: Argument
     weight: str
     matrices: Matrices
     bias: Argument = None
@@ -133,7 +133,7 @@ def _tensordot(node: fx.Node) -> Iterator[Candidate]:
 
 
 def _einsum(node: fx.Node) -> Iterator[Candidate]:
-    operands: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    operands = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
     if not isinstance(node.args[0], str) or len(operands) != 2:
         raise _NoMatrixError(f"einsum with a parameter and {len(operands)} operands")
     inputs, _, output = node.args[0].replace(" ", "").partition("->")
@@ -171,10 +171,15 @@ def _in_groups(matrices: Matrices | str, node: fx.Node) -> Matrices | str:
     if name not in CONVOLUTIONS or isinstance(matrices, str):
         return matrices
     at = 8 if name == "convolution" else 6
-    groups: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+    groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
     if groups == 1:
         return matrices
-    if matrices.stack is not None or matrices.layout != "out_in" or matrices.d_out % groups:
+    if (
+        not isinstance(groups, int)
+        or matrices.stack is not None
+        or matrices.layout != "out_in"
+        or matrices.d_out % groups
+    ):
         return f"{name} with a parameter: its {groups} groups do not divide the parameter as it is stored"
     return Matrices(groups, matrices.d_out // groups, matrices.d_in, "out_in")
 

@@ -83,7 +83,7 @@ class View:
         else:
             whole = torch.empty([dim_size(dim) for dim in self.dims], device="meta")
             views = _views(node, name, whole)
-            if isinstance(views, (list, tuple)):
+            if isinstance(views, list):
                 self._pieces = [_digits(view, self.dims) for view in views]
                 return True
             dims = None if views is None else _digits(views, self.dims)
@@ -93,11 +93,11 @@ class View:
         return True
 
 
-def _views(node: fx.Node, name: str, whole: torch.Tensor) -> Any:
+def _views(node: fx.Node, name: str, whole: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | None:
     """What a node's operation gives of a tensor, one view of it or several; None where it gives anything else."""
     try:
         args: Any = fx.map_arg(node.args[1:], _number)
-        kwargs: Any = fx.map_arg(node.kwargs, _number)
+        kwargs = fx.map_arg(node.kwargs, _number)
         if name == "expand":
             args = (_expanded(args, whole.shape),)
         if isinstance(node.target, OpOverload):
@@ -106,9 +106,10 @@ def _views(node: fx.Node, name: str, whole: torch.Tensor) -> Any:
             given = whole[args[0]] if name == GETITEM else getattr(whole, name)(*args, **kwargs)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # a size or a number is not known
         return None
-    views, home = (given if isinstance(given, (list, tuple)) else [given]), storage_address(whole)
+    several, home = isinstance(given, (list, tuple)), storage_address(whole)
+    views = list(given) if several else [given]
     shown = all(storage_address(view) == home and view.dtype == whole.dtype for view in views)
-    return given if shown else None
+    return None if not shown else views if several else views[0]
 
 
 def _number(node: fx.Node) -> int:
@@ -119,7 +120,7 @@ def _number(node: fx.Node) -> int:
     return value if isinstance(value, int) else UNKNOWN
 
 
-def _expanded(args: Any, shape: Sequence[int]) -> list[int]:
+def _expanded(args: Sequence[object], shape: Sequence[int]) -> list[int]:
     """Sizes to expand to, in which one that is not known leaves a dimension that has a size as it is."""
     sizes = list(args[0] if isinstance(args[0], (list, tuple)) else args)
     for at in range(1, len(shape) + 1):
@@ -161,10 +162,14 @@ def _digits(view: torch.Tensor, dims: Dims) -> Dims | None:
 def _picked(node: fx.Node, name: str, dims: Dims) -> Dims | None:
     """Dimensions of which one has entries that another tensor chooses."""
     if name == "index_select":
-        at: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+        at = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+        if not isinstance(at, int):
+            return None
         at, ranks = at % len(dims), 1
     else:
-        indices: Any = node.args[1]
+        indices = node.args[1]
+        if not isinstance(indices, (list, tuple)):
+            return None
         given = [i for i, index in enumerate(indices) if index is not None]
         if len(given) != 1:
             return None

@@ -22,7 +22,7 @@ import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -35,6 +35,9 @@ from passes.ir.module_utils import copy_graph
 from passes.ir.parameter_names import name_placeholders
 from passes.ir.torch_internals import tree_iter, tree_map, tree_map_only
 from passes.transforms.normalize import Normalize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def forward_call(example_inputs: object) -> Call:
     )
 
 
-def is_pretrained(model: nn.Module) -> bool:
+def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
     """Tell whether a model is a ``transformers`` one, without importing transformers."""
     transformers = sys.modules.get("transformers.modeling_utils")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
@@ -77,8 +80,7 @@ def default_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """
     if not is_pretrained(model):
         return None
-    hub: Any = model
-    device, main, dtype, config = hub.device, hub.main_input_name, hub.dtype, hub.config
+    device, main, dtype, config = model.device, model.main_input_name, model.dtype, model.config
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None)
@@ -94,7 +96,7 @@ def default_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     elif main == "input_values":
         inputs = {main: torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)).to(dtype)}
     elif main == "input_ids":
-        inputs = dict(hub.dummy_inputs)
+        inputs = dict(model.dummy_inputs)
         if config.is_encoder_decoder and not any("decoder" in name for name in inputs):
             inputs["decoder_input_ids"] = inputs[main].clone()
         for name, value in inputs.items():  # unequal lengths, so that a capture keeps the two apart
@@ -138,11 +140,13 @@ def export_program(model: nn.Module, call: Call, *, dynamic: bool = False) -> Ex
         return program
 
 
-def all_dynamic(value: Any) -> Any:
+def all_dynamic(inputs: Mapping[str, object]) -> dict[str, object]:
     """A specification of shapes in which every size is free, unless the model fixes it."""
-    return tree_map(
-        lambda x: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, torch.Tensor) else None, value
+    shapes: dict[str, object] = tree_map(
+        lambda x: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, torch.Tensor) else None,
+        dict(inputs),
     )
+    return shapes
 
 
 def with_two_rows(model: nn.Module, call: Call) -> Call:
@@ -222,7 +226,10 @@ def _inline_regions(graph_module: fx.GraphModule) -> None:
         if node.target not in REGIONS:
             continue
         at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
-        inner: Any = graph_module.get_submodule(str(node.args[at].target))  # type: ignore[union-attr]
+        region = node.args[at]
+        assert isinstance(region, fx.Node)
+        inner = graph_module.get_submodule(str(region.target))
+        assert isinstance(inner, fx.GraphModule)
         _inline_regions(inner)
         holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):

@@ -7,10 +7,10 @@ same rules as a captured one, and never run.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.capture.module_calls import ModuleStack
@@ -60,7 +60,7 @@ class _RunTracer(ModuleStack):
             self._note(out, node)
         return out
 
-    def _operand(self, value: object) -> Any:
+    def _operand(self, value: object) -> Argument:
         """The node of a tensor: what gave it, the parameter that it is, or an input where it came from elsewhere."""
         if not isinstance(value, torch.Tensor):
             return value if isinstance(value, BASE_TYPES) else None
@@ -70,7 +70,8 @@ class _RunTracer(ModuleStack):
                 self.nodes[value] = self.graph.placeholder(f"x_{len(self.nodes)}")
             else:
                 self.nodes[value] = self.graph.get_attr(name)
-        return self.nodes[value]
+        node: fx.Node = self.nodes[value]
+        return node
 
     def _note(self, out: object, node: fx.Node) -> None:
         if isinstance(out, torch.Tensor):

@@ -11,21 +11,21 @@ coefficient another value: at identity the best adapter and a broken one give th
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from passes.errors import InputError, PassError
 from passes.infra.tolerance import RELATIVE, disagreement, relative_error
-from passes.ir.adapter_trace import is_adapter
+from passes.ir.adapter_trace import InlinableAdapter, is_adapter
 from passes.ir.forward_context import Call, copied, state_kept
 from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import tree_leaves, tree_map
 
-Values = dict[str, Any]
+Values = dict[str, object]
 Reference = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NOISE, COEFF_FACTOR = 0.3, 0.75
 
@@ -152,7 +152,7 @@ class _Runner(fx.Interpreter):
 def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> Iterator[None]:
     """Replace the trainable tensors of all adapters by noise, and scale their coefficients, but for frozen ones."""
     generator = torch.Generator().manual_seed(seed)
-    replaced: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
+    undo: list[Callable[[], None]] = []
     adapters = [(path, module) for path, module in graph_module.named_modules() if is_adapter(module)]
     try:
         for prefix, adapter in adapters:
@@ -161,20 +161,22 @@ def _noisy(graph_module: fx.GraphModule, seed: int, frozen: Collection[str]) -> 
                 for name, parameter in module._parameters.items():
                     if parameter is None or not parameter.requires_grad or f"{path}.{name}" in frozen:
                         continue
-                    replaced.append((module._parameters, name, parameter))
+                    undo.append(functools.partial(module._parameters.__setitem__, name, parameter))
                     change = NOISE * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     value = parameter.detach() + change.to(parameter)
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for holder, name in _live_coefficients(adapters, frozen):
-            replaced.append((holder._buffers, name, holder._buffers[name]))
+            undo.append(functools.partial(holder._buffers.__setitem__, name, holder._buffers[name]))
             holder._buffers[name] = holder.get_buffer(name) * COEFF_FACTOR
         yield
     finally:
-        for holder, name, tensor in reversed(replaced):
-            holder[name] = tensor
+        for put_back in reversed(undo):
+            put_back()
 
 
-def _live_coefficients(adapters: list[tuple[str, Any]], frozen: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
+def _live_coefficients(
+    adapters: list[tuple[str, InlinableAdapter]], frozen: Collection[str]
+) -> Iterator[tuple[nn.Module, str]]:
     """The modules that hold a coefficient, each once, since adapters may share one; none that is frozen anywhere."""
     holders: dict[int, tuple[nn.Module, str]] = {}
     fixed: set[int] = set()

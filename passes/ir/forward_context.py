@@ -11,7 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,9 +23,9 @@ from passes.ir.torch_internals import tree_iter, without_torch_function
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[object, ...], dict[str, object]]
 
-ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+ExampleInputs = torch.Tensor | tuple[object, ...] | Mapping[str, object]
 """A tensor is the only argument, a tuple the positional ones, a mapping the keywords."""
 
 
@@ -100,12 +100,12 @@ def state_kept(model: nn.Module, *, watched: bool = True) -> Iterator[None]:
             raise SurgeryError(_cannot_be_put_back(model, lost))
 
 
-def _numpy_state() -> Any:
+def _numpy_state() -> object:
     numpy = sys.modules.get("numpy")
     return None if numpy is None else numpy.random.get_state()
 
 
-def _set_numpy_state(state: Any) -> None:
+def _set_numpy_state(state: object) -> None:
     if state is not None:
         sys.modules["numpy"].random.set_state(state)
 

@@ -14,13 +14,20 @@ from torch.fx.node import Argument
 from passes.ir.torch_internals import copy_signature, graph_like
 
 
-def attribute(root: nn.Module, target: str) -> Any:
+def attribute(root: nn.Module, target: str) -> object:
     """What a ``get_attr`` node gives, or None where there is no such attribute."""
-    value: Any = root
+    value: object = root
     for part in target.split("."):
         if not hasattr(value, part):
             return None
         value = getattr(value, part)
+    return value
+
+
+def tensor_at(root: nn.Module, target: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node gives."""
+    value = attribute(root, target)
+    assert isinstance(value, torch.Tensor)
     return value
 
 
@@ -70,9 +77,7 @@ def set_parameter(
 
 def map_inputs(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
     """The arguments and keywords of a node, with each node among them changed."""
-    args: Any = fx.map_arg(node.args, change)
-    kwargs: Any = fx.map_arg(node.kwargs, change)
-    return args, kwargs
+    return fx.map_arg(node.args, change), fx.map_arg(node.kwargs, change)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

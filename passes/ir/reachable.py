@@ -98,7 +98,7 @@ def _members(cls: type) -> list[types.MemberDescriptorType]:
     return [value for value in vars(cls).values() if isinstance(value, types.MemberDescriptorType)]
 
 
-def _attributes(obj: Any, note: Note) -> Iterable[object]:
+def _attributes(obj: object, note: Note) -> Iterable[object]:
     try:
         table = object.__getattribute__(obj, "__dict__")
     except AttributeError:
@@ -112,20 +112,20 @@ def _put_class(obj: object, cls: type) -> None:
         object.__setattr__(obj, "__class__", cls)
 
 
-def _slots(slots: list[Any], obj: object, note: Note) -> Iterable[object]:
+def _slots(slots: list[types.MemberDescriptorType], obj: object, note: Note) -> Iterable[object]:
     content = [_value(slot, obj) for slot in slots]
     note((functools.partial(_put_slots, slots), obj, content))
     return content
 
 
-def _value(slot: Any, obj: object) -> object:
+def _value(slot: types.MemberDescriptorType, obj: object) -> object:
     try:
         return slot.__get__(obj)
     except AttributeError:
         return EMPTY
 
 
-def _put_slots(slots: list[Any], obj: object, content: list[object]) -> None:
+def _put_slots(slots: list[types.MemberDescriptorType], obj: object, content: list[object]) -> None:
     for slot, value in zip(slots, content, strict=True):
         if _value(slot, obj) is value:
             continue
@@ -175,7 +175,7 @@ def _put_cell(cell: types.CellType, content: object) -> None:
         cell.cell_contents = content
 
 
-def _method(method: Any, note: Note) -> Iterable[object]:
+def _method(method: types.MethodType | types.BuiltinMethodType, note: Note) -> Iterable[object]:
     return method.__self__, getattr(method, "__func__", None)  # of a built-in type: seen.append
 
 

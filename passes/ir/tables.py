@@ -11,8 +11,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-Put = Callable[[Any, Any], None]
-Place = tuple[Put, Any, Any]
+Put = Callable[[Any, Any], None]  # of the place and its content, whose types belong together
+Place = tuple[Put, object, object]
 Note = Callable[[Place], None]
 Look = Callable[[Any, Note], Iterable[object]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ class Watch(TorchDispatchMode):
         self.copies: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
         places = _WRITES.get(func)
@@ -113,7 +112,7 @@ def _written(func: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def _arguments(
-    places: tuple[tuple[int, str], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    places: tuple[tuple[int, str], ...], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Iterator[torch.Tensor]:
     given = (args, kwargs) if places is _ALL else [args[i] if i < len(args) else kwargs.get(n) for i, n in places]
     return (leaf for leaf in tree_iter(given) if isinstance(leaf, torch.Tensor))
@@ -136,7 +135,7 @@ class _Before:
     leaf: bool
     requires_grad: bool
     grad: torch.Tensor | None
-    hooks: tuple[object, ...]
+    hooks: tuple[dict[int, object] | None, ...]
 
     @staticmethod
     def of(tensor: torch.Tensor) -> _Before:

@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
 
 import torch
 from torch import fx, nn
@@ -22,8 +22,11 @@ from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_leaves, 
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensor, FakeTensorMode
+    from torch.export.pt2_archive._package import AOTICompiledModel
+    from torch.export.pt2_archive._package_weights import Weights
 
 F = TypeVar("F", bound=Callable[..., object])
+T = TypeVar("T")
 
 __all__ = [
     "Convolution",
@@ -52,9 +55,9 @@ Convolution = nn.modules.conv._ConvNd  # the base of all convolutions, transpose
 MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
 
-def convolve(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def convolve(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Convolve as a module does, padding of any mode included, by another weight and without a bias."""
-    return module._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+    return module._conv_forward(x, weight, None)  # type: ignore[operator, no-any-return]
 
 
 def convolves_as_ever(module: nn.Module) -> bool:
@@ -138,7 +141,7 @@ def pass_over(function: F, *, inner: bool = False) -> F:
     Args:
         inner: run what it calls as it stands, too.
     """
-    frames: Any = torch._C._dynamo.eval_frame
+    frames = torch._C._dynamo.eval_frame
     if hasattr(frames, "set_code_exec_strategy"):
         action = frames._FrameAction
         strategy = frames._FrameExecStrategy(action.SKIP, action.SKIP if inner else action.DEFAULT)
@@ -148,9 +151,10 @@ def pass_over(function: F, *, inner: bool = False) -> F:
     return function
 
 
-def uncompiled(model: Any) -> Any:
+def uncompiled(model: T) -> T:
     """The module behind ``torch.compile``'s wrapper; anything else as it is."""
-    return getattr(model, "_orig_mod", model)
+    inner: T = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:
@@ -183,7 +187,15 @@ def is_erased(node: fx.Node) -> bool:
     return node._erased
 
 
-def schema_of(target: object) -> Any:
+@overload
+def schema_of(target: OpOverload) -> torch.FunctionSchema: ...
+
+
+@overload
+def schema_of(target: object) -> torch.FunctionSchema | None: ...
+
+
+def schema_of(target: object) -> torch.FunctionSchema | None:
     """The schema of an ATen overload; None for anything else."""
     return getattr(target, "_schema", None)
 
@@ -217,19 +229,19 @@ def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
     torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
 
 
-def tensor_hooks(tensor: torch.Tensor) -> tuple[object, ...]:
+def tensor_hooks(tensor: torch.Tensor) -> tuple[dict[int, object] | None, ...]:
     """The hooks of a tensor's gradient."""
     tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     return tuple(None if table is None else dict(table) for table in tables)
 
 
-def put_tensor_hooks(tensor: torch.Tensor, hooks: tuple[Any, ...]) -> None:
+def put_tensor_hooks(tensor: torch.Tensor, hooks: tuple[dict[int, object] | None, ...]) -> None:
     """Give a tensor the hooks that it had."""
     for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
-        now: Any = getattr(tensor, name)
+        now: dict[int, object] | None = getattr(tensor, name)
         if before is None and now is not None:
             setattr(tensor, name, None)
-        elif before is not None and list(now.items()) != list(before.items()):
+        elif before is not None and now is not None and list(now.items()) != list(before.items()):
             now.clear()
             now.update(before)
 
@@ -263,14 +275,14 @@ def sizes_of_one_are_free() -> contextlib.AbstractContextManager[None]:
     return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
 
 
-def load_package(path: Path) -> Any:
+def load_package(path: Path) -> AOTICompiledModel:
     """Load an AOTInductor package."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def compile_ahead_of_time(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], options: dict[str, object]
-) -> list[object]:
+) -> list[str | Weights]:
     """Compile a graph module with the inductor; the paths of the files that belong in a package.
 
     ``aoti_compile_and_package`` would write the package itself, with the sources and the paths of this machine.
@@ -278,7 +290,7 @@ def compile_ahead_of_time(
     return list(torch._inductor.aot_compile(module, args, kwargs, options=options))  # type: ignore[arg-type]
 
 
-def write_package(file: IO[bytes], files: list[Any]) -> None:
+def write_package(file: IO[bytes], files: list[str | Weights]) -> None:
     """Write compiled files into an AOTInductor package."""
     from torch._inductor.package.package import package_aoti
 
@@ -311,7 +323,7 @@ def parametrised_class(module: nn.Module, names: Iterable[str]) -> None:
         torch.nn.utils.parametrize._inject_property(module, name)
 
 
-def plainly(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def plainly(function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
     """Call a function of tensors without ``__torch_function__`` of their subclasses."""
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import fx
 
 from passes.infra.pass_base import Pass
 from passes.ir.adapter_trace import adapter_at, adapter_tensors
-from passes.ir.module_utils import attribute
+from passes.ir.module_utils import attribute, tensor_at
 from passes.ir.provenance import adapter_instances, provenance_of, sites_by_product
 from passes.transforms.fold_constants import fold_constants, store
 from passes.transforms.fuse_projections import parts_of
@@ -122,7 +122,7 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
         matrix = node.args[1]
         if matrix.op != "get_attr" or matrix.target not in frozen:
             continue
-        Vh = attribute(graph_module, matrix.target)
+        Vh = tensor_at(graph_module, matrix.target)
         parts: dict[tuple[int, int | None], list[fx.Node]] = defaultdict(list)
         for start, stop, h in parts_of(node):
             parts[start, stop].append(h)
@@ -131,7 +131,7 @@ def scale_neighbours(graph_module: fx.GraphModule, frozen: Collection[str]) -> i
             S = _common_scale(graph_module, readers, frozen, len(Vh[start:stop]))
             if S is None or Vh.requires_grad:
                 continue
-            scaled = product[start:stop] * attribute(graph_module, S).to(torch.float64)[:, None]
+            scaled = product[start:stop] * tensor_at(graph_module, S).to(torch.float64)[:, None]
             if torch.isfinite(scaled.to(Vh.dtype)).all():
                 product[start:stop] = scaled
                 folds.append((start, stop, S))
@@ -161,7 +161,7 @@ def _common_scale(
     name = names.pop() if len(names) == 1 else None
     if name is None:
         return None
-    S = attribute(graph_module, name)
+    S = tensor_at(graph_module, name)
     return name if S.dim() == 1 and len(S) == length and not S.requires_grad else None
 
 

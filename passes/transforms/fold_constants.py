@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
@@ -41,14 +40,14 @@ def fold_constants(graph_module: fx.GraphModule, frozen: Collection[str]) -> int
     Returns:
         How many tensors were stored.
     """
-    values: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, object] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target in frozen:
             tensor = attribute(graph_module, node.target)
             if isinstance(tensor, torch.Tensor) and not tensor.requires_grad:
                 values[node] = tensor
         elif (sources := node.all_input_nodes) and all(source in values for source in sources) and is_pure(node):
-            args, kwargs = (fx.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
+            args, kwargs = map_inputs(node, values.__getitem__)
             with torch.no_grad(), torch.inference_mode(False):
                 values[node] = node.target(*args, **kwargs)
     stored = 0
@@ -63,7 +62,7 @@ def fold_constants(graph_module: fx.GraphModule, frozen: Collection[str]) -> int
     return stored
 
 
-def store(graph_module: fx.GraphModule, node: fx.Node, value: Any) -> str:
+def store(graph_module: fx.GraphModule, node: fx.Node, value: object) -> str:
     """Let a node's readers read a stored value: a number in place, a tensor from a buffer of the node's adapter.
 
     Returns:

@@ -14,14 +14,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import fx, nn
 from torch.fx.node import Argument, Target
 
 from passes.infra.pass_base import Pass
-from passes.ir.module_utils import attribute
+from passes.ir.module_utils import tensor_at
 from passes.ir.provenance import Provenance, adapter_instances, provenance_of, set_provenance, sites_by_product
 from passes.ir.torch_internals import HigherOrderOperator, storage_address
 
@@ -157,7 +157,7 @@ def fusible(
         if node.op == "get_attr":
             reads[node.target] += 1
         elif (head := _head(graph_module, node, keys)) is not None:
-            tensor, cast = attribute(graph_module, head.target), head.matrix.args[1:]
+            tensor, cast = tensor_at(graph_module, head.target), head.matrix.args[1:]
             groups[head.x, tensor.dtype, tensor.device, cast, writes].append(head)
     met: dict[str, list[Hashable]] = defaultdict(list)
     for group, heads in groups.items():
@@ -214,12 +214,15 @@ def _head(graph_module: fx.GraphModule, product: fx.Node, keys: Collection[str] 
         return None
     if (provenance.form, provenance.role) != ("delta", "body") or (keys is not None and provenance.key not in keys):
         return None
-    tokens: Any = product.args[0]
-    matrix: Any = product.args[1]
-    split: Any = tokens.args[0] if tokens.target is aten.reshape.default else None
+    tokens, matrix = product.args
+    if not isinstance(tokens, fx.Node) or not isinstance(matrix, fx.Node):
+        return None
+    split = tokens.args[0] if tokens.target is aten.reshape.default else None
     if not isinstance(split, fx.Node) or split.target is not aten.unflatten.int or split.args[1] != 0:
         return None
     tensor = matrix.args[0] if matrix.target is aten.to.dtype and len(matrix.args) == 2 else matrix
+    if not isinstance(tensor, fx.Node):
+        return None
     inner = {split: tokens, tokens: product, matrix: product} | ({} if tensor is matrix else {tensor: matrix})
     for node, reader in inner.items():
         own = provenance_of(node)
@@ -277,7 +280,8 @@ def _fuse(name: str, heads: Sequence[Head], bounds: dict[str, tuple[int, int]]) 
         wide = shared("call_function", aten.linear.default, (x, matrix), first.product, "wide")
     for head in heads:
         start, stop = bounds[head.target]
-        sizes: Any = head.split.args[2]
+        sizes = head.split.args[2]
+        assert isinstance(sizes, (list, tuple))
         with graph.inserting_before(head.first):
             part = own(head, aten.slice.Tensor, (wide, -1, start, stop), "part")
             split = own(head, aten.unflatten.int, (part, 0, sizes), "split")

@@ -13,7 +13,7 @@ from passes.analysis.residual_stream import VIEWS, operation
 from passes.infra.pass_base import Pass
 from passes.ir.adapter_trace import InlinableAdapter, adapter_at
 from passes.ir.erased_nodes import erase_unread, erased_nodes_of, restore_product
-from passes.ir.module_utils import attribute, map_inputs, set_parameter
+from passes.ir.module_utils import attribute, map_inputs, set_parameter, tensor_at
 from passes.ir.parameter_names import tensor_name
 from passes.ir.provenance import AdapterInstance, adapter_instances, clear_provenance, provenance_of, sites_by_product
 from passes.transforms.split_packed_weight import is_part
@@ -75,7 +75,7 @@ class Merge(Pass):
             weight, name = adapter.weight, adapter.weight_name
             merged, rows = self.weights[key], adapter.rows
             if rows is not None:
-                whole = attribute(graph_module, name).detach()
+                whole = tensor_at(graph_module, name).detach()
                 merged = torch.cat([whole[: rows[0]], merged, whole[rows[1] :]])
             tied = bool(_others(instances, readers[identity(graph_module, adapter)]))
             nodes = [take_out(instance, names) for instance in instances]

@@ -8,15 +8,18 @@ graph of a Qwen3 of 28 layers (6,385 nodes, 3,724 of them inserted; one core).
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from passes.infra.pass_base import Pass
-from passes.ir.module_utils import attribute, map_inputs
+from passes.ir.module_utils import map_inputs, tensor_at
 from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import is_fake, python_dispatcher
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
 
 
 class Annotate(Pass):
@@ -26,16 +29,18 @@ class Annotate(Pass):
         """Annotate in the order of execution."""
         values = (node.meta.get("val") for node in graph_module.graph.nodes)
         mode = next((value.fake_mode for value in values if is_fake(value)), None)
+        if mode is None:
+            return False
         known: dict[Hashable, object] = {}
-        for node in graph_module.graph.nodes if mode else ():
+        for node in graph_module.graph.nodes:
             if provenance_of(node) is not None and "val" not in node.meta:
                 _annotate(graph_module, node, mode, known)
         return False
 
 
-def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: Any, known: dict[Hashable, object]) -> None:
+def _annotate(graph_module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, known: dict[Hashable, object]) -> None:
     if node.op == "get_attr":
-        tensor = attribute(graph_module, str(node.target))
+        tensor = tensor_at(graph_module, str(node.target))
         key: Hashable = ("get_attr", *_sizes(tensor))
         if key not in known:
             known[key] = mode.from_tensor(tensor.detach(), static_shapes=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import fx
@@ -35,7 +34,7 @@ def split_reads(graph: fx.Graph, weight: str, sizes: int, parts: Iterable[tuple[
             reader.replace_input_with(node, whole)
         for made in (*slices, whole):
             made.meta = {name: value for name, value in node.meta.items() if name != "tensor_meta"} | {META: weight}
-        value: Any = node.meta.get("val")
+        value = node.meta.get("val")
         for made in slices if value is not None else ():
             made.meta["val"] = value[slice(*made.args[2:])]
 

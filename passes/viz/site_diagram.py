@@ -10,7 +10,7 @@ from html import escape
 import torch
 from torch import fx
 
-from passes.ir.module_utils import attribute
+from passes.ir.module_utils import tensor_at
 from passes.ir.provenance import adapter_instances, provenance_of
 from passes.ir.torch_internals import schema_of
 
@@ -134,7 +134,7 @@ def _box(graph_module: fx.GraphModule, node: fx.Node) -> Box:
         shape = getattr(node.meta.get("val"), "shape", None)
         detail = node.name if shape is None else f"{node.name}  {tuple(map(str, shape))}".replace("'", "")
         return Box(node.name, title, detail, provenance.role if provenance else "outside")
-    tensor = attribute(graph_module, str(node.target))
+    tensor = tensor_at(graph_module, str(node.target))
     kind = "trainable" if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad else "frozen"
     short = _end(str(node.target), 27)
     if provenance is not None and str(node.target).startswith(f"{provenance.path}."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,9 +221,7 @@ def is_callable(source: str) -> bool:
 
 def _from_callable(module: str, name: str, device: str | torch.device) -> tuple[nn.Module, ExampleInputs | None]:
     try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
+        target = operator.attrgetter(name)(importlib.import_module(module))
         with torch.device(device):
             made = target()
     except (Exception, SystemExit) as error:  # it is somebody else's code

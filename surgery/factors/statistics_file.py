@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +25,7 @@ from passes.analysis.linear_sites import Site
 from passes.errors import InputError
 from surgery.errors import AdapterError
 from surgery.factors.statistic import KINDS, Statistic
-from surgery.support.untrusted_files import parse_json, path_of, require_regular
+from surgery.support.untrusted_files import JsonObject, parse_json, path_of, require_regular
 
 FORMAT, VERSION = "sspace-statistics", "1"
 SUMS = {"moment": ("moment",), "squares": ("squares",), "absolute": ("absolute",), "contrast": ("positive", "negative")}
@@ -161,7 +160,7 @@ class Statistics:
             raise AdapterError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(file: safe_open, i: int, entry: Any, where: str) -> Statistic:
+def _read(file: safe_open, i: int, entry: JsonObject, where: str) -> Statistic:
     if type(entry["d_in"]) is not int:
         raise AdapterError(f"{where}: d_in of statistic {i} must be an integer, found {entry['d_in']!r:.40}")
     statistic = Statistic(entry["kind"], entry["side"], entry["d_in"], None, dict(entry["counts"]))

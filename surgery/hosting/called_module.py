@@ -147,7 +147,7 @@ class CalledModule(Host):
         Raises:
             WeightError: the module was parametrised or pruned since surgery, so that its weight is computed.
         """
-        adapter: Any = self.owner._modules[ATTRIBUTE]
+        adapter: Adapter = self.owner._modules[ATTRIBUTE]  # type: ignore[assignment]
         if adapter.form == "delta" and self.registered() is None:
             raise WeightError(
                 f"site {adapter.key!r}: its weight was parametrised or pruned since surgery, and is computed from "

@@ -47,13 +47,13 @@ class GraphSite(Host):
 
     def parameter(self) -> torch.Tensor:
         """The base weight; where it was not kept, what the factors and the remainder give."""
-        parameter: torch.Tensor | None = attribute(self.owner, self.weight_name)
+        parameter = self.registered()
         return self.adapter.rebuilt_weight(self.weight_dtype) if parameter is None else parameter
 
     def registered(self) -> torch.Tensor | None:
         """The base parameter, which may be in a module of its own."""
-        found: torch.Tensor | None = attribute(self.owner, self.weight_name)
-        return found
+        found = attribute(self.owner, self.weight_name)
+        return found if isinstance(found, torch.Tensor) else None
 
     def bias(self) -> torch.Tensor | None:
         """The base bias, of a part its entries."""

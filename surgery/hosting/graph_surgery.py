@@ -65,7 +65,7 @@ def graph_state(model: nn.Module, products: Products) -> GraphState | None:
     return GraphState(model.graph, products, dict(model._modules), dict(model._parameters), inner, forms, buffers)
 
 
-def restore_state(model: Any, state: GraphState) -> None:
+def restore_state(model: fx.GraphModule, state: GraphState) -> None:
     """Put a graph module back."""
     model._modules.clear()
     model._modules.update(state.modules)
@@ -149,7 +149,7 @@ def _in_place_host(site: Adapter, product: GraphProduct) -> Literal["module", "w
 
 
 def rewrite(
-    model: Any, stages: Stages, *, validation: Validation | None = None, debug: bool | None = None
+    model: fx.GraphModule, stages: Stages, *, validation: Validation | None = None, debug: bool | None = None
 ) -> list[PassResult]:
     """Run passes on a copy of the graph, which takes the graph's place.
 
@@ -161,7 +161,7 @@ def rewrite(
         return run_pipeline(model, stages, validation=validation, debug=debug)
 
 
-def drop_sites(model: Any, keys: Iterable[str]) -> None:
+def drop_sites(model: fx.GraphModule, keys: Iterable[str]) -> None:
     """Forget sites that no longer stand in the graph, and their container with the last of them."""
     holder, gone = _container(model), set(keys)
     assert holder is not None
@@ -214,7 +214,7 @@ def copy_whole(model: fx.GraphModule) -> None:
     def refuse(self: fx.GraphModule) -> NoReturn:
         raise SurgeryError("an operated graph module cannot be pickled: use save_adapter, or state_dict")
 
-    def apply(self: fx.GraphModule, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def apply(self: fx.GraphModule, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> fx.GraphModule:
         for key, site in graph_sites(self).items():
             dtype = fn(site.factors.S).dtype
             before, half = site.factors.S.dtype, (torch.float16, torch.bfloat16)
@@ -223,7 +223,8 @@ def copy_whole(model: fx.GraphModule) -> None:
                     f"site {key!r}: the casts in an operated graph are fixed, so it cannot go from {before} to "
                     f"{dtype}; cast the model before surgery, or the model that the graph was made from"
                 )
-        return super(cls, self)._apply(fn, recurse)
+        converted: fx.GraphModule = super(cls, self)._apply(fn, recurse)
+        return converted
 
     cls: Any = type(model)
     cls.__deepcopy__, cls.__reduce__, cls._apply = deepcopy, refuse, apply

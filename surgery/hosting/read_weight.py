@@ -42,10 +42,9 @@ class ReadWeight(Host):
 
     def place(self) -> tuple[Mapping[str, torch.Tensor | None], str]:
         """The parametrisation holds it."""
-        owner: Any = self.owner
-        if not parametrize.is_parametrized(owner, self.weight_name):
+        if not parametrize.is_parametrized(self.owner, self.weight_name):
             return super().place()
-        return owner.parametrizations[self.weight_name]._parameters, "original"
+        return self.owner.get_submodule(f"parametrizations.{self.weight_name}")._parameters, "original"
 
     def bias(self) -> torch.Tensor | None:
         """The bias, of a part its entries."""
@@ -78,8 +77,9 @@ class ReadWeight(Host):
 
     def detach(self) -> None:
         """Remove the parametrisation; parameters are in the order that they had."""
-        owner: Any = self.owner
-        hosted = owner.parametrizations[self.weight_name]
+        owner = self.owner
+        hosted = owner.get_submodule(f"parametrizations.{self.weight_name}")
+        assert isinstance(hosted, nn.ModuleList)
         if len(hosted) > 1:  # other parts of the weight
             del hosted[next(i for i, other in enumerate(hosted) if other is self.adapter)]
             if not any(isinstance(other, Adapter) for other in hosted):

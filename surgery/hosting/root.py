@@ -55,7 +55,7 @@ class GeneratingRoot(Root):
     def generate(self, *args: object, **kwargs: object) -> object:
         """The model's own ``generate``."""
         state: State | None = vars(self).get(STATE)
-        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        generate: Callable[..., object] = super().generate  # type: ignore[misc]
         if state is None:
             return generate(*args, **kwargs)
         before, state.steering.generating = state.steering.generating, True
@@ -124,7 +124,7 @@ def _hold(state: State, model: nn.Module) -> None:
     state.steering.root, state.steering.look = root, look
 
 
-def _seen_by_dynamo(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _seen_by_dynamo(forward: Callable[..., object]) -> Callable[..., object]:
     """The forward of a class of PyTorch's own, as a function of this file.
 
     Dynamo passes over frames of ``torch.nn``, so that ``torch.compile`` would trace the call of such a root as well.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +26,11 @@ from surgery.modules.adapter import Adapter
 from surgery.modules.steering import Steering
 from surgery.support.untrusted_files import JsonObject
 
+if TYPE_CHECKING:
+    from surgery.hosting.graph_surgery import GraphState
+
 STATE = "_surgery"
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,7 +74,7 @@ class State:
     requires_grad: dict[str, bool]
     inspection: Inspection | None = None
     factorisation: dict[str, JsonObject] = field(default_factory=dict)
-    original: Any = None
+    original: GraphState | None = None
     steering: Steering = field(default_factory=Steering)
     coefficient: Coefficient | None = None
     number: float = 1.0
@@ -82,7 +86,7 @@ class State:
     captured_call: Call | None = None
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: T) -> T:
     """The module behind ``torch.compile``'s wrapper."""
     return uncompiled(model)
 

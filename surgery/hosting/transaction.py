@@ -106,7 +106,7 @@ def _objects(model: nn.Module) -> Iterator[object]:
     yield from (part for part in (record, original, getattr(model, "config", None)) if hasattr(part, "__dict__"))
 
 
-def _tables(part: Any) -> Iterator[Any]:
+def _tables(part: object) -> Iterator[Any]:
     yield vars(part)
     yield from (value for value in vars(part).values() if type(value) in TABLES)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -75,7 +75,7 @@ class Lowering(Protocol):
     """
 
     name: str
-    form: Literal["delta", "residual"]
+    form: str
     steers_rows: bool
     caches: bool
     takes_projection: bool
@@ -93,12 +93,14 @@ class Lowering(Protocol):
         """The kernels beside those of the plain base."""
 
 
+Kind = TypeVar("Kind", bound=Lowering)
 REGISTRY: dict[str, Lowering] = {}
 
 
-def register(cls: type[Any]) -> type[Any]:
+def register(cls: type[Kind]) -> type[Kind]:
     """Class decorator: make a lowering known by its name."""
-    REGISTRY[cls.name] = cls()
+    lowering = cls()
+    REGISTRY[lowering.name] = lowering
     return cls
 
 

@@ -16,7 +16,6 @@ import random
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from passes.analysis.linear_sites import Site
 from passes.capture.activations import observed
 from passes.capture.capture import forward_call, is_pretrained, keyword_inputs
 from passes.errors import InputError
-from passes.ir.forward_context import Call, copied, inference_mode_of, state_kept
+from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from passes.ir.torch_internals import tree_iter, tree_map_only
 from surgery.factors.padding import Tokens
 from surgery.factors.statistic import Kind, Statistic
@@ -39,6 +38,12 @@ from surgery.support.progress_bar import track
 SMALL = 2**26  # parameters of a model that always runs in one thread
 
 
+Batch = ExampleInputs | list[object]
+"""Example inputs; a ``DataLoader`` may give lists."""
+
+Batches = Iterable[Batch] | ExampleInputs
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Two sets of inputs that differ in what is to be steered.
@@ -48,8 +53,8 @@ class Contrast:
         pool: which tokens of a row count: the "last" that is no padding, the "mean" of the row, or "all" alike.
     """
 
-    positive: object
-    negative: object
+    positive: Batches
+    negative: Batches
     pool: str = "last"
 
     def __post_init__(self) -> None:
@@ -57,7 +62,11 @@ class Contrast:
             raise InputError(f"pool must be 'last', 'mean' or 'all', found {self.pool!r:.80}")
 
 
-def batches_of(data: object, name: str = "calibration") -> Iterable[Any]:
+Calibration = Batches | Contrast | Statistics
+"""Batches, one batch, two sides to contrast, or what was collected before."""
+
+
+def batches_of(data: object, name: str = "calibration") -> Iterable[Batch]:
     """The batches of calibration data; a single batch is one too.
 
     Raises:
@@ -70,25 +79,29 @@ def batches_of(data: object, name: str = "calibration") -> Iterable[Any]:
     return data
 
 
-def first_batch(calibration: Any) -> tuple[Any, Any]:
+def first_batch(calibration: Calibration) -> tuple[ExampleInputs | None, Calibration]:
     """The first batch of calibration data, and the data with that batch still in it, be it read once only."""
     if isinstance(calibration, Statistics):
         return None, calibration
     if isinstance(calibration, Contrast):
-        first, positive = first_batch(calibration.positive)
+        first, positive = _first_of(calibration.positive)
         return first, Contrast(positive, calibration.negative, calibration.pool)
-    data = batches_of(calibration)
+    return _first_of(calibration)
+
+
+def _first_of(data: object) -> tuple[ExampleInputs | None, Iterable[Batch]]:
+    data = batches_of(data)
     if not isinstance(data, Iterator):
         numbers = random.getstate()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
             first = next(iter(data), None)
         random.setstate(numbers)
-        return _batch(first), data
+        return None if first is None else _batch(first), data
     first = next(data, None)
-    return _batch(first), data if first is None else itertools.chain([first], data)
+    return (None, data) if first is None else (_batch(first), itertools.chain([first], data))
 
 
-def _batch(batch: Any) -> Any:
+def _batch(batch: Batch) -> ExampleInputs:
     """A batch as inputs are written; a ``DataLoader`` gives lists."""
     return tuple(batch) if isinstance(batch, list) else batch
 
@@ -222,7 +235,7 @@ class _Run:
         if not count:
             raise InputError(f"{name} gave no batch: it is empty, or a generator that has been read already")
 
-    def _batch(self, batch: Any, index: int) -> None:
+    def _batch(self, batch: object, index: int) -> None:
         args, kwargs = self._call(batch)
         self.tokens = Tokens(self._named((args, kwargs)))
         self.finite.clear()
@@ -238,7 +251,7 @@ class _Run:
         if bad := [key for key, flag in self.finite.items() if not flag]:
             raise InputError(f"site {bad[0]!r}: its input is not finite on {self.name} batch {index}")
 
-    def _call(self, batch: Any) -> Call:
+    def _call(self, batch: object) -> Call:
         inputs = copied(forward_call(batch))
         if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_iter(inputs)):
             raise InputError(f"{self.name} has a tensor on the meta device, which holds no values")

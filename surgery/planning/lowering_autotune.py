@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
@@ -103,11 +102,11 @@ def _fastest(site: Adapter, x: torch.Tensor, names: tuple[str, ...], *, training
 def _run(site: Adapter, x: torch.Tensor, name: str, *, training: bool) -> Callable[[], None]:
     x = x.clone().requires_grad_(training)  # a clone: a tensor of inference mode could not be trained on
     owner = site.host.owner
-    cls: Any = without(type(owner), Called)
+    bare: type[nn.Module] = without(type(owner), Called)
     cores = list(site.core.parameters())
 
     def run() -> None:
-        y = REGISTRY[name].run(site, x, lambda: cls.forward(owner, x))
+        y = REGISTRY[name].run(site, x, lambda: bare.forward(owner, x))
         if training:
             torch.autograd.grad(y, [x, *cores], y.detach(), allow_unused=True)
 

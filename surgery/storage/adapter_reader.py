@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -71,8 +70,9 @@ def read_adapter(
         of_weight: dict[str, list[Site]] = {}
         progress &= config["factors"] == "recompute"
         for saved_key, entry in track(list(config["sites"].items()), "factorising", enabled=progress):
-            entry, key = _named_as_in(names_of, saved_key, entry)
+            found, key = _named_as_in(names_of, saved_key, entry)
             where = f"{str(path)!r}: site {saved_key!r}"
+            entry = check_entry(where, found, _with_computed_bias(model, found, parameters))
             plan, names = _read_site(model, where, (key, saved_key), entry, config, products, parameters, tensors)
             others = of_weight.setdefault(plan.site.weight, [])
             if any(overlap(plan.site, other) for other in others):
@@ -99,7 +99,7 @@ def _own_tensors(
     )
 
 
-def _named_as_in(names: SavedNames, key: str, entry: Any) -> tuple[Any, str]:
+def _named_as_in(names: SavedNames, key: str, entry: object) -> tuple[object, str]:
     """What a file says of a site, with the names that its parameters have in the model, and its key there."""
     if not isinstance(entry, dict) or not isinstance(entry.get("weight"), str):
         return entry, key
@@ -118,7 +118,7 @@ def opened_adapter(path: Path) -> Iterator[tuple[JsonObject, StoredTensors]]:
         yield file.config, tensors
 
 
-def _with_computed_bias(model: nn.Module, entry: Any, parameters: Mapping[str, torch.Tensor]) -> Collection[str]:
+def _with_computed_bias(model: nn.Module, entry: object, parameters: Mapping[str, torch.Tensor]) -> Collection[str]:
     """Names of parameters, and that of a site's bias where a module computes it, as a pruned one does."""
     bias = entry.get("bias") if isinstance(entry, dict) else None
     if isinstance(bias, str) and bias not in parameters and bias.rpartition(".")[2] == "bias":
@@ -132,14 +132,13 @@ def _read_site(
     model: nn.Module,
     where: str,
     keys: tuple[str, str],
-    entry: Any,
+    entry: JsonObject,
     config: JsonObject,
     products: Collection[str],
     parameters: Mapping[str, torch.Tensor],
     tensors: StoredTensors,
 ) -> tuple[AdapterPlan, set[str]]:
     """The adapter state of a site, whose key in the model and in the file are given, and the names of its tensors."""
-    check_entry(where, entry, _with_computed_bias(model, entry, parameters))
     key, saved_key = keys
     host = "graph" if key in products else entry["host"]
     owner = model.get_submodule(entry["weight"].rpartition(".")[0])

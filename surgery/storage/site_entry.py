@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,14 +46,15 @@ def _variant(name: str, values: JsonObject) -> Variant:
         raise AdapterError(f"adapter of variant {name!r:.80}: {error}") from error
 
 
-def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
-    """Check what the configuration says of a site by itself and against the names of a model's parameters.
+def check_entry(where: str, found: object, parameters: Collection[str]) -> JsonObject:
+    """Check what the configuration says of a site by itself and against the names of a model's parameters; gives it.
 
     Raises:
         AdapterError: a field is missing or unknown, or the model has no such parameter.
     """
+    entry: JsonObject = found if isinstance(found, dict) else {}
     for name, kind in SITE_FIELDS.items():
-        value = entry.get(name) if isinstance(entry, dict) else None
+        value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise AdapterError(f"{where}: {name!r} must be a {kind.__name__}")
     if entry["weight"] not in parameters:
@@ -66,6 +66,7 @@ def check_entry(where: str, entry: Any, parameters: Collection[str]) -> None:
         raise AdapterError(f"{where}: unknown layout {entry['layout']!r:.40} or host {entry['host']!r:.40}")
     if entry["dtype"] not in DTYPES or not -(2**63) <= entry["seed"] < 2**64:
         raise AdapterError(f"{where}: unknown dtype {entry['dtype']!r:.40}, or seed {entry['seed']!r:.40}")
+    return entry
 
 
 def read_parts(

@@ -10,7 +10,6 @@ Its tensor is ``trained.<name>``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -169,9 +168,8 @@ def _vocabulary(model: nn.Module) -> torch.Size | None:
     """The number of rows of a ``transformers`` model's token embedding, as a size; None where it has none."""
     if not is_pretrained(model):
         return None
-    hub: Any = model
     try:
-        embedding = hub.get_input_embeddings()
+        embedding = model.get_input_embeddings()
     except NotImplementedError:
         return None
     return embedding.weight.shape[:1] if isinstance(embedding, nn.Embedding) else None

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from passes.capture.capture import is_pretrained
 from surgery.hosting.beside_cores import beside_cores
 from surgery.hosting.state import adapters_of
 from surgery.storage.adapter_config import PEFT_TYPE
@@ -58,10 +59,10 @@ def is_refusing(folder: Path) -> bool:
 
 def base_configuration(model: nn.Module) -> JsonObject:
     """The configuration of a ``transformers`` model as its own ``config.json`` would have it, without paths."""
-    hub: Any = model
-    config = _without_paths(parse_json(hub.config.to_json_string()))
+    assert is_pretrained(model)
+    config = _without_paths(parse_json(model.config.to_json_string()))
     name = type(model).__name__.removeprefix("FSDP")
-    return {**config, "architectures": [name], "dtype": str(hub.dtype).removeprefix("torch.")}
+    return {**config, "architectures": [name], "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from passes.errors import InputError
 from passes.ir.forward_context import quiet
 from surgery.support.untrusted_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
 
 COUNTS = re.compile(r"(layers?|depths?|blocks|stages|experts)$|^(n|num)_layer")  # each is a module, or a list of them
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -18,7 +23,7 @@ CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+)[/\\]snapshots[/\\]")
 MOST, MOST_LABELS = 2**12, 2**20
 
 
-def hub_config(source: str) -> Any:
+def hub_config(source: str) -> PretrainedConfig:
     """The configuration in a folder or of a hub id, of an architecture that ``transformers`` itself has.
 
     Raises:
@@ -65,7 +70,7 @@ def on_hub(path: Path) -> bool:
     return "/" in str(path) and HUB_ID.fullmatch(str(path)) is not None
 
 
-def model_class(config: Any, default: Any) -> Any:
+def model_class(config: PretrainedConfig, default: T) -> type[PreTrainedModel] | T:
     """The class that a configuration names, if it is a model's, or the default."""
     import transformers
 

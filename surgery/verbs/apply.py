@@ -44,7 +44,7 @@ from surgery.verbs.argument_types import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def resolve_model(model: Any, example_inputs: ExampleInputs | None = None) -> tuple[Any, Any]:
+def resolve_model(model: object, example_inputs: ExampleInputs | None = None) -> tuple[Any, nn.Module]:
     """What a verb gives back, and the module that it works on: the same, but behind a wrapper of ``torch.compile``.
 
     An ``ExportedProgram`` or a TorchScript module gives a new graph module.
@@ -63,7 +63,7 @@ def apply_surgery(model: Model, variant: VariantLike, **options: Unpack[SurgeryO
 
 
 def apply_surgery(
-    model: Any,
+    model: nn.Module | Program,
     variant: VariantLike,
     *,
     r: int | None = None,
@@ -79,7 +79,7 @@ def apply_surgery(
     basis: str | Basis | None = None,
     seed: int = 0,
     progress: bool | None = None,
-) -> Any:
+) -> nn.Module:
     """Put an S-space adapter on linear operations of a model, in place; afterwards only the cores are trainable.
 
     Args:
@@ -118,6 +118,7 @@ def apply_surgery(
     config = resolve_variant(variant, r, basis)
     if example_inputs is None and calibration is not None and not is_pretrained(unwrap(model)):
         example_inputs, calibration = first_batch(calibration)
+    given: nn.Module
     given, model = resolve_model(model, example_inputs)
     is_graph = isinstance(model, fx.GraphModule)
     form_name, lowering = check_options(config, calibration, form, lowering, keep_base, seed, is_graph)
@@ -227,6 +228,7 @@ def detach_all(model: nn.Module, found: Mapping[str, Adapter]) -> None:
             site.host.detach()
     put_back(state)
     if state.original is not None:
+        assert isinstance(model, fx.GraphModule)
         restore_state(model, state.original)
 
 

@@ -6,7 +6,7 @@ it are the names of this package: an editor completes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 
 from passes.ir.forward_context import ExampleInputs
 from surgery.bases import Basis
-from surgery.factors.statistics_file import Statistics
-from surgery.planning.calibration_run import Contrast
+from surgery.planning.calibration_run import Calibration
 from surgery.planning.target_selection import Patterns
 from surgery.variants import Variant
 
@@ -31,9 +30,6 @@ __all__ = [
     "VariantName",
     "Verify",
 ]
-
-Calibration = Iterable[ExampleInputs | list[object]] | ExampleInputs | Contrast | Statistics
-"""Batches, one batch, two sides to contrast, or what was collected before; a ``DataLoader`` may give lists."""
 
 Verify = ExampleInputs | bool | None
 """Example inputs to compare on, True for those that a graph was captured with; False or None for no comparison."""

@@ -6,7 +6,6 @@ import copy
 import logging
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,6 +26,7 @@ from passes.infra.translation_validation import Validation
 from passes.ir.forward_context import Call, ExampleInputs, copied, inference_mode_of, state_kept
 from passes.ir.module_utils import attribute, copy_graph
 from passes.ir.torch_internals import sizes_of_one_are_free, tree_leaves, tree_map_only
+from passes.transforms.insert import Insert
 from passes.transforms.split_packed_weight import split_reads
 from surgery.hosting.attach import graph_adapter
 from surgery.hosting.graph_site import GraphSite
@@ -173,7 +173,7 @@ def split_packed(graph: fx.GraphModule, paths: Mapping[nn.Module, str], hosted: 
 
 
 def check_capture(
-    model: nn.Module, graph: fx.GraphModule, insert: Any, tensors: Collection[str], validation: Validation
+    model: nn.Module, graph: fx.GraphModule, insert: Insert, tensors: Collection[str], validation: Validation
 ) -> None:
     """Compare what the model gives with the captured base whose products are changed by the model's own adapters.
 

@@ -165,15 +165,16 @@ def pipeline(
         places = register_sites(graph, graph.graph, products, sites)
         graph.graph = copy_graph(graph.graph)
         merging = Merge.name not in disable and stop_after in (None, Merge.name)
+        insert = Insert(places, keep_base=keep_base)
         stages: list[Pass] = [
-            Insert(places, keep_base=keep_base),
+            insert,
             Fold(_tensors(graph, "factors.")),
             *([Fuse()] if fuse else []),
             Merge({site.key: site.merged_weight() for site in sites} if merging else {}, untie=untie),
         ]
         validation = None if verified is None else Validation(call if verify is True else verified)
         if validation is not None and only is None:
-            check_capture(model, graph, stages[0], _tensors(graph, "", coeff=True), validation)
+            check_capture(model, graph, insert, _tensors(graph, "", coeff=True), validation)
         results = run_pipeline(
             graph, stages, stop_after=stop_after, disable=disable, validation=validation, debug=debug
         )

@@ -85,6 +85,7 @@ def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> 
         items = track(list(found.items()), "merging", enabled=progress)
         merged = {key: merged_weight(site, key) for key, site in items}
         if nodes:
+            assert isinstance(model, fx.GraphModule)
             rewrite(model, [Merge({key: merged[key] for key in nodes}, untie=untie)], validation=validation)
             drop_sites(model, nodes)
         for key, site in found.items():

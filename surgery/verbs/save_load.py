@@ -167,12 +167,12 @@ def load_adapter(
     """
     given: Model
     bars = wanted_on(progress)
-    (given, model), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
-    paths = module_paths(model)
-    present, products = adapters_in(paths), products_of(model)
+    (given, module), path = resolve_model(model, example_inputs), path_of(path, AdapterError)
+    paths = module_paths(module)
+    present, products = adapters_in(paths), products_of(module)
     require_bases(present)
     named = {parameter_names(paths, site)[0]: site.host.parameter() for site in present.values()}
-    loaded = read_adapter(model, path, named, products, progress=bars)
-    replace_adapters(model, present, products, lambda: (loaded.plans, loaded.notes), loaded.trained)
+    loaded = read_adapter(module, path, named, products, progress=bars)
+    replace_adapters(module, present, products, lambda: (loaded.plans, loaded.notes), loaded.trained)
     say_coefficient(loaded.config, f"in {str(path)!r} saved")
     return given

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import nn
 
@@ -76,7 +77,8 @@ class SavesAdapter(RootMixin):
             AdapterError: an argument has no meaning for an adapter; the folder is that of the base model, or cannot be
                 written; the state dict lacks a tensor.
         """
-        model: Any = self
+        model = self
+        assert isinstance(model, nn.Module)
         if state_of(model) is None or not adapters_of(model):
             kwargs |= {"state_dict": state_dict, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
             return super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
@@ -88,13 +90,20 @@ class SavesAdapter(RootMixin):
                 push_adapter(path, push.pop("repo_id", path.name), **push)
         return None
 
-    def load_state_dict(self, state_dict: JsonObject, *args: object, **kwargs: object) -> object:
+    def load_state_dict(self, state_dict: Mapping[str, object], *args: object, **kwargs: object) -> object:
         """The model's own ``load_state_dict``; of a checkpoint of what was trained, the base is not missing."""
-        model: Any = self
+        model = self
+        assert isinstance(model, nn.Module)
         result = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
         if state_of(model) is not None:
             _note_checkpoint(model, state_dict, result)
         return result
+
+
+class LoadResult(Protocol):
+    """What ``load_state_dict`` gives."""
+
+    missing_keys: list[str]
 
 
 def _save(model: nn.Module, path: Path, state_dict: JsonObject | None, limit: float) -> None:
@@ -144,12 +153,12 @@ def _bytes_of(size: int | str) -> float:
 
 
 def _is_base_folder(model: nn.Module, path: Path) -> bool:
-    hub: Any = model
-    source = hub.config.name_or_path
+    assert is_pretrained(model)
+    source = model.config.name_or_path
     return bool(source) and Path(source).is_dir() and Path(source).resolve() == path.resolve()
 
 
-def _note_checkpoint(model: nn.Module, given: JsonObject, result: Any) -> None:
+def _note_checkpoint(model: nn.Module, given: Mapping[str, object], result: LoadResult) -> None:
     """Of a checkpoint that ``save_pretrained`` wrote, take the frozen base off the missing keys.
 
     What it has of parameters that are frozen here was trained nevertheless, and is saved again.
