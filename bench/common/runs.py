@@ -54,8 +54,8 @@ def step(model: nn.Module, call: Call) -> Run:
     """Forward and backward, from a random gradient of the first output to what is trained, and to the inputs.
 
     To the inputs (for ids, to their embeddings), so that a frozen base has a backward to compare with: the one that
-    anything trained in its first layer needs. Afterwards the cores change, as an optimiser would change them: no kept
-    weight serves two steps.
+    anything trained in its first layer needs. Afterwards the cores change, as an optimiser would change them: no
+    cached weight serves two steps.
     """
     args, kwargs = _open(call)
     for module in model.modules():

@@ -113,7 +113,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         "fwd + bwd: in eval mode, to what is trained and to the embeddings (or inputs), without an optimiser's step. "
         "computed as: the lowerings of a forward / of a forward with a backward.",
         "MACs per token: what low-rank products would add, and their share of the operated sites' own. adapter: "
-        "factors, cores and kept weights in memory, beside the base's weights. init: apply_surgery, on random "
+        "factors, cores and cached weights in memory, beside the base's weights. init: apply_surgery, on random "
         f"calibration data of {CALIBRATION} batches where a variant needs some.",
         f"peak: {memory}. file: on disk; of full fine-tuning, all parameters.",
     ]

@@ -198,8 +198,8 @@ def _in_onnxruntime(path: Path, model: nn.Module, base: Tensor, probe: Tensor, m
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def deviation(tokens: Tensor, expected: Tensor, **knob: Any) -> float:
-        found = session.run(["logits"], {"input_ids": tokens.numpy(), **knob})[0]
+    def deviation(tokens: Tensor, expected: Tensor, **coefficient: Any) -> float:
+        found = session.run(["logits"], {"input_ids": tokens.numpy(), **coefficient})[0]
         return float((torch.from_numpy(found) - expected).abs().max())
 
     errors = [deviation(probe, logits(model, probe))]

@@ -11,7 +11,7 @@ All run in one thread: surgery factorises sites side by side, each in a thread, 
 there are; the original's loop over sites could do so too.
 
 The limits: a full SVD takes about 20 d^3 FLOPs, the eigenvectors of a Gram matrix 9 d^3 at twice the width, a
-randomised one 2 d^2 (d/2 + 4 r), and a core costs little where it needs less than the 2 d r of the thin products.
+randomised one 2 d^2 (d/2 + 4 r), and a core costs little where it needs less than the 2 d r of the low-rank products.
 """
 
 from __future__ import annotations

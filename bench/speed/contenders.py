@@ -125,8 +125,8 @@ class Makers:
         trained = {n: p.requires_grad_() for n, p in model.named_parameters() if _is_adapter(n)}
 
         def reference() -> tuple[nn.Module, dict[str, nn.Parameter]]:
-            twin = copy.deepcopy(model).to(self.higher)
-            return twin, {n: p for n, p in twin.named_parameters() if _is_adapter(n)}
+            copied = copy.deepcopy(model).to(self.higher)
+            return copied, {n: p for n, p in copied.named_parameters() if _is_adapter(n)}
 
         return Contender(model, trained, name, reference)
 

@@ -152,7 +152,7 @@ def attach(model: nn.Module, plan: AdapterPlan, owners: Counter[int] | None = No
 
 
 def plan_of(paths: Mapping[nn.Module, str], key: str, site: Adapter) -> AdapterPlan:
-    """The adapter of a site, of the model of these paths, as it can be made anew."""
+    """The adapter of a site, of the model of these paths, as it can be rebuilt."""
     weight, bias = parameter_names(paths, site)
     d_out, d_in = site.factors.shape[-2:]
     place = Site(key, weight, bias, site.layout, d_out, d_in, stack=site.factors.stack, rows=site.rows)

@@ -55,7 +55,7 @@ class WeightCache:
     def get_for(self, name: str, read: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What ``make(read)`` gives within a call of the root, as long as it is asked for the same tensor.
 
-        It is handed out as a weight, which somebody may write to: then it is made anew.
+        It is handed out as a weight, which somebody may write to: then it is recomputed.
         """
         held = self._cached.get(name)
         if held is None or held[0] is not read or held[1]._version != held[2]:

@@ -51,14 +51,14 @@ class Dense:
         return with_gradient_of(site, product(site, x, _weight(site)), site.adapter_delta(x.detach()))
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
-        """The weight's own product, spread over several forwards in inference; in training two thin products."""
+        """The weight's own product, spread over several forwards in inference; in training two low-rank products."""
         n, d_out, d_in, r, core, item, _ = size
         wide = max(item, 4)
         make = [Work.product(d_out, d_in, r, wide), Work.pointwise(d_out * d_in, wide, 2 if item == wide else 6)]
         if not training:
             return [work.amortised() for work in make]
-        thin = [Work.product(n, r, d_in, item), Work.product(n, r, d_out, item), Work(6.0 * n * core, 0)]
-        return [*make, *thin, Work.pointwise(n * r, item, 6)]
+        low_rank = [Work.product(n, r, d_in, item), Work.product(n, r, d_out, item), Work(6.0 * n * core, 0)]
+        return [*make, *low_rank, Work.pointwise(n * r, item, 6)]
 
 
 def _weight(site: LinearSite) -> torch.Tensor:

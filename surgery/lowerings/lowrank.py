@@ -36,7 +36,7 @@ class LowRank:
         return add_term(site, base(), site.adapter_delta(x), site.factors.U)
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
-        """Two thin products and the core; in training their transposes."""
+        """Two low-rank products and the core; in training their transposes."""
         n, d_out, d_in, r, core, item, launches = size
         products = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
         kernels = [*products, Work.pointwise(n * r, item), Work(2.0 * n * core, 0, 1 if training else launches)]

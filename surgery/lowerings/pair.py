@@ -1,8 +1,8 @@
 """``pair``: the term as the two matrices of a LoRA, ``y = x W^T + b + (x Vh^T) (U D^T)^T`` with ``D = delta(I)``.
 
 ``U D^T`` is made once for each value of the core and of coeff, with 2 d_out r^2 FLOPs and d_out r numbers of memory,
-where ``dense`` takes d_out d_in of both times r and one. A forward is then two thin products, whatever the core is made
-of, which for a few tokens is most of what ``lowrank`` costs. In training, and in compiled code, it is ``lowrank``.
+where ``dense`` takes d_out d_in of both times r and one. A forward is then two low-rank products, whatever the core is
+made of, which for a few tokens is most of what ``lowrank`` costs. In training, and in compiled code, it is ``lowrank``.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Pair:
         return True
 
     def run(self, site: LinearSite, x: torch.Tensor, base: Base) -> torch.Tensor:
-        """The base's own forward, plus two thin products."""
+        """The base's own forward, plus two low-rank products."""
         if torch.compiler.is_compiling() or site.core.trains():
             return REGISTRY[ALWAYS].run(site, x, base)
         y = base()
         return add_term(site, y, F.linear(x, site.factors.Vh.to(x.dtype)), site.cache.get("pair", left))
 
     def work(self, size: Size, *, training: bool) -> list[Work]:
-        """Two thin products, the second of which adds to the output, and the making of one factor."""
+        """Two low-rank products, the second of which adds to the output, and the making of one factor."""
         if training:
             return REGISTRY[ALWAYS].work(size, training=True)
         n, d_out, d_in, r, core, item, launches = size
         make = [Work.product(d_out, r, r, max(item, 4)), Work(2.0 * r * core, 0, launches)]
-        thin = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
-        return [*thin, *(work.amortised() for work in make)]
+        low_rank = [Work.product(n, r, d_in, item), Work.product(n, d_out, r, item)]
+        return [*low_rank, *(work.amortised() for work in make)]
 
 
 def left(site: LinearSite) -> torch.Tensor:

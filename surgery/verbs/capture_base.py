@@ -1,4 +1,4 @@
-"""The base of an operated model as a graph, and its sites made anew for that graph."""
+"""The base of an operated model as a graph, and its sites rebuilt for that graph."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _share_modules(graph: fx.GraphModule, model: nn.Module) -> None:
 def sites_for(
     graph: fx.GraphModule, products: Products, paths: Mapping[nn.Module, str], hosted: Mapping[str, Adapter]
 ) -> list[Adapter]:
-    """The sites of a model made anew for a graph: same factors, same core parameters, a coeff of their own.
+    """The sites of a model rebuilt for a graph: same factors, same core parameters, a coeff of their own.
 
     Args:
         products: of the graph, those that an adapter can be written beside.

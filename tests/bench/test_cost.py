@@ -20,7 +20,7 @@ from bench.cost.worker import BASE, FULL, Measurement, disturb
 from surgery import InputError, apply_surgery, report
 from surgery.variants import REGISTRY
 from tests.support.cost_runs import measured, run
-from tests.support.zoo import HUB, patient
+from tests.support.zoo import HUB, small_model
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_what_runs_out_of_memory_in_a_step_keeps_its_other_figures(monkeypatch: 
 
 @pytest.mark.parametrize("name", ["antipasto", "antipasto_rot"])
 def test_what_an_adapter_holds_is_what_lives_on(name: str) -> None:
-    found = patient("llama")
+    found = small_model("llama")
     model = found.model
 
     def live() -> int:
@@ -113,7 +113,7 @@ def test_what_an_adapter_holds_is_what_lives_on(name: str) -> None:
 
 
 def test_the_base_beside_a_model_is_its_own_and_takes_no_memory() -> None:
-    found = patient("qwen3")
+    found = small_model("qwen3")
     expected, base = found.run(), shadow(found.model)
     assert {p.data_ptr() for p in base.parameters()} == {p.data_ptr() for p in found.model.parameters()}
     assert base.lm_head.weight is base.model.embed_tokens.weight
@@ -126,7 +126,7 @@ def test_the_base_beside_a_model_is_its_own_and_takes_no_memory() -> None:
 
 
 def test_a_step_reaches_the_embeddings_and_changes_the_cores() -> None:
-    found = patient("qwen3")
+    found = small_model("qwen3")
     call = inputs_for(found.model, None, 2, 5)
     reached: list[torch.Tensor] = []
     base = shadow(found.model)
@@ -145,7 +145,7 @@ def test_a_step_reaches_the_embeddings_and_changes_the_cores() -> None:
 
 
 def test_products_are_counted_with_attention() -> None:
-    found = patient("llama")
+    found = small_model("llama")
     call = inputs_for(found.model, None, 1, 8)
     linear = sum(m.weight.numel() for m in found.model.modules() if isinstance(m, nn.Linear))
     attention = 2 * 2 * 8 * 8 * 32  # layers, two products, queries, keys, width
@@ -182,7 +182,7 @@ def test_a_peak_is_above_what_was_held() -> None:
 
 
 def test_inputs_of_a_wanted_size() -> None:
-    model = patient("qwen3").model
+    model = small_model("qwen3").model
     args, kwargs = inputs_for(model, None, 3, 9, seed=1)
     assert args == ()
     assert kwargs["input_ids"].shape == (3, 9)
@@ -190,13 +190,13 @@ def test_inputs_of_a_wanted_size() -> None:
     other = varied(((), {**kwargs, "attention_mask": torch.ones(3, 9, dtype=torch.long)}), 2)
     assert sorted(other["input_ids"].flatten().tolist()) == sorted(kwargs["input_ids"].flatten().tolist())
     assert not torch.equal(other["input_ids"], kwargs["input_ids"])
-    assert inputs_for(patient("vit").model, None, 3, 9)[1]["pixel_values"].shape == (3, 3, 32, 32)
-    t5 = inputs_for(patient("t5").model, None, 2, 5)[1]
+    assert inputs_for(small_model("vit").model, None, 3, 9)[1]["pixel_values"].shape == (3, 3, 32, 32)
+    t5 = inputs_for(small_model("t5").model, None, 2, 5)[1]
     assert {t5["input_ids"].shape, t5["decoder_input_ids"].shape} == {torch.Size((2, 5))}
-    x = inputs_for(patient("mlp", torch.bfloat16).model, torch.randn(5, 12), 1, 1)[0][0]
+    x = inputs_for(small_model("mlp", torch.bfloat16).model, torch.randn(5, 12), 1, 1)[0][0]
     assert x.dtype == torch.bfloat16
     with pytest.raises(InputError, match="name a callable"):
-        inputs_for(patient("mlp").model, None, 1, 1)
+        inputs_for(small_model("mlp").model, None, 1, 1)
 
 
 def test_models_with_random_weights_and_with_their_own(config_folder: Path, tmp_path: Path) -> None:

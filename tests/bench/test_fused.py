@@ -32,8 +32,8 @@ def test_rows_and_their_table(tmp_path):
 def test_graphs_that_differ_are_not_timed(monkeypatch):
     real = fused.pipeline
 
-    def wrong(patient: nn.Module, *args: object, fuse: bool = False, **options: object) -> object:
-        found = real(patient, *args, fuse=fuse, **options)
+    def wrong(model: nn.Module, *args: object, fuse: bool = False, **options: object) -> object:
+        found = real(model, *args, fuse=fuse, **options)
         if fuse:
             found.graph.get_submodule("fused_0").get_buffer("rows").mul_(2)  # its own; the others are shared
         return found

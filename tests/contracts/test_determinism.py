@@ -21,7 +21,7 @@ from surgery import Contrast, apply_surgery, set_coeff, sites
 from surgery.errors import WeightError
 from surgery.factors.svd import factorise
 from surgery.support.determinism import one_thread, side_by_side
-from tests.support.deterministic_runs import D_IN, data_of, digests, patient, saved, some
+from tests.support.deterministic_runs import D_IN, data_of, digests, fresh_model, saved, some
 from tests.support.variant_cases import VARIANTS
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{VARIANTS.index(v)}")
@@ -174,12 +174,12 @@ def test_side_by_side_runs_little_ahead_and_stops_where_it_is_closed(workers):
 
 def test_a_failure_with_two_threads_names_its_site_and_leaves_the_model():
     with threads(2):
-        model, before = patient(), patient().state_dict()
+        model, before = fresh_model(), fresh_model().state_dict()
         same_inputs = Contrast([some(4, D_IN)], [some(4, D_IN)], pool="all")
         options: Any = {"r": 4, "target_modules": "all-linear", "example_inputs": some(2, D_IN), "progress": False}
         with pytest.raises(InputError, match="site '0': the positive and the negative set"):
             apply_surgery(model, "sspace", calibration=same_inputs, **options)
-        huge = patient(torch.float16)
+        huge = fresh_model(torch.float16)
         huge[2].weight.data.mul_(0).add_(6e4)
         with pytest.raises(WeightError, match="site '2'"):
             apply_surgery(huge, "antipasto", **options | {"example_inputs": some(2, D_IN).half()})
@@ -189,7 +189,7 @@ def test_a_failure_with_two_threads_names_its_site_and_leaves_the_model():
 
 
 def test_factors_that_are_made_in_inference_mode_can_be_trained():
-    model = patient()
+    model = fresh_model()
     with threads(2), torch.inference_mode():
         apply_surgery(model, "antipasto", r=4, target_modules="all-linear", progress=False)
     set_coeff(model, 1.0)

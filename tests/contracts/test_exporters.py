@@ -32,17 +32,17 @@ from exporters import ExportError, export, formats
 from exporters.shared.exporter import load_exporter
 from exporters.shared.options import flags, option, parse
 from surgery import InputError, SurgeryError, apply_surgery, set_coeff, sites
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 MODULES = {name: importlib.import_module(f"exporters.formats.{name}") for name in formats()}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 each_format = pytest.mark.parametrize(
     "format", [pytest.param(n, marks=[pytest.mark.full] * getattr(m, "SLOW", False)) for n, m in MODULES.items()]
 )
-each_patient = pytest.mark.parametrize("name", ["mlp", "qwen3"])
+each_model = pytest.mark.parametrize("name", ["mlp", "qwen3"])
 
 
-def operate(p: Patient) -> Patient:
+def operate(p: SmallModel) -> SmallModel:
     """Operate, move the cores, and leave the model in a state that none of an exporter's own steps would give it."""
     apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
     generator = torch.Generator().manual_seed(1)
@@ -55,12 +55,12 @@ def operate(p: Patient) -> Patient:
 
 
 @built_once
-def operated(name: str) -> Patient:
-    """A patient of the zoo, operated on."""
-    return operate(patient(name))
+def operated(name: str) -> SmallModel:
+    """A model of the zoo, operated on."""
+    return operate(small_model(name))
 
 
-def run(p: Patient, format: str, path: Path, **options: Any) -> Any:
+def run(p: SmallModel, format: str, path: Path, **options: Any) -> Any:
     return export(
         p.model,
         format,
@@ -97,7 +97,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 @each_format
-@each_patient
+@each_model
 def test_an_export_is_reported_and_leaves_the_model_as_it_was(format: str, name: str, tmp_path: Path) -> None:
     p = operated(name)
     unchanged = snapshot(p.model)
@@ -239,11 +239,11 @@ class Faulty(nn.Module):
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> Patient:
+def faulty(monkeypatch: pytest.MonkeyPatch) -> SmallModel:
     monkeypatch.setattr(Faulty, "calls", 0)
     monkeypatch.setattr(Faulty, "effect", Faulty.effect)  # put back whatever a test sets
     torch.manual_seed(0)
-    p = operate(Patient("faulty", Faulty(), torch.randn(5, 12)))
+    p = operate(SmallModel("faulty", Faulty(), torch.randn(5, 12)))
     Faulty.calls = 0
     return p
 
@@ -262,7 +262,7 @@ def failing(module: ModuleType, error: BaseException) -> Callable[..., Any]:
 @each_format
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is full")], ids=lambda e: type(e).__name__)
 def test_a_failure_in_the_middle_leaves_nothing(
-    format: str, error: BaseException, faulty: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str, error: BaseException, faulty: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(faulty, format, tmp_path / "good")
     total, unchanged = Faulty.calls, snapshot(faulty.model)
@@ -291,7 +291,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 
 
 @each_format
-def test_what_differs_from_the_model_is_refused(format: str, faulty: Patient, tmp_path: Path) -> None:
+def test_what_differs_from_the_model_is_refused(format: str, faulty: SmallModel, tmp_path: Path) -> None:
     Faulty.effect = staticmethod(lambda call, y: y * (1 + 0.1 * call))  # type: ignore[assignment]
     with pytest.raises(ExportError, match="differ"):
         run(faulty, format, tmp_path / "out")

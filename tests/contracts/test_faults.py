@@ -55,7 +55,7 @@ from tests.support.fault_points import POINTS
 from tests.support.model_state import state_of
 from tests.support.operated_models import randomise
 from tests.support.processes import at_call, calls_of, in_child
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
@@ -93,7 +93,7 @@ class Places:
             sys.setprofile(None)
 
 
-def everything(p: Patient) -> list[str]:
+def everything(p: SmallModel) -> list[str]:
     """All that may be seen of a model: what ``state_of`` has, and hooks, tables, graph, record, outputs."""
     model, lines = p.model, list(state_of(p.model))
     for path, module in model.named_modules():
@@ -127,7 +127,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def result(p: Patient) -> list[str]:
+def result(p: SmallModel) -> list[str]:
     """What an operation gives, the same for equal models."""
     tensors = [*p.model.named_parameters(remove_duplicate=False), *p.model.named_buffers()]
     lines = [f"{n} {t.requires_grad} {t.dtype} {digest(t.detach())}" for n, t in tensors]
@@ -140,87 +140,87 @@ def files(folder: Path) -> dict[str, bytes | None]:
     return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob("*"))}
 
 
-# The patients: how a fresh one is made, before any operation.
+# The models: how a fresh one is made, before any operation.
 
 
-def packed() -> Patient:
-    return Patient("packed", packed_attention.attention(), packed_attention.CALLS["self"])
+def packed() -> SmallModel:
+    return SmallModel("packed", packed_attention.attention(), packed_attention.CALLS["self"])
 
 
-def experts() -> Patient:
-    return Patient("experts", expert_models.build("mixtral"), {"input_ids": expert_models.IDS})
+def experts() -> SmallModel:
+    return SmallModel("experts", expert_models.build("mixtral"), {"input_ids": expert_models.IDS})
 
 
-def graph() -> Patient:
-    p = patient("mlp")
-    return Patient("graph", fx.symbolic_trace(p.model).eval(), p.inputs)
+def graph() -> SmallModel:
+    p = small_model("mlp")
+    return SmallModel("graph", fx.symbolic_trace(p.model).eval(), p.inputs)
 
 
-HOSTS: dict[str, tuple[Callable[[], Patient], dict[str, Any]]] = {
-    "mlp": (lambda: patient("mlp"), {}),
-    "raw": (lambda: patient("raw"), {}),
-    "attention": (lambda: patient("attention"), {}),
-    "residual": (lambda: patient("mlp"), {"form": "residual"}),
-    "dropped": (lambda: patient("mlp"), {"form": "residual", "keep_base": False}),
+HOSTS: dict[str, tuple[Callable[[], SmallModel], dict[str, Any]]] = {
+    "mlp": (lambda: small_model("mlp"), {}),
+    "raw": (lambda: small_model("raw"), {}),
+    "attention": (lambda: small_model("attention"), {}),
+    "residual": (lambda: small_model("mlp"), {"form": "residual"}),
+    "dropped": (lambda: small_model("mlp"), {"form": "residual", "keep_base": False}),
     "packed": (packed, {"target_modules": packed_attention.QV}),
     "graph": (graph, {}),
     "experts": (experts, {}),
-    "qwen3": (lambda: patient("qwen3"), {}),
+    "qwen3": (lambda: small_model("qwen3"), {}),
 }
 
 
-def operate(p: Patient, options: dict[str, Any], **more: Any) -> None:
+def operate(p: SmallModel, options: dict[str, Any], **more: Any) -> None:
     apply_surgery(p.model, "antipasto", **{"r": 3, "example_inputs": p.inputs, "progress": False, **options, **more})
 
 
-def data(p: Patient) -> list[Any]:
+def data(p: SmallModel) -> list[Any]:
     return [p.inputs]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on a patient.
+    """An operation on a model.
 
     Attributes:
-        before: what is done to a fresh patient first; gets a folder.
+        before: what is done to a fresh model first; gets a folder.
         act: the operation.
         writes: whether it writes files, and leaves the model alone.
     """
 
     host: str
-    before: Callable[[Patient, Path], Any]
-    act: Callable[[Patient, Path], Any]
+    before: Callable[[SmallModel, Path], Any]
+    act: Callable[[SmallModel, Path], Any]
     writes: bool = False
 
 
-def trained(p: Patient, _: Path, options: dict[str, Any] | None = None) -> None:
+def trained(p: SmallModel, _: Path, options: dict[str, Any] | None = None) -> None:
     torch.manual_seed(0)
     operate(p, HOSTS[p.host][1] if options is None else options)  # type: ignore[attr-defined]
     randomise(p.model, 0.5)
     set_coeff(p.model, 0.75)
 
 
-def saved(p: Patient, folder: Path) -> None:
+def saved(p: SmallModel, folder: Path) -> None:
     trained(p, folder)
     save_adapter(p.model, folder / "adapter")
     randomise(p.model, 0.1)
 
 
-def saved_and_plain(p: Patient, folder: Path) -> None:
+def saved_and_plain(p: SmallModel, folder: Path) -> None:
     saved(p, folder)
     undo_surgery(p.model)
 
 
-def checkpoint(p: Patient, folder: Path) -> None:
+def checkpoint(p: SmallModel, folder: Path) -> None:
     p.model.save_pretrained(folder / "base")  # type: ignore[operator]
     saved(p, folder)
 
 
-def nothing(p: Patient, folder: Path) -> None:
+def nothing(p: SmallModel, folder: Path) -> None:
     pass
 
 
-def steered(p: Patient, _: Path) -> None:
+def steered(p: SmallModel, _: Path) -> None:
     with steer(p.model, 0.5):
         p.run()
 
@@ -292,8 +292,8 @@ FAST = [name for name in FAST if name not in ("to_graph packed", "to_graph resid
 FAST += ["merge untie qwen3", "merge experts", "export lora qwen3"]
 
 
-def begin(case: Case, folder: Path) -> Patient:
-    """A patient as the operation finds it."""
+def begin(case: Case, folder: Path) -> SmallModel:
+    """A model as the operation finds it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     p = HOSTS[case.host][0]()
@@ -371,7 +371,7 @@ def same_files(found: dict[str, bytes | None], expected: dict[str, bytes | None]
     )
 
 
-def differences(p: Patient, old: list[str], expected: list[str]) -> list[str]:
+def differences(p: SmallModel, old: list[str], expected: list[str]) -> list[str]:
     """How the model differs from what it was, in short."""
     now = everything(p)
     new, gone = ([line[:300] for line in a if line not in b][:4] for a, b in ((now, old), (old, now)))
@@ -413,9 +413,9 @@ def test_kills_and_full_disks_on_the_way_to_the_disk(name: str, tmp_path: Path) 
         seen = files(folder)
         visible = {file: value for file, value in seen.items() if not any(x[0] == "." for x in Path(file).parts)}
         if name.startswith("save"):
-            twin = HOSTS[case.host][0]()
-            load_adapter(twin.model, folder / "adapter")
-            assert {site.core.g.sum().item() for site in sites(twin.model).values()} in (cores(old), cores(written))
+            reloaded = HOSTS[case.host][0]()
+            load_adapter(reloaded.model, folder / "adapter")
+            assert {site.core.g.sum().item() for site in sites(reloaded.model).values()} in (cores(old), cores(written))
         else:
             assert visible in (old, written)
         if visible != written:

@@ -33,14 +33,14 @@ from tests.support.fuzz import (
 from tests.support.fuzz_adapter import saved
 from tests.support.model_state import state_of
 from tests.support.operated_models import operated
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 NAMES = ("mlp", "raw", "attention")
 
 
 @functools.cache
-def fresh(name: str) -> Patient:
-    return patient(name)
+def fresh(name: str) -> SmallModel:
+    return small_model(name)
 
 
 def check_load(name: str, config: Any, tensors: bytes, *, sign: bool = True) -> bool:
@@ -163,7 +163,7 @@ def test_what_is_good_is_taken():
 class Package:
     """A compiled package as ``torch`` gives it: text, and tensors by name."""
 
-    def __init__(self, found: Patient) -> None:
+    def __init__(self, found: SmallModel) -> None:
         self.values = {name: t.detach().clone() for name, t in found.model.state_dict().items()}
         held = contents(found.model, torch.ones(()), found.model.state_dict(keep_vars=True))
         self.text = json.dumps(held)

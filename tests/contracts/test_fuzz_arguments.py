@@ -35,13 +35,13 @@ from surgery import (
 from surgery.variants import REGISTRY
 from tests.support.fuzz import ESCAPE, SOME, junk, outcome
 from tests.support.model_state import state_of
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
-INPUTS = patient("mlp").inputs
+INPUTS = small_model("mlp").inputs
 
 
 def fresh() -> nn.Module:
-    return apply_surgery(patient("mlp").model, "antipasto", r=2, progress=False)
+    return apply_surgery(small_model("mlp").model, "antipasto", r=2, progress=False)
 
 
 def steered(model: nn.Module, value: Any) -> None:
@@ -78,13 +78,13 @@ def test_apply_surgery(name):
         assert sites(model)
         undo_surgery(model)
 
-    check(call, lambda: patient("mlp").model, junk())
+    check(call, lambda: small_model("mlp").model, junk())
 
 
 @pytest.mark.parametrize("name", CALIBRATE)
 def test_calibrate(name):
     options = {"variant": "antipasto", "r": 2, "calibration": [INPUTS], "progress": False}
-    check(lambda model, value: calibrate(model, **{**options, name: value}), lambda: patient("mlp").model, junk())
+    check(lambda model, value: calibrate(model, **{**options, name: value}), lambda: small_model("mlp").model, junk())
 
 
 VERBS: dict[str, Callable[[nn.Module, Any], Any]] = {
@@ -168,7 +168,7 @@ def test_pool_of_a_contrast():
     | st.sampled_from(["(", "*", "[a-", ESCAPE])
 )
 def test_patterns(pattern):
-    model = patient("mlp").model
+    model = small_model("mlp").model
     before = state_of(model)
     for name in ("target_modules", "exclude_modules"):
         options = {"target_modules": "all-linear", "variant": "antipasto", "r": 2, "progress": False, name: pattern}
@@ -181,6 +181,6 @@ def test_patterns(pattern):
 
 def test_a_pattern_that_backtracks_is_harmless_on_names_that_it_does_not_fit():
     """The caller writes patterns, no file does. What takes long is a match on a long run of one kind."""
-    model = patient("mlp").model
+    model = small_model("mlp").model
     error = outcome(lambda: apply_surgery(model, "antipasto", target_modules="(a+)+$", progress=False))
     assert isinstance(error, surgery.TargetError)

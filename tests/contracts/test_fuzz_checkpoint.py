@@ -28,7 +28,7 @@ from tests.support.adapter_files import bare_tensors, configuration
 from tests.support.fuzz import MANY, SOME, damaged_bytes, damaged_json, outcome, safetensors_file, written
 from tests.support.model_state import state_of
 from tests.support.operated_models import operated
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 MEMORY = 2**29
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -41,13 +41,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = operated("mlp")
     save_adapter(found.model, root / "adapter")
     (root / "base").mkdir()
-    state = patient("mlp").model.state_dict()
+    state = small_model("mlp").model.state_dict()
     files = {"a.safetensors": ("0.weight", "0.bias"), "b.safetensors": ("2.weight", "4.weight", "4.bias")}
     for name, keys in files.items():
         save_file({key: state[key] for key in keys}, root / "base" / name)
     weight_map = {key: name for name, keys in files.items() for key in keys}
     (root / "base" / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    model = patient("qwen3").model
+    model = small_model("qwen3").model
     model.save_pretrained(root / "hub")
     apply_surgery(model, "antipasto", r=2, target_modules=["up_proj"], progress=False)
     save_adapter(model, root / "hub_adapter")
@@ -251,7 +251,7 @@ def test_something_else_in_the_place_of_what_a_kill_left(kind, folders, tmp_path
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    found = patient("mlp")
+    found = small_model("mlp")
     data = [torch.randn(64, 12)]
     path = calibrate(found.model, "antipasto", data, progress=False).save(tmp_path_factory.mktemp("s") / "file")
     return path.read_bytes()
@@ -260,7 +260,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def check_statistics(data: bytes, path: Path) -> AdapterError | None:
     """Read statistics, and use what was read: a typed error, and the model as it was."""
     path.write_bytes(data)
-    model = patient("mlp").model
+    model = small_model("mlp").model
     before = state_of(model)
     found: list[Statistics] = []
     error: Any = outcome(lambda: found.append(Statistics.load(path)), memory=MEMORY)

@@ -24,7 +24,7 @@ from surgery.support.untrusted_files import DEPTH, LIMIT, VALUES, parse_json, pa
 from tests.support.fuzz import ESCAPE, MANY, bounded, outcome, printable, safetensors_file, written
 from tests.support.fuzz_adapter import saved
 from tests.support.model_state import state_of
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 MEMORY = 2**29
 WORDS = st.text(st.characters(codec="utf-8"))
@@ -75,7 +75,7 @@ WIDTHS = {"F4": 0.5, "F6_E2M3": 0.75, "16": 2, "32": 4, "64": 8, "C128": 16}
 
 def refused(folder: Path) -> str:
     """Loading raises a typed error, soon and in little memory; the model is untouched."""
-    model = patient("mlp").model
+    model = small_model("mlp").model
     before = state_of(model)
     error = outcome(lambda: load_adapter(model, folder), memory=MEMORY)
     assert isinstance(error, AdapterError)
@@ -207,14 +207,14 @@ def test_the_mirror_is_not_read(tmp_path):
         folder.mkdir()
         make(folder / CONFIG)
         written(folder, *saved("mlp"))
-        model = patient("mlp").model
+        model = small_model("mlp").model
         assert outcome(lambda model=model, folder=folder: load_adapter(model, folder)) is None
 
 
 # what reads a file, and would open whatever stands in its place
 READERS: dict[str, Callable[[Path], Any]] = {
-    "configuration": lambda p: load_adapter(patient("mlp").model, folder_with(p, CONFIG, older=True)),
-    "tensors": lambda p: load_adapter(patient("mlp").model, folder_with(p, TENSORS)),
+    "configuration": lambda p: load_adapter(small_model("mlp").model, folder_with(p, CONFIG, older=True)),
+    "tensors": lambda p: load_adapter(small_model("mlp").model, folder_with(p, TENSORS)),
     "statistics": Statistics.load,
     "core": lambda p: check_core(swappable(p.parent), p),
     "graph": lambda p: check_core(p, p),

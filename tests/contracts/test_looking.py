@@ -168,9 +168,9 @@ def bert() -> tuple[Any, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("make", [bert, llava])
 def test_hooks_that_transformers_installs_in_the_first_forward(make, ran):
     model, inputs = make()
-    twin = type(model)(model.config).eval()
-    twin.load_state_dict(model.state_dict())
-    expected = twin(**inputs, output_hidden_states=True)
+    untouched = type(model)(model.config).eval()
+    untouched.load_state_dict(model.state_dict())
+    expected = untouched(**inputs, output_hidden_states=True)
     if ran:
         model(**inputs, output_hidden_states=True)
     was = described(model)

@@ -57,8 +57,8 @@ def test_the_signs_of_pairs_of_directions_change_no_output(basis, core):
     signs = torch.tensor([1.0, -1, -1, 1, -1], dtype=F64)[:r]
     for far in (False, True):
         model = moved(model) if far else model
-        twin = copy.deepcopy(model)
-        site, tensors = surgery.sites(twin)["0"], surgery.sites(twin)["0"].core.tensors()
+        copied = copy.deepcopy(model)
+        site, tensors = surgery.sites(copied)["0"], surgery.sites(copied)["0"].core.tensors()
         carried = mirrored(core, tensors, signs)
         if carried is None:  # how a core that has no formula is carried along is known where it mixes no directions
             delta = core.delta(torch.eye(r, dtype=F64), site.factors.S, site.core, torch.ones((), dtype=F64))
@@ -70,8 +70,8 @@ def test_the_signs_of_pairs_of_directions_change_no_output(basis, core):
             site.factors.Vh.mul_(signs[:, None])
             for name, tensor in tensors.items():
                 tensor.copy_(carried[name])
-        surgery.refresh(twin)
-        assert_close(twin(inputs()).detach(), model(inputs()).detach())
+        surgery.refresh(copied)
+        assert_close(copied(inputs()).detach(), model(inputs()).detach())
 
 
 @each_pair
@@ -191,13 +191,13 @@ def test_another_basis_goes_through_every_verb(variant, tmp_path):
     config = json.loads((surgery.save_adapter(model, tmp_path / "a") / "adapter_config.json").read_text())
     assert config["hyperparameters"]["basis"] == as_entry(basis)
     assert variant_from_dict(config["variant"], config["hyperparameters"]).basis_config == basis
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     graph = surgery.to_graph(copy.deepcopy(model), x)
     assert_close(graph(x).detach(), expected)
     assert_close(surgery.fold(graph, freeze_core=True)(x).detach(), expected)
     with pytest.raises(surgery.AdapterError, match="chooses its factors by data"):
         surgery.save_adapter(model, tmp_path / "b", factors="recompute")
-    assert_close(surgery.merge(twin)(x).detach(), expected)
+    assert_close(surgery.merge(copied)(x).detach(), expected)
     assert surgery.report(model).sites
     base = surgery.undo_surgery(model)
     assert torch.equal(base(x), plain(torch.float32)(x))

@@ -152,7 +152,7 @@ each_trained = of_every("variant", TRAINED, FAST, ids=lambda v: f"{v.name}-{VARI
 
 
 def shaken(model: nn.Module, site: Adapter, step: int, generator: torch.Generator) -> None:
-    """Change core or knob in one of the ways that users have."""
+    """Change core or coefficient in one of the ways that users have."""
     p = list(site.core.parameters())[step % len(list(site.core.parameters()))]
     noise = torch.randn(p.shape, generator=generator, dtype=F64)
     kind = step % 7
@@ -217,10 +217,10 @@ def follows(model: nn.Module, site: Adapter, x: torch.Tensor) -> None:
         owner = site.host.owner
         dense = model(x)
         assert site.cache.peek("dense") is not None
-        thin = LOWERINGS["lowrank"].run(site, x, lambda: nn.functional.linear(x, owner.weight, owner.bias))
-        assert torch.isfinite(thin).all()
+        low_rank = LOWERINGS["lowrank"].run(site, x, lambda: nn.functional.linear(x, owner.weight, owner.bias))
+        assert torch.isfinite(low_rank).all()
         size = 1 + x.norm() * (site.weight.norm() + site.delta_weight().norm())
-        assert (dense - thin).abs().max() <= 1e-13 * size
+        assert (dense - low_rank).abs().max() <= 1e-13 * size
 
 
 def keeps_promises(site: Adapter) -> None:
@@ -241,8 +241,11 @@ def keeps_promises(site: Adapter) -> None:
             turned = SimpleNamespace(
                 **{n: torch.zeros_like(p) if n == "delta_s" else p for n, p in core.tensors().items()}
             )
-            for knob in (coeff, torch.ones((), dtype=F64)):
-                R = torch.eye(len(S), dtype=F64) + variant.delta(torch.eye(len(S), dtype=F64), one, turned, knob).T
+            for coefficient in (coeff, torch.ones((), dtype=F64)):
+                R = (
+                    torch.eye(len(S), dtype=F64)
+                    + variant.delta(torch.eye(len(S), dtype=F64), one, turned, coefficient).T
+                )
                 assert (R @ R.T - torch.eye(len(S), dtype=F64)).abs().max() < 1e-12
             angles = torch.linalg.eigvals(R).angle().abs()
             assert angles.max() <= 1.105  # of a saturated block of four at coeff = 1
@@ -290,14 +293,14 @@ def test_a_merge_is_rounded_once(variant, dtype, name, layout):
         for p in site.core.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
     for coeff in (0.7, 0.0):
-        twin = copy.deepcopy(model)
-        set_coeff(twin, coeff)
-        site = sites(twin)["0"]
+        copied = copy.deepcopy(model)
+        set_coeff(copied, coeff)
+        site = sites(copied)["0"]
         weight, change = site.weight.detach().clone(), reference_delta_weight(site, float(site.steering.coeff))
-        merge(twin)
-        check_merged(twin[0].weight.detach(), weight, change)
+        merge(copied)
+        check_merged(copied[0].weight.detach(), weight, change)
         if coeff == 0:
-            assert torch.equal(twin[0].weight, weight)
+            assert torch.equal(copied[0].weight, weight)
 
 
 def as_conv1d(variant: Variant, W: torch.Tensor) -> tuple[nn.Module, Adapter]:

@@ -203,8 +203,8 @@ gains = st.lists(st.floats(-60, 60), min_size=R, max_size=R)
 def test_antipasto_is_its_equation(g, coeff, suppress_only):
     rng = np.random.default_rng(0)
     h, S, g = rng.normal(size=(5, R)), np.sort(rng.uniform(0.1, 9, R))[::-1].copy(), np.array(g)
-    core, knob = SimpleNamespace(g=torch.tensor(g)), torch.tensor(coeff, dtype=torch.float64)
-    found = surgery.AntiPaSTO(suppress_only=suppress_only).delta(torch.tensor(h), torch.tensor(S), core, knob)
+    core, coefficient = SimpleNamespace(g=torch.tensor(g)), torch.tensor(coeff, dtype=torch.float64)
+    found = surgery.AntiPaSTO(suppress_only=suppress_only).delta(torch.tensor(h), torch.tensor(S), core, coefficient)
     z = coeff * (np.minimum(g, 0) if suppress_only else g)
     reference = h * S * np.where(z > 0, z, np.expm1(np.minimum(z, 0)))
     assert_close(found, torch.tensor(reference))
@@ -213,8 +213,11 @@ def test_antipasto_is_its_equation(g, coeff, suppress_only):
 @given(gains, st.floats(0, 5))
 def test_suppress_only_never_amplifies(g, coeff):
     variant, S = surgery.AntiPaSTO(suppress_only=True), torch.linspace(4, 1, R, dtype=torch.float64)
-    core, knob = SimpleNamespace(g=torch.tensor(g, dtype=torch.float64)), torch.tensor(coeff, dtype=torch.float64)
-    gain = 1 + torch.diagonal(variant.delta(torch.eye(R, dtype=torch.float64), S, core, knob)) / S
+    core, coefficient = (
+        SimpleNamespace(g=torch.tensor(g, dtype=torch.float64)),
+        torch.tensor(coeff, dtype=torch.float64),
+    )
+    gain = 1 + torch.diagonal(variant.delta(torch.eye(R, dtype=torch.float64), S, core, coefficient)) / S
     assert (gain <= 1).all()
     assert (gain >= 0).all()
 

@@ -13,7 +13,7 @@ from exporters import compiled, export, export_core, formats
 from surgery import set_coeff
 from tests.support.device_models import NAME, all_on, operated, there
 from tests.support.tolerance import assert_close
-from tests.support.zoo import full, patient
+from tests.support.zoo import full, small_model
 
 HOSTS = ("mlp", pytest.param("qwen3", marks=pytest.mark.full), pytest.param("gpt2", marks=pytest.mark.full))
 FORMATS = [*(name for name in formats() if name != "aoti"), *full("aoti")[: NAME == "cuda"]]  # it knows no stand-in
@@ -22,7 +22,7 @@ FORMATS = [*(name for name in formats() if name != "aoti"), *full("aoti")[: NAME
 @pytest.mark.parametrize("name", ["mlp", "qwen3", pytest.param("gpt2", marks=pytest.mark.full)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format(format: str, name: str, device: torch.device, tmp_path: Path) -> None:
-    here, found = operated(patient(name)), operated(there(device, name))
+    here, found = operated(small_model(name)), operated(there(device, name))
     before = found.run()
     for each, place in ((here, "here"), (found, "there")):
         report = export(each.model, format, tmp_path / place, example_inputs=each.inputs)
@@ -40,7 +40,7 @@ def test_every_format(format: str, name: str, device: torch.device, tmp_path: Pa
 def test_onnx(mode: str, device: torch.device, tmp_path: Path) -> None:
     import onnxruntime
 
-    here, found = operated(patient("qwen3")), operated(there(device, "qwen3"))
+    here, found = operated(small_model("qwen3")), operated(there(device, "qwen3"))
     export(found.model, "onnx", tmp_path / "model.onnx", example_inputs=found.inputs, mode=mode)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     given = {name: tensor.numpy() for name, tensor in here.inputs.items()}

@@ -31,7 +31,7 @@ from surgery.variants import REGISTRY
 from tests.support.device_models import all_on, on, operated, there
 from tests.support.lowering_models import KEPT, possible
 from tests.support.tolerance import assert_close
-from tests.support.zoo import ALL_NAMES, patient
+from tests.support.zoo import ALL_NAMES, small_model
 
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear]
 LOWERINGS = ("auto", "lowrank", "output", "dense", "pair")
@@ -73,7 +73,7 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_every_host(name: str, device: torch.device) -> None:
-    here, found = operated(patient(name)), operated(there(device, name))
+    here, found = operated(small_model(name)), operated(there(device, name))
     all_on(found.model, device)
     assert sites(found.model).keys() == sites(here.model).keys()
     assert_close(found.run().cpu(), here.run())
@@ -89,7 +89,7 @@ def test_every_host(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(("variant", "lowering"), BOTH)
 def test_every_variant_and_lowering(variant: str, lowering: str, device: torch.device) -> None:
-    here = operated(patient("mlp"), variant, lowering=lowering)
+    here = operated(small_model("mlp"), variant, lowering=lowering)
     found = operated(there(device), variant, lowering=lowering)
     all_on(found.model, device)
     for coeff in (1.0, -0.5, torch.tensor([0.0, 1.0, -0.5, 0.8, 0.3])):
@@ -165,8 +165,8 @@ def test_an_optimiser_step_is_followed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("coeff", [0.0, 0.5, "here", "there"])
-def test_knobs_from_anywhere(coeff: Any, device: torch.device) -> None:
-    here, found = operated(patient("qwen3")), operated(there(device, "qwen3"))
+def test_coefficients_from_anywhere(coeff: Any, device: torch.device) -> None:
+    here, found = operated(small_model("qwen3")), operated(there(device, "qwen3"))
     if isinstance(coeff, str):
         coeff = torch.tensor([1.0, -0.5]) if coeff == "here" else torch.tensor([1.0, -0.5], device=device)
     with steer(found.model, coeff), steer(here.model, coeff if isinstance(coeff, float) else coeff.cpu()):
@@ -195,7 +195,7 @@ def test_merge_and_undo(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("form", ["delta", "residual"])
 def test_dtypes_and_forms(form: str, dtype: torch.dtype, device: torch.device) -> None:
     name = "mlp" if dtype == torch.float64 else "qwen3"  # whose norms are float32 throughout
-    here, found = (operated(p, form=form) for p in (patient(name, dtype), there(device, name, dtype)))
+    here, found = (operated(p, form=form) for p in (small_model(name, dtype), there(device, name, dtype)))
     all_on(found.model, device)
     assert_close(found.run().cpu(), here.run())
     undo_surgery(found.model)
@@ -205,16 +205,16 @@ def test_dtypes_and_forms(form: str, dtype: torch.dtype, device: torch.device) -
 @pytest.mark.parametrize("variant", sorted(REGISTRY))
 @pytest.mark.parametrize("way", ["there", "back", "stay"])
 def test_adapters_go_both_ways(way: str, variant: str, device: torch.device, tmp_path: Path) -> None:
-    source = operated(patient("mlp") if way == "there" else there(device), variant)
+    source = operated(small_model("mlp") if way == "there" else there(device), variant)
     save_adapter(source.model, tmp_path / "adapter")
-    target = patient("mlp") if way == "back" else there(device)
+    target = small_model("mlp") if way == "back" else there(device)
     load_adapter(target.model, tmp_path / "adapter")
     all_on(target.model, torch.device("cpu") if way == "back" else device)
     assert_close(target.run().cpu(), source.run().cpu())
 
 
 def test_moved_after_surgery(device: torch.device) -> None:
-    found = operated(patient("qwen3"))
+    found = operated(small_model("qwen3"))
     expected, found.inputs = found.run(), on(device, found.inputs)
     found.model.to(device)
     all_on(found.model, device)
@@ -225,8 +225,8 @@ def test_moved_after_surgery(device: torch.device) -> None:
 
 @pytest.mark.parametrize("variant", ["antipasto", "antipasto_corda", "antipasto_rot"])
 def test_calibrated_on_data_of_the_cpu_and_again(variant: str, device: torch.device) -> None:
-    here, found = patient("qwen3"), there(device, "qwen3")
-    data = [patient("qwen3").inputs]
+    here, found = small_model("qwen3"), there(device, "qwen3")
+    data = [small_model("qwen3").inputs]
     for each in (here, found):
         operated(each, variant, calibration=data)
     assert_close(found.run().cpu(), here.run())
@@ -254,7 +254,7 @@ def test_graphs(form: str, variant: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "attention"])
-def test_graph_patients(name: str, device: torch.device) -> None:
+def test_graph_modules(name: str, device: torch.device) -> None:
     found = there(device, name)
     args, kwargs = ((), found.inputs) if isinstance(found.inputs, dict) else (found.inputs, {})
     program = torch.export.export(found.model, args, kwargs, strict=False)

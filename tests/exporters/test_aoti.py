@@ -23,7 +23,7 @@ from tests.support.fresh import run_fresh
 from tests.support.onnx_models import operated
 from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 
 def load(path: Path) -> Any:
@@ -32,7 +32,7 @@ def load(path: Path) -> Any:
 
 @dataclass
 class Live:
-    patient: Patient
+    operated: SmallModel
     report: ExportReport
     before: dict[str, tuple[int, torch.Tensor]]
 
@@ -51,39 +51,39 @@ def test_agrees_and_steers(live: Live) -> None:
     assert live.report.path.name == "model.pt2"
     assert live.report.max_error < RELATIVE[torch.float32]
     program = load(live.report.path)
-    assert_close(first(program, live.patient.inputs), live.patient.run())
+    assert_close(first(program, live.operated.inputs), live.operated.run())
     for coeff in (0.0, -0.5, 1.5):
         program.load_constants({"coeff": torch.tensor(coeff)}, check_full_update=False)
-        with steer(live.patient.model, coeff):
-            assert_close(first(program, live.patient.inputs), live.patient.run())
+        with steer(live.operated.model, coeff):
+            assert_close(first(program, live.operated.inputs), live.operated.run())
 
 
 def test_sizes_are_free(live: Live) -> None:
     assert live.report.details["sizes"] == {"batch": "free", "sequence": "free"}
     ids = torch.randint(0, 64, (5, 11))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert_close(first(load(live.report.path), inputs), live.patient.run(inputs=inputs))
+    assert_close(first(load(live.report.path), inputs), live.operated.run(inputs=inputs))
 
 
 def test_another_core_from_a_model_or_a_directory(live: Live, tmp_path: Path) -> None:
     program, other = load(live.report.path), shaken(operated("qwen3", layers=1))
     expected = other.run()
-    assert relative_error(expected, live.patient.run()) > 100 * RELATIVE[torch.float32]
+    assert relative_error(expected, live.operated.run()) > 100 * RELATIVE[torch.float32]
     swap(program, other.model)
-    assert_close(first(program, live.patient.inputs), expected)
-    swap(program, live.patient.model)
-    assert_close(first(program, live.patient.inputs), live.patient.run())
+    assert_close(first(program, live.operated.inputs), expected)
+    swap(program, live.operated.model)
+    assert_close(first(program, live.operated.inputs), live.operated.run())
     save_adapter(other.model, tmp_path / "adapter")
     swap(program, tmp_path / "adapter", coeff=-0.5)
     with steer(other.model, -0.5):
-        assert_close(first(program, live.patient.inputs), other.run())
+        assert_close(first(program, live.operated.inputs), other.run())
 
 
 def test_an_adapter_of_another_model_is_refused_and_changes_nothing(live: Live) -> None:
-    program, p = load(live.report.path), live.patient
+    program, p = load(live.report.path), live.operated
     for other, r, message in (
-        (patient("qwen3", seed=1, layers=1), 6, "another base weight"),
-        (patient("qwen3", layers=1), 5, "r is 5"),
+        (small_model("qwen3", seed=1, layers=1), 6, "another base weight"),
+        (small_model("qwen3", layers=1), 5, "r is 5"),
     ):
         apply_surgery(other.model, "antipasto", r=r, example_inputs=p.inputs, progress=False)
         with pytest.raises(AdapterError, match=message):
@@ -92,7 +92,7 @@ def test_an_adapter_of_another_model_is_refused_and_changes_nothing(live: Live) 
 
 
 def test_loads_with_torch_alone_and_takes_a_core_there(live: Live, tmp_path: Path) -> None:
-    p, other = live.patient, shaken(operated("qwen3", layers=1))
+    p, other = live.operated, shaken(operated("qwen3", layers=1))
     save_adapter(other.model, tmp_path / "adapter")
     save_file(p.inputs, tmp_path / "inputs.safetensors")
     (tmp_path / "m.pt2").symlink_to(live.report.path)
@@ -120,7 +120,7 @@ save_file(found, "found.safetensors")
 
 def test_constants_have_the_models_names_and_nothing_names_this_machine(live: Live) -> None:
     names = load(live.report.path).get_constant_fqns()
-    assert {"coeff", *(f"{key}.core.g" for key in sites(live.patient.model))} <= set(names)
+    assert {"coeff", *(f"{key}.core.g" for key in sites(live.operated.model))} <= set(names)
     assert len(set(names)) == len(names)
     assert ("lm_head.weight" in names) != ("model.embed_tokens.weight" in names)  # tied: there once
     with zipfile.ZipFile(live.report.path) as archive:
@@ -129,14 +129,14 @@ def test_constants_have_the_models_names_and_nothing_names_this_machine(live: Li
         assert str(folder).encode() not in everything
     held = json.loads(load(live.report.path).get_metadata()["sspace-program"])
     assert held["knob"] == "coeff"
-    assert set(held["sites"]) == set(sites(live.patient.model))
+    assert set(held["sites"]) == set(sites(live.operated.model))
 
 
 def test_the_model_is_left_as_it_was(live: Live) -> None:
-    after = live.patient.model.state_dict(keep_vars=True)
+    after = live.operated.model.state_dict(keep_vars=True)
     assert after.keys() == live.before.keys()
     assert all(id(after[n]) == found[0] and torch.equal(after[n], found[1]) for n, found in live.before.items())
-    assert "forward" not in vars(live.patient.model)
+    assert "forward" not in vars(live.operated.model)
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = operated("mlp")
     with pytest.raises(ExportError, match="carries none"):
-        export(patient("mlp").model, "aoti", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
+        export(small_model("mlp").model, "aoti", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no lowering for this operation")
@@ -192,7 +192,7 @@ def test_every_variant_lives_and_takes_another_core(variant: str, tmp_path: Path
 @pytest.mark.full
 def test_a_core_at_identity_can_be_replaced(tmp_path: Path) -> None:
     """Inductor takes a tensor of zeros for a constant, and with it all that is computed from it."""
-    p = patient("mlp")
+    p = small_model("mlp")
     apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
     program = load(export(p.model, "aoti", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)
     swap(program, shaken(p).model, coeff=0.5)
@@ -212,7 +212,7 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["mlp", "raw"])
-def test_graph_patients(name: str, tmp_path: Path) -> None:
+def test_graph_modules(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs, fuse=True)
     program = load(export(graph, "aoti", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)

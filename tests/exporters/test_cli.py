@@ -15,12 +15,12 @@ from exporters.cli import options
 from surgery import AdapterError, InputError, WeightError, apply_surgery, save_adapter, set_coeff
 from tests.support.checkpoints import assert_same_tensors, disturb
 from tests.support.command_line import run
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path, transformers.PreTrainedModel]:
-    patient("qwen3").model.save_pretrained(tmp_path / "base")
+    small_model("qwen3").model.save_pretrained(tmp_path / "base")
     model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
     apply_surgery(model, "antipasto", r=4, target_modules=["up_proj", "lm_head"], progress=False)
     disturb(model)

@@ -13,7 +13,7 @@ from surgery import InputError, SurgeryError, refresh, set_coeff, sites, steer, 
 from tests.support.onnx_models import operated
 from tests.support.program_models import shaken, with_variant
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 MODES = [("live", "delta", False), ("live", "residual", False), ("live", "delta", True)]
 MODES += [("folded", "residual", False), ("folded", "residual", True), ("folded", "delta", False)]
@@ -58,7 +58,7 @@ def test_neither_coeff_nor_core_recompiles(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("base_first", [True, False])
 def test_base_and_operated_model_in_one_process(base_first: bool) -> None:
-    base, found = patient("mlp"), operated("mlp")
+    base, found = small_model("mlp"), operated("mlp")
     expected = {id(base): base.run(), id(found): found.run()}
     assert relative_error(expected[id(found)], expected[id(base)]) > 2 * RELATIVE[torch.float32]
     programs: dict[int, Any] = {}
@@ -122,7 +122,7 @@ def test_refusals() -> None:
     with pytest.raises(ExportError, match="mode must be one of live, folded, merged"):
         compiled(p.model, p.inputs, mode="fast")
     with pytest.raises(SurgeryError, match="carries no surgery"):
-        compiled(patient("mlp").model, p.inputs)
+        compiled(small_model("mlp").model, p.inputs)
     with pytest.raises(InputError, match="'delta' or 'residual'"):
         compiled(p.model, p.inputs, form="other")
 

@@ -38,7 +38,7 @@ from tests.support.checkpoints import build, disturb
 from tests.support.dense_models import operated
 from tests.support.reference import reference_delta_weight
 from tests.support.tolerance import ELSEWHERE, assert_close
-from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, patient
+from tests.support.zoo import HUB_NAMES, PLAIN_NAMES, small_model
 
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls().linear)
 
@@ -136,14 +136,14 @@ def test_plain_modules(name: str, tmp_path: Path) -> None:
     p = operated(name)
     report = export(p.model, "dense", tmp_path / "out", example_inputs=p.inputs)
     assert [file.name for file in report.files] == ["model.safetensors"]
-    other = patient(name, seed=1).model
+    other = small_model(name, seed=1).model
     other.load_state_dict(load_file(report.files[0]))
     assert_close(p.run(other), p.run())
     assert report.max_error < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "qwen3"])
-def test_graph_patients(name: str, tmp_path: Path) -> None:
+def test_graph_modules(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs)
     report = export(graph, "dense", tmp_path / "out", example_inputs=p.inputs)
@@ -206,9 +206,9 @@ def test_a_tied_head_is_refused_or_untied(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_not_operated_on(tmp_path: Path) -> None:
-    p = patient("llama")
+    p = small_model("llama")
     assert export(p.model, "dense", tmp_path / "hub").max_error == 0
-    export(patient("mlp").model, "dense", tmp_path / "plain")
+    export(small_model("mlp").model, "dense", tmp_path / "plain")
     assert torch.equal(
         load_file(tmp_path / "hub" / "model.safetensors")["lm_head.weight"], p.model.lm_head.weight.detach()
     )
@@ -238,7 +238,7 @@ def test_the_present_coeff_is_merged_and_the_model_stays(tmp_path: Path) -> None
 
 def test_tokenizer_files_go_along(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    patient("llama").model.save_pretrained(base)
+    small_model("llama").model.save_pretrained(base)
     for name in ("tokenizer.json", "special_tokens_map.json", "LICENSE", "optimizer.bin"):
         (base / name).write_text("{}")
     model = transformers.LlamaForCausalLM.from_pretrained(base)
@@ -262,7 +262,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
         export(p.model, "dense", tmp_path / "out", example_inputs=torch.randn(2, 99))
     with pytest.raises(ExportError, match="max_shard_size is for transformers"):
         export(p.model, "dense", tmp_path / "out", max_shard_size="1GB")
-    q = patient("llama")
+    q = small_model("llama")
     contrast = Contrast([q.inputs], [{**q.inputs, "input_ids": q.inputs["input_ids"].flip(1)}])
     apply_surgery(q.model, "sspace", r=4, calibration=contrast, progress=False)
     with pytest.raises(VariantError, match="sspace is not linear"):
@@ -271,9 +271,9 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows of a batch"):
         export(p.model, "dense", tmp_path / "out", example_inputs=p.inputs)
     with torch.device("meta"):
-        hollow = nn.Linear(3, 3)
+        on_meta = nn.Linear(3, 3)
     with pytest.raises(ExportError, match="meta device"):
-        export(hollow, "dense", tmp_path / "out")
+        export(on_meta, "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,16 +61,16 @@ def test_the_factors_are_stored_once():
     own = {key: site.factors.Vh.data_ptr() for key, site in sites(model).items()}
     graph = to_graph(model, x, fuse=True)
     assert {key: site.factors.Vh.data_ptr() for key, site in sites(model).items()} == own  # the model's own stay
-    for twin in (graph, copy.deepcopy(graph), copy.deepcopy(graph).to("cpu", torch.float64)):
-        for rows in holders(twin):
+    for copied in (graph, copy.deepcopy(graph), copy.deepcopy(graph).to("cpu", torch.float64)):
+        for rows in holders(copied):
             for module, name in rows.parts:
-                assert module in set(twin.modules())
+                assert module in set(copied.modules())
                 assert module.get_buffer(name).untyped_storage().data_ptr() == rows.rows.untyped_storage().data_ptr()
-        for key, site in sites(twin).items():
+        for key, site in sites(copied).items():
             assert torch.equal(site.factors.Vh.to(before[key]), before[key])
-        if twin is not graph:
-            assert not {r.rows.data_ptr() for r in holders(twin)} & {r.rows.data_ptr() for r in holders(graph)}
-            assert_close(run(twin, x.to(twin.q.weight.dtype)), run(graph, x), torch.float32)
+        if copied is not graph:
+            assert not {r.rows.data_ptr() for r in holders(copied)} & {r.rows.data_ptr() for r in holders(graph)}
+            assert_close(run(copied, x.to(copied.q.weight.dtype)), run(graph, x), torch.float32)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -237,7 +237,7 @@ def test_only_equal_dtypes_fuse():
     assert_close(run(fold(graph, verify=x, debug=True), x), live)
 
 
-def test_a_traced_patient_fuses():
+def test_a_traced_model_fuses():
     model, x = block()
     graph = apply_surgery(fx.symbolic_trace(model), "antipasto", r=5, progress=False)
     live = run(trained(graph), x)

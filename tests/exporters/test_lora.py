@@ -21,7 +21,7 @@ from surgery import (
 )
 from surgery.variants import REGISTRY
 from tests.support.peft_models import assert_same_in_peft, exact_change, loaded, operate, operated, ranks
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 LINEAR = [name for name, variant in REGISTRY.items() if variant.linear]
 NAMES = ("mlp", "qwen3", "llama", "gpt2", "bert", "vit", "t5")
@@ -37,7 +37,7 @@ def test_peft_gives_the_models_outputs_and_merged_weights(name: str, tmp_path: P
     assert report.max_error < 1e-5
     assert report.details["frobenius_error"] < 1e-6
     assert ranks(report.path) == {key: site.factors.rank for key, site in sites(p.model).items()}
-    assert_same_in_peft(p, lambda: patient(name).model, report.path)
+    assert_same_in_peft(p, lambda: small_model(name).model, report.path)
 
 
 @pytest.mark.parametrize("name", ["mlp", "qwen3"])
@@ -48,7 +48,7 @@ def test_every_linear_variant(name: str, variant: str, tmp_path: Path) -> None:
     for key, site in sites(p.model).items():
         full = torch.linalg.matrix_rank(site.delta_weight(torch.float64))
         assert report.details["sites"][key]["rank"] == full
-    assert_same_in_peft(p, lambda: patient(name).model, report.path)
+    assert_same_in_peft(p, lambda: small_model(name).model, report.path)
 
 
 def test_full_rank_keeps_the_stored_factors(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_ablation_has_the_rank_of_its_directions(k: int, tmp_path: Path) -> None
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
     assert set(ranks(report.path).values()) == {k}
     assert report.details["frobenius_error"] < 1e-6
-    assert_same_in_peft(p, lambda: patient("qwen3").model, report.path)
+    assert_same_in_peft(p, lambda: small_model("qwen3").model, report.path)
 
 
 def test_ranks_that_differ_have_a_scaling_of_one(tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_ranks_that_differ_have_a_scaling_of_one(tmp_path: Path) -> None:
     found = ranks(report.path)
     assert found == {key: site.factors.rank for key, site in sites(p.model).items()}
     assert set(found.values()) == {2, 3, 6}
-    model = PeftModel.from_pretrained(patient("qwen3").model, report.path)
+    model = PeftModel.from_pretrained(small_model("qwen3").model, report.path)
     assert {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)} == {1.0}
-    assert_same_in_peft(p, lambda: patient("qwen3").model, report.path)
+    assert_same_in_peft(p, lambda: small_model("qwen3").model, report.path)
 
 
 class Named(nn.Module):
@@ -113,19 +113,19 @@ def test_names_that_end_other_names(target: str, pattern: dict[str, int], tmp_pa
         return Named().eval()
 
     pattern = {f"^{name}": rank for name, rank in pattern.items()}
-    p = operate(Patient("named", build(), torch.randn(3, 8)), "lora_xs", target_modules=target, rank_pattern=pattern)
+    p = operate(SmallModel("named", build(), torch.randn(3, 8)), "lora_xs", target_modules=target, rank_pattern=pattern)
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
     assert ranks(report.path) == {key: site.factors.rank for key, site in sites(p.model).items()}
     assert_same_in_peft(p, build, report.path)
 
 
 def test_a_core_at_identity_stays_in_the_adapter(tmp_path: Path) -> None:
-    p = patient("qwen3")
+    p = small_model("qwen3")
     apply_surgery(p.model, "antipasto", r=6, progress=False)
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
     assert ranks(report.path) == dict.fromkeys(sites(p.model), 1)
     assert report.max_error == 0
-    assert torch.equal(loaded(p, patient("qwen3").model, report.path), p.run())
+    assert torch.equal(loaded(p, small_model("qwen3").model, report.path), p.run())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -135,7 +135,7 @@ def test_models_of_other_dtypes(name: str, dtype: torch.dtype, tmp_path: Path) -
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {t.dtype for t in load_file(report.path / "adapter_model.safetensors").values()} == {wide}
-    assert_same_in_peft(p, lambda: patient(name, dtype).model, report.path)
+    assert_same_in_peft(p, lambda: small_model(name, dtype).model, report.path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -25,13 +25,13 @@ from surgery import (
 from tests.support import expert_models
 from tests.support.peft_models import assert_same_in_peft, loaded, operate, operated, trained
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, Patient, patient
+from tests.support.zoo import Forward, SmallModel, small_model
 
 
 @pytest.mark.parametrize("name", expert_models.BUILD)
 def test_stacked_experts_are_target_parameters(name: str, tmp_path: Path) -> None:
     for variant in ("antipasto", surgery.AntiPaSTOAblate(r=4, k=1)):
-        p = Patient(
+        p = SmallModel(
             name, expert_models.operated(name, variant, target_modules="all-linear"), {"input_ids": expert_models.IDS}
         )
         trained(p.model)
@@ -84,33 +84,37 @@ APART = within(
 
 def convolution(**options: Any) -> Any:
     build = within(forward=lambda self, x: self.c(x.T[None])[0].T, c=lambda: nn.Conv1d(8, 6, 3, **options))
-    return lambda: Patient("", build(), torch.randn(9, 8))
+    return lambda: SmallModel("", build(), torch.randn(9, 8))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_weights_that_a_called_module_reads(name: str, tmp_path: Path) -> None:
-    p = Patient(name, BLOCKS[name](), torch.randn(5, 8))
+    p = SmallModel(name, BLOCKS[name](), torch.randn(5, 8))
     operate(p, "antipasto", r=4, exclude_modules=["out_proj"] if name == "in_proj" else None)
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
     assert_same_in_peft(p, BLOCKS[name], report.path)
 
 
 REFUSED = {
-    "raw": (lambda: patient("raw"), None, "'w': its weight is a parameter of the model itself"),
-    "attention": (lambda: patient("attention"), None, "1 of 2 .*'in_proj_weight': its weight is a parameter"),
+    "raw": (lambda: small_model("raw"), None, "'w': its weight is a parameter of the model itself"),
+    "attention": (lambda: small_model("attention"), None, "1 of 2 .*'in_proj_weight': its weight is a parameter"),
     "in_proj": (
-        lambda: Patient("", BLOCKS["in_proj"](), torch.randn(5, 8)),
+        lambda: SmallModel("", BLOCKS["in_proj"](), torch.randn(5, 8)),
         None,
         "cannot merge the site '1.m.out_proj'",
     ),
-    "out_proj": (lambda: Patient("", BLOCKS["in_proj"](), torch.randn(5, 8)), ["m.in_proj_weight"], "never called"),
-    "inside": (lambda: Patient("", INSIDE(), torch.randn(5, 8)), None, "cannot merge the site '1.l' inside of that"),
-    "fast_path": (lambda: patient("encoder_layer"), ".*self_attn.*", "linear1.weight, linear2.weight is never called"),
-    "attributes": (lambda: patient("encoder_layer"), ".*(out_proj|linear.)", "does not run with PEFT's wrappers"),
+    "out_proj": (lambda: SmallModel("", BLOCKS["in_proj"](), torch.randn(5, 8)), ["m.in_proj_weight"], "never called"),
+    "inside": (lambda: SmallModel("", INSIDE(), torch.randn(5, 8)), None, "cannot merge the site '1.l' inside of that"),
+    "fast_path": (
+        lambda: small_model("encoder_layer"),
+        ".*self_attn.*",
+        "linear1.weight, linear2.weight is never called",
+    ),
+    "attributes": (lambda: small_model("encoder_layer"), ".*(out_proj|linear.)", "does not run with PEFT's wrappers"),
     "groups": (convolution(groups=2), None, "'1.c': its 2 groups have factors each"),
     "dilated": (convolution(dilation=2), None, "'1.c': its kernel is dilated"),
     "padded": (convolution(padding=1, padding_mode="reflect"), None, "'1.c': its padding is 'reflect'"),
-    "seen_apart": (lambda: Patient("", APART(), torch.randn(5, 8)), None, r"a weight of shape \(8, 2, 3\) as"),
+    "seen_apart": (lambda: SmallModel("", APART(), torch.randn(5, 8)), None, r"a weight of shape \(8, 2, 3\) as"),
 }
 
 
@@ -126,7 +130,7 @@ def test_what_peft_has_no_place_for_is_listed(name: str, tmp_path: Path) -> None
 def test_tied_weights_are_adapted_in_their_place_only(tmp_path: Path) -> None:
     p = operated("qwen3", target_modules=["lm_head", "q_proj"])
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs)
-    assert_close(loaded(p, patient("qwen3").model, report.path), p.run())
+    assert_close(loaded(p, small_model("qwen3").model, report.path), p.run())
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +140,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(kind, match=match):
             export(model, "lora", tmp_path / "a", **{"example_inputs": p.inputs, **options})
 
-    refused(patient("mlp").model, ExportError, "carries none")
+    refused(small_model("mlp").model, ExportError, "carries none")
     refused(to_graph(p.model, p.inputs), ExportError, "inlined in a graph")
     for wrong in (0, -1, 1.5, True):
         refused(p.model, ExportError, "max_rank must be", max_rank=wrong)
@@ -151,7 +155,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for site in sites(big.model).values():
         site.core.g.data += 1e6
     refused(big.model, ExportError, "site '0': its factors overflow", dtype=torch.float16)
-    steered = patient("mlp")
+    steered = small_model("mlp")
     contrast = surgery.Contrast([steered.inputs], [steered.inputs + 1])
     options = {"example_inputs": steered.inputs, "calibration": contrast, "target_modules": "all-linear"}
     apply_surgery(steered.model, "sspace", r=4, progress=False, **options)

@@ -16,7 +16,7 @@ from surgery import (
     sites,
 )
 from tests.support.peft_models import assert_same_in_peft, exact_change, loaded, operated, ranks
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
@@ -40,7 +40,7 @@ def test_pruning_is_the_best_there_is_and_its_error_is_reported(
         assert said["frobenius_error"] == pytest.approx(float(off.norm() / values.norm()), abs=1e-12)
         assert off[0] == pytest.approx(float(values[max_rank]), rel=1e-5, abs=1e-6 * float(values[0]))
         assert off.norm() == pytest.approx(float(values[max_rank:].norm()), rel=1e-5, abs=1e-6 * float(values[0]))
-    deviation = (loaded(p, patient(name).model, report.path) - p.run()).abs().max() / p.run().abs().max()
+    deviation = (loaded(p, small_model(name).model, report.path) - p.run()).abs().max() / p.run().abs().max()
     assert report.max_error == pytest.approx(float(deviation), rel=0.5)
     assert report.max_error > 0
 
@@ -49,7 +49,7 @@ def test_a_bound_above_the_rank_prunes_nothing(tmp_path: Path) -> None:
     p = operated("mlp")
     report = export(p.model, "lora", tmp_path / "a", example_inputs=p.inputs, max_rank=16)
     assert not any(site["pruned"] for site in report.details["sites"].values())
-    assert_same_in_peft(p, lambda: patient("mlp").model, report.path)
+    assert_same_in_peft(p, lambda: small_model("mlp").model, report.path)
 
 
 def test_small_directions_are_left_out_on_request(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_small_directions_are_left_out_on_request(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-def test_thin_factors_against_a_full_svd(data: st.DataObject) -> None:
+def test_low_rank_factors_against_a_full_svd(data: st.DataObject) -> None:
     d_out, d_in, stack = (data.draw(st.integers(1, n)) for n in (9, 9, 3))
     r = data.draw(st.integers(1, min(d_out, d_in)))
     rank = data.draw(st.integers(0, r))

@@ -18,10 +18,10 @@ from surgery import InputError, apply_surgery, set_coeff, sites, steer, to_graph
 from tests.support.onnx_models import operated, session
 from tests.support.shared_exports import SharedExports
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, full, patient
+from tests.support.zoo import SmallModel, full, small_model
 
 
-def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray) -> torch.Tensor:
+def first_output(path: Path, p: SmallModel, inputs: Any = None, **coefficient: np.ndarray) -> torch.Tensor:
     running = session(path)
     inputs = p.inputs if inputs is None else inputs
     if not isinstance(inputs, dict):
@@ -29,11 +29,11 @@ def first_output(path: Path, p: Patient, inputs: Any = None, **knob: np.ndarray)
         inputs = dict(zip((value.name for value in running.get_inputs()), inputs, strict=True))
     names = {value.name for value in running.get_inputs()}
     feed = {name: value.numpy() for name, value in inputs.items() if name in names}
-    return torch.from_numpy(running.run(None, {**feed, **knob})[0])
+    return torch.from_numpy(running.run(None, {**feed, **coefficient})[0])
 
 
 @pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
-def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> None:
+def test_graph_modules_export_as_their_models_do(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs)
     for mode in ("merged", "live"):
@@ -118,7 +118,7 @@ def test_left_padding_is_compared_where_it_means_something(tmp_path: Path) -> No
     assert export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs).max_error < 1e-5
 
 
-def test_float16_keeps_the_knob_in_float32(tmp_path: Path) -> None:
+def test_float16_keeps_the_coefficient_in_float32(tmp_path: Path) -> None:
     p = operated("mlp", torch.float16)
     path = export(p.model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
     assert session(path).get_overridable_initializers()[0].type == "tensor(float)"
@@ -162,7 +162,7 @@ def test_two_exports_are_byte_identical_and_hold_no_path(mode: str, tmp_path: Pa
 
 
 def test_a_plain_model_exports_too(tmp_path: Path) -> None:
-    p = patient("mlp")
+    p = small_model("mlp")
     assert_close(first_output(export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs).path, p), p.run())
 
 
@@ -175,7 +175,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match="'merged', 'live', 'swappable'"):
         export(p.model, "onnx", tmp_path / "m.onnx", mode="fast", example_inputs=p.inputs)
     with pytest.raises(ExportError, match="carries none"):
-        export(patient("mlp").model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs)
+        export(small_model("mlp").model, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs)
     with pytest.raises(InputError, match="needs example_inputs"):
         export(p.model, "onnx", tmp_path / "m.onnx")
     with pytest.raises(InputError, match="does not run"):
@@ -245,7 +245,7 @@ def test_external_data_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["mlp", "qwen3", *full("gpt2", "t5")])
-def test_graph_patients_steer_rows_apart(name: str, tmp_path: Path) -> None:
+def test_graph_modules_steer_rows_apart(name: str, tmp_path: Path) -> None:
     p = operated(name, **({"layers": 1} if name in ("qwen3", "gpt2") else {}))
     graph = to_graph(p.model, p.inputs)
     path = export(graph, "onnx", tmp_path / "m.onnx", mode="live", example_inputs=p.inputs).path
@@ -274,7 +274,7 @@ def test_no_tensor_is_stored_twice(name: str, mode: str, exported: SharedExports
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    p = patient("qwen3", layers=1)
+    p = small_model("qwen3", layers=1)
     report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs)
     assert report.details["shared"] > 0
     held = sum(parameter.numel() for parameter in p.model.parameters())
@@ -284,7 +284,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mlp", *full("gpt2", "qwen3", "bert")])
 def test_merged_is_no_larger_than_the_base(name: str, tmp_path: Path) -> None:
     p = operated(name)
-    base = export(patient(name).model, "onnx", tmp_path / "base.onnx", example_inputs=p.inputs)
+    base = export(small_model(name).model, "onnx", tmp_path / "base.onnx", example_inputs=p.inputs)
     report = export(p.model, "onnx", tmp_path / "m.onnx", example_inputs=p.inputs, against_base=True)
     assert report.details["bytes"] == report.path.stat().st_size
     assert report.details["base_bytes"] == base.details["bytes"] == base.path.stat().st_size

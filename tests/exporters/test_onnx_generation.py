@@ -16,7 +16,7 @@ from surgery import apply_surgery, sites, steer
 from tests.support.onnx_models import operated, session
 from tests.support.shared_exports import SharedExports
 from tests.support.swappable_models import train
-from tests.support.zoo import HUB, Patient, built_once, full, patient
+from tests.support.zoo import HUB, SmallModel, built_once, full, small_model
 
 TOKENS = 8
 
@@ -62,13 +62,13 @@ MORE = {build.__name__: build for build in (gemma3, opt, gpt_neox, bloom)}
 
 
 @built_once
-def language_model(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Patient:
+def language_model(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> SmallModel:
     """A causal model whose logits differ between tokens, operated on, without an end of sequence."""
     if name in HUB:
-        p = patient(name, dtype, **sizes)
+        p = small_model(name, dtype, **sizes)
     else:
         torch.manual_seed(0)
-        p = Patient(name, MORE[name]().to(dtype).eval(), {"input_ids": torch.randint(0, 64, (2, 7))})
+        p = SmallModel(name, MORE[name]().to(dtype).eval(), {"input_ids": torch.randint(0, 64, (2, 7))})
         p.inputs["attention_mask"] = torch.ones_like(p.inputs["input_ids"])
     with torch.no_grad():
         for parameter in p.model.parameters():
@@ -93,7 +93,7 @@ def in_pytorch(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def in_onnxruntime(
-    path: Path, inputs: dict[str, torch.Tensor], core: Path | None = None, **knob: np.ndarray
+    path: Path, inputs: dict[str, torch.Tensor], core: Path | None = None, **coefficient: np.ndarray
 ) -> torch.Tensor:
     """Greedy generation with nothing but ONNX Runtime and numpy."""
     running = session(path)
@@ -111,7 +111,7 @@ def in_onnxruntime(
     names = [value.name for value in running.get_inputs()]
     made = []
     for _ in range(TOKENS):
-        feed = {"input_ids": ids, "attention_mask": mask, **cache, **knob}
+        feed = {"input_ids": ids, "attention_mask": mask, **cache, **coefficient}
         if "position_ids" in names:
             feed["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         out = dict(zip((v.name for v in running.get_outputs()), running.run(None, feed, options), strict=True))

@@ -27,10 +27,10 @@ from tests.support.onnx_models import operated, session
 from tests.support.shared_exports import SharedExports
 from tests.support.swappable_models import train, with_variant
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, full, patient
+from tests.support.zoo import SmallModel, full, small_model
 
 
-def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) -> torch.Tensor:
+def run(path: Path, p: SmallModel, core: Path | None = None, **coefficient: np.ndarray) -> torch.Tensor:
     """First output in ONNX Runtime, with a core."""
     running = session(path)
     required = [value.name for value in running.get_inputs()]
@@ -42,7 +42,7 @@ def run(path: Path, p: Patient, core: Path | None = None, **knob: np.ndarray) ->
     if core is not None:
         adapter.Load(str(core))
         options.add_active_adapter(adapter)
-    return torch.from_numpy(running.run(None, {**feed, **knob}, options)[0])
+    return torch.from_numpy(running.run(None, {**feed, **coefficient}, options)[0])
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention", "qwen3", "gpt2", *full("bert", "t5")])
@@ -116,7 +116,7 @@ def test_half_models_keep_cores_in_float32(tmp_path: Path) -> None:
     assert_close(run(path, p, core), p.run(), torch.float16)
 
 
-def test_graph_patients_swap_the_cores_of_their_models(tmp_path: Path) -> None:
+def test_graph_modules_swap_the_cores_of_their_models(tmp_path: Path) -> None:
     p = operated("mlp")
     graph = to_graph(p.model, p.inputs)
     path = export(graph, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs).path
@@ -134,7 +134,7 @@ def test_experts(tmp_path: Path) -> None:
         num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
     )  # fmt: skip
     ids = torch.randint(0, 64, (2, 7))
-    p = Patient("mixtral", t.MixtralForCausalLM(config).eval(), {"input_ids": ids})
+    p = SmallModel("mixtral", t.MixtralForCausalLM(config).eval(), {"input_ids": ids})
     apply_surgery(p.model, "antipasto", r=4, progress=False)
     train(p.model, 1)
     for mode in ("merged", "swappable"):
@@ -157,9 +157,9 @@ def test_two_exports_are_byte_identical(tmp_path: Path, exported: SharedExports)
     assert str(Path(__file__).parents[2]).encode() not in graphs[0]
 
 
-def another(p: Patient, **changes: Any) -> nn.Module:
-    """The patient operated on in another way, or another patient."""
-    q = patient(p.name, seed=changes.pop("seed", 0))
+def another(p: SmallModel, **changes: Any) -> nn.Module:
+    """The model operated on in another way, or another model."""
+    q = small_model(p.name, seed=changes.pop("seed", 0))
     apply_surgery(q.model, **{"variant": "antipasto", "r": 6, "example_inputs": q.inputs, "progress": False, **changes})
     train(q.model, 1)
     return q.model
@@ -235,7 +235,7 @@ def test_graphs_that_point_outside_of_their_folder_are_refused(
 def test_export_core_refusals(tmp_path: Path) -> None:
     p = operated("mlp")
     with pytest.raises(ExportError, match="carries no adapter"):
-        export_core(patient("mlp").model, tmp_path / "c.onnx_adapter")
+        export_core(small_model("mlp").model, tmp_path / "c.onnx_adapter")
     next(iter(sites(p.model).values())).core.g.data[0] = float("nan")
     with pytest.raises(ExportError, match="not finite"):
         export_core(p.model, tmp_path / "c.onnx_adapter")

@@ -41,7 +41,7 @@ from tests.support.onnx_models import operated
 from tests.support.program_models import first, shaken, with_variant
 from tests.support.shared_exports import SharedExports
 from tests.support.tolerance import assert_close, relative_error
-from tests.support.zoo import Forward, Patient, full, patient
+from tests.support.zoo import Forward, SmallModel, full, small_model
 
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", *full("gpt2", "bert", "vit", "t5", "llama")]
 LINEAR = sorted(name for name, cls in REGISTRY.items() if cls.linear)
@@ -90,7 +90,7 @@ def test_holds_no_path_no_example_and_is_reproducible(mode: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["mlp", *full("qwen3")])
-def test_graph_patients_export_as_their_models_do(name: str, tmp_path: Path) -> None:
+def test_graph_modules_export_as_their_models_do(name: str, tmp_path: Path) -> None:
     p = operated(name)
     graph = to_graph(p.model, p.inputs, fuse=True)
     for mode in ("merged", "live"):
@@ -183,7 +183,7 @@ def test_sizes_are_free_names_are_the_models_own_and_ties_stay_ties(exported: Sh
 @pytest.mark.parametrize("mode", ["merged", "live"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_stacked_experts_need_nothing_but_torch(name: str, mode: str, tmp_path: Path) -> None:
-    p = shaken(Patient(name, stacked(name), {"input_ids": IDS}))
+    p = shaken(SmallModel(name, stacked(name), {"input_ids": IDS}))
     report = export(p.model, "pt2", tmp_path / "m.pt2", mode=mode, example_inputs=p.inputs)
     assert report.details["foreign_operations"] == []
     assert_close(first(load(report.path), p.inputs), p.run())
@@ -254,7 +254,7 @@ def live_mlp(exported: SharedExports) -> Any:
 def test_swap_refuses_an_adapter_of_another_model_and_changes_nothing(live_mlp: Any, tmp_path: Path) -> None:
     p, program = live_mlp
     before = {name: tensor.clone() for name, tensor in program.state_dict().items()}
-    another = patient("mlp", seed=1)
+    another = small_model("mlp", seed=1)
     apply_surgery(another.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
     with pytest.raises(AdapterError, match="another base weight"):
         swap(program, another.model, coeff=0.25)
@@ -267,7 +267,7 @@ def test_swap_refuses_an_adapter_of_another_model_and_changes_nothing(live_mlp: 
         ("antipasto", 6, ["0"], "in the program and not in the adapter"),
         (surgery.AntiPaSTO(r=6, suppress_only=True), 6, None, "suppress_only is True, the program has False"),
     ):
-        other = patient("mlp")
+        other = small_model("mlp")
         apply_surgery(other.model, variant, r=r, target_modules=targets, example_inputs=p.inputs, progress=False)
         with pytest.raises(AdapterError, match=message):
             swap(program, other.model)
@@ -297,7 +297,7 @@ class Twice(nn.Module):
 
 
 def test_swap_reaches_a_module_with_several_names(tmp_path: Path) -> None:
-    p = Patient("twice", Twice().eval(), torch.randn(3, 8))
+    p = SmallModel("twice", Twice().eval(), torch.randn(3, 8))
     apply_surgery(p.model, "antipasto", r=4, example_inputs=p.inputs, progress=False)
     program = load(export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)
     before = p.run()
@@ -309,7 +309,7 @@ def test_swap_reaches_a_module_with_several_names(tmp_path: Path) -> None:
 def test_swap_takes_other_factors_along(tmp_path: Path) -> None:
     p = operated("mlp")
     program = load(export(p.model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs).path)
-    other = patient("mlp")
+    other = small_model("mlp")
     calibration = [torch.randn(64, 12) * torch.linspace(0, 3, 12)]
     apply_surgery(other.model, "antipasto", r=6, calibration=calibration, example_inputs=p.inputs, progress=False)
     shaken(other)
@@ -322,7 +322,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="mode must be one of 'merged', 'live'; found 'fast'"):
         export(p.model, "pt2", tmp_path / "m.pt2", mode="fast", example_inputs=p.inputs)
     with pytest.raises(ExportError, match="carries none"):
-        export(patient("mlp").model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
+        export(small_model("mlp").model, "pt2", tmp_path / "m.pt2", mode="live", example_inputs=p.inputs)
     with pytest.raises(InputError, match="needs example_inputs"):
         export(p.model, "pt2", tmp_path / "m.pt2")
     with pytest.raises(InputError, match="does not run"):

@@ -13,12 +13,12 @@ from exporters import ExportError, export_core, merge_checkpoint
 from exporters.shared.publish import staged
 from surgery import AdapterError, InputError, SurgeryError, apply_surgery, load_adapter, save_adapter
 from tests.support.command_line import run
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    model = patient("qwen3").model
+    model = small_model("qwen3").model
     model.save_pretrained(tmp_path / "base")
     save_adapter(apply_surgery(model, "antipasto", r=2, progress=False), tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter"
@@ -47,7 +47,7 @@ def test_swapped_folders_of_a_merge_are_named(folders, tmp_path):
 
 def test_a_checkpoint_in_the_place_of_an_adapter_is_called_one(folders):
     with pytest.raises(AdapterError, match="is a model's checkpoint; expected an adapter"):
-        load_adapter(patient("qwen3").model, folders[0])
+        load_adapter(small_model("qwen3").model, folders[0])
 
 
 @pytest.mark.parametrize(

@@ -24,23 +24,23 @@ from tests.support.operated_graphs import in_place, operated
 from tests.support.operated_models import operated as operated_in_place
 from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
-PATIENTS = ("symbolic", "exported", "dynamo", "mlp", "raw", pytest.param("gpt2", marks=pytest.mark.full))
-each_patient = pytest.mark.parametrize("name", PATIENTS)
+MODELS = ("symbolic", "exported", "dynamo", "mlp", "raw", pytest.param("gpt2", marks=pytest.mark.full))
+each_model = pytest.mark.parametrize("name", MODELS)
 each_host = pytest.mark.parametrize("host", ["module", "graph", "captured"])
 
 
 @built_once
-def made(name: str) -> Patient:
-    """A graph: of a graph patient, or captured of an operated model."""
+def made(name: str) -> SmallModel:
+    """A graph: one that was operated on, or captured of an operated model."""
     if name in ("symbolic", "exported", "dynamo"):
         return operated(name)
     found = operated_in_place(name)
-    return Patient(name, to_graph(found.model, found.inputs), found.inputs)
+    return SmallModel(name, to_graph(found.model, found.inputs), found.inputs)
 
 
-def hosted(host: str) -> Patient:
+def hosted(host: str) -> SmallModel:
     """The same function three times: in place, as an operated graph, as a captured one."""
     found = operated("symbolic")
     if host != "graph":
@@ -74,7 +74,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert_close(found[key], value)
 
 
-@each_patient
+@each_model
 def test_a_compiled_graph_is_the_eager_one(name):
     found = made(name)
     assert_close(found.run(compiled(found.model)), found.run())
@@ -95,7 +95,7 @@ def test_a_graph_compiled_by_inductor():
     assert_close(found.run(compiled(found.model, "inductor")), found.run())
 
 
-@each_patient
+@each_model
 def test_values_never_recompile_a_graph(name):
     found, counter = made(name), CompileCounter()
     model = compiled(found.model, counter)
@@ -131,7 +131,7 @@ def test_a_graph_of_any_size_is_compiled_once(name):
 
 
 @pytest.mark.parametrize("base_first", [True, False])
-@each_patient
+@each_model
 def test_base_and_operated_graph_side_by_side(name, base_first):
     found = made(name)
     plain = undo_surgery(copy.deepcopy(found.model))
@@ -146,7 +146,7 @@ def test_base_and_operated_graph_side_by_side(name, base_first):
 
 
 def test_a_compiled_graph_module_sees_surgery_and_undo():
-    found = Patient("late", fx.symbolic_trace(patient("mlp").model), patient("mlp").inputs)
+    found = SmallModel("late", fx.symbolic_trace(small_model("mlp").model), small_model("mlp").inputs)
     model = compiled(found.model)
     base = found.run(model)
     assert apply_surgery(model, "antipasto", r=8, progress=False) is model

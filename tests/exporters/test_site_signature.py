@@ -15,7 +15,7 @@ from exporters.onnx.cores import core_slots
 from exporters.program.metadata import FORMAT, read_metadata
 from exporters.shared.site_signature import SiteSignature, TensorSignature, digest
 from surgery import AdapterError, apply_surgery, sites
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 OLD = Path(__file__).parents[1] / "data" / "program_1"  # of a program and of an adapter, written before signatures
 
@@ -67,7 +67,7 @@ def test_the_names_of_older_onnx_cores_are_the_same() -> None:
 
 
 def test_the_digest_changes_with_all_that_gives_a_core_its_meaning() -> None:
-    p = patient("mlp")
+    p = small_model("mlp")
     apply_surgery(p.model, "antipasto", r=3, example_inputs=p.inputs, progress=False)
     site = SiteSignature.of(sites(p.model)["0"])
     one = digest({"0": site})
@@ -92,7 +92,7 @@ def test_the_digest_changes_with_all_that_gives_a_core_its_meaning() -> None:
 
 
 def test_differences_are_named_in_order() -> None:
-    p = patient("mlp")
+    p = small_model("mlp")
     apply_surgery(p.model, "antipasto", r=3, example_inputs=p.inputs, progress=False)
     site = SiteSignature.of(sites(p.model)["0"])
     assert site.difference(site) is None

@@ -20,7 +20,7 @@ from tests.support.fresh import run_fresh
 from tests.support.onnx_models import operated
 from tests.support.program_models import first, shaken, with_variant
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, Patient, patient
+from tests.support.zoo import Forward, SmallModel, small_model
 
 LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("bert", "vit", "t5", "llama")]
 NAMES = ["mlp", "raw", "attention", "encoder_layer", "qwen3", "gpt2", *LONG]
@@ -95,12 +95,12 @@ def test_the_report_says_whether_other_sizes_are_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
 def test_stacked_experts(mode: str, tmp_path: Path) -> None:
-    p = shaken(Patient("mixtral", stacked("mixtral"), {"input_ids": IDS}))
+    p = shaken(SmallModel("mixtral", stacked("mixtral"), {"input_ids": IDS}))
     program = torch.jit.load(export(p.model, "torchscript", tmp_path, mode=mode, example_inputs=p.inputs).path)
     assert_close(first(program, p.inputs), p.run())
 
 
-def test_graph_patients(tmp_path: Path) -> None:
+def test_graph_modules(tmp_path: Path) -> None:
     p = operated("mlp")
     path = export(to_graph(p.model, p.inputs), "torchscript", tmp_path, mode="live", example_inputs=p.inputs).path
     assert path == tmp_path / "model.pt"
@@ -136,7 +136,9 @@ def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ExportError, match="returns a int"):
         export(broken, "torchscript", tmp_path / "new" / "m.pt", example_inputs=torch.randn(2, 4))
     with pytest.raises(ExportError, match="carries none"):
-        export(patient("mlp").model, "torchscript", tmp_path / "m.pt", mode="live", example_inputs=torch.randn(5, 12))
+        export(
+            small_model("mlp").model, "torchscript", tmp_path / "m.pt", mode="live", example_inputs=torch.randn(5, 12)
+        )
     p, real = operated("mlp"), module._traced
 
     def corrupt(subject: Any) -> Any:

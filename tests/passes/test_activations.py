@@ -16,7 +16,7 @@ from passes.capture.capture import forward_call
 from surgery import inspect_sites
 from tests.support.hooked_inputs import hooked
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, Patient, patient
+from tests.support.zoo import Forward, SmallModel, small_model
 
 LINEAR = ("mlp", "gpt2", "bert", "t5")
 
@@ -44,7 +44,7 @@ def watched(function: Any, weight: torch.Tensor, x: torch.Tensor, layout: str = 
 @pytest.mark.parametrize("by", ["hooks", "products"])
 @pytest.mark.parametrize("name", LINEAR)
 def test_modules_that_are_called(name, by):
-    found = patient(name)
+    found = small_model(name)
     sites = [s for s in inspect_sites(found.model, found.inputs).sites if not s.tied]
     keys = [s.key for s in sites]
     expected = hooked(found.model, keys, found.inputs)
@@ -57,7 +57,7 @@ def test_modules_that_are_called(name, by):
 
 
 def test_raw_parameters_and_a_module_that_is_called_twice():
-    found = patient("raw")
+    found = small_model("raw")
     model, x = found.model, found.inputs
     sites = inspect_sites(model, x).sites
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_attention_across_two_inputs():
 
 
 def test_encoder_layer_whose_fast_path_shows_no_products():
-    found = patient("encoder_layer")
+    found = small_model("encoder_layer")
     layer, x = found.model, found.inputs
     inputs = seen(layer, inspect_sites(layer, x).sites, x)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_encoder_layer_whose_fast_path_shows_no_products():
 
 @pytest.mark.parametrize("dialect", ["symbolic", "exported"])
 def test_graphs(dialect):
-    found = patient("raw")
+    found = small_model("raw")
     trace = fx.symbolic_trace if dialect == "symbolic" else lambda m: torch.export.export(m, (found.inputs,)).module()
     model = trace(copy.deepcopy(found.model))
     inputs = seen(model, inspect_sites(model, found.inputs).sites, found.inputs)
@@ -199,7 +199,7 @@ def test_memory_that_is_used_again_is_no_weight():
 
 
 def test_products_of_the_observer_are_not_seen():
-    found = patient("raw")
+    found = small_model("raw")
     sites, keys = inspect_sites(found.model, found.inputs).sites, []
 
     def see(key: str, x: torch.Tensor) -> None:
@@ -215,7 +215,7 @@ def test_products_of_the_observer_are_not_seen():
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", ["mlp", "encoder_layer"])
 def test_nothing_is_left_behind(name, fast, error):
-    found: Patient = patient(name)
+    found: SmallModel = small_model(name)
     sites = inspect_sites(found.model, found.inputs).sites
     called = {s.key for s in sites if name == "mlp"}
     torch.backends.mha.set_fastpath_enabled(fast)
@@ -240,7 +240,7 @@ def test_nothing_is_left_behind(name, fast, error):
 
 
 def test_compiled_parts_are_run_as_they_are_written():
-    found = patient("mlp")
+    found = small_model("mlp")
     sites = inspect_sites(found.model, found.inputs).sites
     expected = seen(found.model, sites, found.inputs)
     found.model.forward = torch.compile(found.model.forward, backend="eager")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from passes.capture.capture import capture, default_inputs, forward_call
 from passes.errors import InputError
 from tests.support.tolerance import assert_close
-from tests.support.zoo import PLAIN_NAMES, Forward, Patient, patient
+from tests.support.zoo import PLAIN_NAMES, Forward, SmallModel, small_model
 
 PLAIN_VALUES = (int, float, str, bool, type(None), tuple, list, dict, set)
 
@@ -90,12 +90,12 @@ def clip_vision() -> nn.Module:
 
 def pretrained(name: str) -> nn.Module:
     extra = {"whisper": whisper, "clip_vision": clip_vision}
-    return extra[name]().eval() if name in extra else patient(name).model
+    return extra[name]().eval() if name in extra else small_model(name).model
 
 
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["tensor", "tuple", "dict"])
 def test_every_form_of_inputs_gives_the_same_graph(form):
-    given = patient("mlp")
+    given = small_model("mlp")
     inputs = form(given.inputs)
     found = capture(given.model, inputs)
     assert (found.how, found.note) == ("torch.export", None)
@@ -121,7 +121,7 @@ def test_a_tokenizer_output_counts_as_a_mapping():
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_a_plain_model_is_exported_and_left_as_it_was(name):
-    given = patient(name)
+    given = small_model(name)
     mixed(given.model)
     before = state(given.model)
     found = capture(given.model, given.inputs)
@@ -160,7 +160,7 @@ def test_a_plain_model_has_no_default_inputs():
 
 @pytest.mark.parametrize("positional", [lambda d: (d["input_ids"], d["attention_mask"]), lambda d: d["input_ids"]])
 def test_positional_inputs_of_a_pretrained_model(positional):
-    given = patient("bert")
+    given = small_model("bert")
     found = capture(given.model, positional(given.inputs))
     assert (found.how, found.note) == ("transformers.exporters", None)
     inputs = {k: v for k, v in given.inputs.items() if k in placeholders(found.graph)}
@@ -168,13 +168,13 @@ def test_positional_inputs_of_a_pretrained_model(positional):
 
 
 def test_labels_do_not_bring_a_loss_into_the_graph():
-    given = patient("bert")
+    given = small_model("bert")
     with_labels = capture(given.model, {**given.inputs, "labels": torch.tensor([0, 1])})
     assert nodes(with_labels.graph.graph) == nodes(capture(given.model, given.inputs).graph.graph)
 
 
 def test_without_inputs_a_plain_model_is_traced_symbolically():
-    given = patient("mlp")
+    given = small_model("mlp")
     mixed(given.model)
     before = state(given.model)
     found = capture(given.model)
@@ -231,7 +231,7 @@ def test_a_symbolic_trace_sees_the_call_of_any_linear_module(build):
 
 @pytest.mark.parametrize("way", ["symbolic", "exported"])
 def test_a_graph_module_is_read_and_not_rewritten(way):
-    given = patient("mlp")
+    given = small_model("mlp")
     if way == "symbolic":
         graph_module = fx.symbolic_trace(given.model)
     else:
@@ -249,7 +249,7 @@ def test_a_graph_module_is_read_and_not_rewritten(way):
 
 
 def test_an_exported_program_is_read_and_not_rewritten():
-    given = patient("mlp")
+    given = small_model("mlp")
     program = torch.export.export(given.model, (given.inputs,))
     before = nodes(program.graph)
     found = capture(program)
@@ -279,7 +279,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("inputs", UNFIT.values(), ids=UNFIT)
 def test_inputs_that_do_not_fit_leave_a_pretrained_model_as_it_was(inputs):
-    model = mixed(patient("bert").model)
+    model = mixed(small_model("bert").model)
     before = state(model)
     found = capture(model, inputs)
     assert found.graph is None
@@ -290,7 +290,7 @@ def test_inputs_that_do_not_fit_leave_a_pretrained_model_as_it_was(inputs):
 
 @pytest.mark.parametrize("name", ["mlp", "bert"])
 def test_a_forward_set_on_the_instance_is_kept(name):
-    given = patient(name)
+    given = small_model(name)
     given.model.forward = own = given.model.forward
     assert capture(given.model, given.inputs).note is None
     assert vars(given.model)["forward"] is own
@@ -305,7 +305,7 @@ def test_inputs_are_not_changed_by_capture():
 
 def test_inputs_may_come_out_of_another_computation():
     embedded = nn.Embedding(8, 12)(torch.tensor([1, 2, 3]))
-    given = Patient("mlp", patient("mlp").model, embedded)
+    given = SmallModel("mlp", small_model("mlp").model, embedded)
     found = capture(given.model, given.inputs)
     assert found.note is None
     assert torch.equal(found.graph(embedded.detach()), given.run())

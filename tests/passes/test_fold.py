@@ -14,15 +14,15 @@ from passes.transforms.fold_constants import fold_constants, is_pure
 from surgery import apply_surgery, fold, merge, set_coeff, sites, steer, to_graph, undo_surgery
 from surgery.verbs.graph import _tensors
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, built_once, patient
+from tests.support.zoo import Forward, built_once, small_model
 
 aten = torch.ops.aten
 
 
 @built_once
 def operated(form: str = "delta", dtype: torch.dtype = torch.float32, **options):
-    """An operated patient with cores away from identity, and its graph."""
-    found = patient("mlp", dtype)
+    """An operated model with cores away from identity, and its graph."""
+    found = small_model("mlp", dtype)
     apply_surgery(found.model, surgery.AntiPaSTO(r=5), example_inputs=found.inputs, progress=False, **options)
     generator = torch.Generator().manual_seed(1)
     for site in sites(found.model).values():
@@ -40,7 +40,7 @@ def test_the_split_gives_the_stored_weight_back(dtype):
     assert all(site.form == "residual" for site in sites(graph).values())
     assert all(site.W_res.dtype == torch.promote_types(dtype, torch.float32) for site in sites(graph).values())
     assert_close(found.run(graph), found.run())
-    base = patient("mlp", dtype)
+    base = small_model("mlp", dtype)
     base.model.requires_grad_(False)
     fold(graph, verify=found.inputs, debug=True)
     assert all(site.form == "delta" and not hasattr(site, "W_res") for site in sites(graph).values())
@@ -58,7 +58,7 @@ def test_residual_and_delta_fold_to_the_same_graph():
 
 
 def test_a_weight_that_was_not_kept_is_rounded_once():
-    found = patient("mlp")
+    found = small_model("mlp")
     apply_surgery(found.model, "antipasto", r=5, example_inputs=found.inputs, progress=False)
     weights = {key: site.weight.detach().clone() for key, site in sites(found.model).items()}
     graph = to_graph(found.model, found.inputs, form="residual", keep_base=False)
@@ -226,7 +226,7 @@ def test_only_chosen_sites_fold():
     assert set(forms.values()) == {"residual"}
 
 
-def test_a_graph_patient_takes_the_residual_form():
+def test_a_graph_module_takes_the_residual_form():
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).requires_grad_(False), torch.randn(3, 6)
     base = model(x)
     graph = apply_surgery(fx.symbolic_trace(model), "antipasto", r=3, form="residual", progress=False)

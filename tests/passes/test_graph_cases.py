@@ -1,4 +1,4 @@
-"""Graph patients: inputs, weights and modes that a capture easily gets wrong."""
+"""Graph modules: inputs, weights and modes that a capture easily gets wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passes.ir.forward_context import set_mode
 from surgery import apply_surgery, fold, load_adapter, merge, save_adapter, sites, to_graph
 from tests.support.operated_models import randomise
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Forward, patient
+from tests.support.zoo import Forward, small_model
 
 
 def operate(model: nn.Module, inputs, **options) -> nn.Module:
@@ -42,7 +42,7 @@ def test_one_tensor_given_twice_stays_two_inputs():
 
 
 def test_attention_with_one_input_is_captured_for_three():
-    found = patient("attention")
+    found = small_model("attention")
     operate(found.model, found.inputs)
     graph = to_graph(found.model, found.inputs, verify=True)
     apart = tuple(torch.randn(2, 5, 16) for _ in range(3))
@@ -68,7 +68,7 @@ def test_a_weight_that_is_cast_is_left_alone_in_a_graph_and_read_as_a_weight_oth
 
 
 def test_labels_and_flags_do_not_reach_the_graph():
-    found = patient("llama")
+    found = small_model("llama")
     operate(found.model, found.inputs)
     batch = {**found.inputs, "labels": found.inputs["input_ids"], "use_cache": False}
     graph = to_graph(found.model, batch, form="residual", verify=True)
@@ -119,7 +119,7 @@ def test_a_size_of_one_in_the_example_stays_free(shape):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_one_token_in_the_example_of_a_language_model(name):
-    found = patient(name)
+    found = small_model(name)
     operate(found.model, found.inputs)
     one = {"input_ids": torch.randint(0, 64, (2, 1))}
     graph = to_graph(found.model, one, verify=True)

@@ -16,7 +16,7 @@ from passes.analysis.linear_sites import sites_from_walk
 from passes.capture.capture import forward_call
 from passes.capture.module_calls import CallRecord, record_calls
 from passes.errors import InputError
-from tests.support.zoo import HUB_NAMES, Forward, patient
+from tests.support.zoo import HUB_NAMES, Forward, small_model
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +61,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_reads_its_output_projection_without_calling_it(training):
-    given = patient("attention")
+    given = small_model("attention")
     found = record(given.model.train(training), given.inputs)
     assert found.called == {""}
     assert found.read == {"out_proj.weight", "out_proj.bias"}
@@ -70,7 +70,7 @@ def test_attention_reads_its_output_projection_without_calling_it(training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_encoder_layer_reads_in_eval_what_it_calls_in_train(training):
-    given = patient("encoder_layer")
+    given = small_model("encoder_layer")
     found = record(given.model.train(training), given.inputs)
     assert {"linear1", "linear2", "self_attn"} <= found.called
     assert "self_attn.out_proj" not in found.called
@@ -107,7 +107,7 @@ def test_what_counts_as_read(name):
 
 @pytest.mark.parametrize("name", ["mlp", *HUB_NAMES])
 def test_ordinary_models_call_all_their_sites_and_read_none(name):
-    given = patient(name)
+    given = small_model(name)
     found = record(given.model, given.inputs)
     assert found.note is None
     assert {site.key for site in sites_from_walk(given.model)[0]} <= found.called
@@ -203,7 +203,7 @@ def test_what_a_forward_writes_is_put_back(name):
 
 @pytest.mark.parametrize("name", ["encoder_layer", "gpt2", "vit"])
 def test_a_model_is_left_as_it_was(name):
-    given = patient(name)
+    given = small_model(name)
     reference = given.run()
     given.model.train()
     next(given.model.children()).eval()

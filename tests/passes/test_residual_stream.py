@@ -13,7 +13,7 @@ from torch import nn
 
 from passes.analysis.linear_sites import Site, sites_from_graph
 from passes.capture.capture import capture
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {
@@ -74,7 +74,7 @@ ZOO = {
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_writers_of_a_known_architecture(name):
-    given = patient(name)
+    given = small_model(name)
     assert writers(given.model, given.inputs) == expected(*ZOO[name])
 
 
@@ -217,12 +217,12 @@ def test_the_writers_of_pytorch_s_own_encoder_layer(norm_first):
 
 
 def test_a_linear_stack_without_sums_has_no_writer():
-    given = patient("mlp")
+    given = small_model("mlp")
     assert {site.residual for site in sites_of(given.model, given.inputs)} == {False}
 
 
 @pytest.mark.parametrize("name", ["raw", "gpt2"])
 def test_five_captures_agree(name):
-    given = patient(name)
+    given = small_model(name)
     first, *others = [sites_of(given.model, given.inputs) for _ in range(5)]
     assert all(other == first for other in others)

@@ -17,7 +17,7 @@ from passes.analysis.linear_sites import Site, Skipped, sites_from_graph, sites_
 from passes.capture.capture import capture
 from passes.capture.inspect_model import inspect_model
 from tests.support.tolerance import assert_close
-from tests.support.zoo import ALL_NAMES, HUB_NAMES, Forward, patient
+from tests.support.zoo import ALL_NAMES, HUB_NAMES, Forward, small_model
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 ACTIVATIONS = "both operands are activations"
@@ -37,9 +37,9 @@ def read(model: nn.Module, inputs: Any = None) -> tuple[dict[str, Site], list[Sk
 
 
 @functools.cache
-def read_patient(name: str) -> tuple[nn.Module, dict[str, Site]]:
+def read_model(name: str) -> tuple[nn.Module, dict[str, Site]]:
     """A model of the zoo and its sites; for reading only."""
-    given = patient(name)
+    given = small_model(name)
     return given.model, read(given.model, given.inputs)[0]
 
 
@@ -69,7 +69,7 @@ def shared(**kwargs: Any) -> tuple[nn.Linear, nn.Linear]:
 
 @pytest.mark.parametrize("name", HUB_NAMES)
 def test_a_transformer_has_one_site_per_linear_module(name):
-    model, sites = read_patient(name)
+    model, sites = read_model(name)
     assert set(sites) == linear_paths(model) | convolution_paths(model)
     for key, site in sites.items():
         module = model.get_submodule(key)
@@ -94,7 +94,7 @@ def test_a_transformer_has_one_site_per_linear_module(name):
     ],
 )
 def test_keys_in_the_order_of_execution(name, keys):
-    assert list(read_patient(name)[1]) == keys
+    assert list(read_model(name)[1]) == keys
 
 
 def test_the_order_is_that_of_execution_and_not_of_registration():
@@ -162,14 +162,14 @@ def test_a_conv1d_in_a_plain_model(inputs):
 
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_both_captures_find_the_same_sites(name):
-    assert read(patient(name).model)[0] == read_patient(name)[1]
+    assert read(small_model(name).model)[0] == read_model(name)[1]
 
 
 # --- groups ---
 
 
 def test_query_key_value_share_their_input_and_so_do_gate_and_up():
-    groups = {key: site.group for key, site in read_patient("qwen3")[1].items()}
+    groups = {key: site.group for key, site in read_model("qwen3")[1].items()}
     for layer in ("model.layers.0.", "model.layers.1."):
         q, k, v, o = (groups[f"{layer}self_attn.{n}_proj"] for n in "qkvo")
         gate, up, down = (groups[f"{layer}mlp.{n}_proj"] for n in ("gate", "up", "down"))
@@ -180,7 +180,7 @@ def test_query_key_value_share_their_input_and_so_do_gate_and_up():
 
 
 def test_cross_attention_reads_one_input_in_every_layer():
-    groups = {key: site.group for key, site in read_patient("t5")[1].items()}
+    groups = {key: site.group for key, site in read_model("t5")[1].items()}
     cross = {key: group for key, group in groups.items() if "EncDecAttention" in key}
     assert len({group for key, group in cross.items() if key[-1] in "kv"}) == 1
     assert len({group for key, group in cross.items() if key[-1] == "q"}) == 2
@@ -214,19 +214,19 @@ def test_inputs_of_different_width_are_not_the_same_input():
 
 
 def test_a_tied_head_is_tied_to_the_embedding():
-    _, sites = read_patient("qwen3")
+    _, sites = read_model("qwen3")
     assert {key: site.tied for key, site in sites.items() if site.tied} == {"lm_head": ("model.embed_tokens.weight",)}
 
 
 def test_the_head_of_t5_is_tied_to_all_embeddings():
-    _, sites = read_patient("t5")
+    _, sites = read_model("t5")
     assert [key for key, site in sites.items() if site.tied] == ["lm_head"]
     assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(sites["lm_head"].tied)
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "llama", "bert"])
 def test_untied_weights_are_not_tied(name):
-    assert [site.key for site in read_patient(name)[1].values() if site.tied] == []
+    assert [site.key for site in read_model(name)[1].values() if site.tied] == []
 
 
 @pytest.mark.parametrize("calls_of_b", [1, 2])
@@ -403,7 +403,7 @@ def test_the_packed_weight_of_cross_attention_is_accounted_for():
 
 @pytest.mark.parametrize("name", [name for name in ALL_NAMES if name != "raw"])
 def test_the_walk_finds_what_the_graph_finds(name):
-    model, graph = read_patient(name)
+    model, graph = read_model(name)
     walked = {site.key: site for site in sites_from_walk(model)[0]}
     assert set(walked) == set(graph)
     for key, site in walked.items():

@@ -37,7 +37,7 @@ def called(model: nn.Module, *, training: bool = False, grad: bool = False) -> t
 
 
 def check(names: list[str], *, before: int, training: bool, grad: bool, times: int) -> None:
-    """Look at one of two twins, and let both go on."""
+    """Look at one of two equal models, and let both go on."""
     one, other = made(names), made(names)
     for _ in range(before):
         assert torch.equal(called(one), called(other))

@@ -125,7 +125,7 @@ FOLDED = {
 
 
 def refuses(call: Any, graph: fx.GraphModule, name: str, site: str = "2") -> None:
-    """The call is refused, and the patient is what it was."""
+    """The call is refused, and the model is what it was."""
     same_graph, nodes, state, output = graph.graph, listing(graph), tensors(graph), graph(X).detach()
     keys, forms = list(sites(graph)), [s.form for s in sites(graph).values()]
     with refused(name, site):
@@ -371,7 +371,7 @@ def test_validation_leaves_everything_as_it_was():
     assert not any(site.core.g.any() for site in sites(graph).values())
 
 
-def test_noise_stands_for_the_cores_and_another_knob():
+def test_noise_stands_for_the_cores_and_another_coefficient():
     """At identity a broken adapter gives what a whole one does: only noise shows the fault."""
     graph = set_coeff(graph_of(), 0.0)
     zero = graph(X)

@@ -13,14 +13,14 @@ from torch import nn
 from surgery import (
     sites,
 )
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
 
 
 def build(name: str) -> Any:
-    """A tiny model of an architecture that saves other names than its state dict has, or a patient of the zoo."""
+    """A tiny model of an architecture that saves other names than its state dict has, or a model of the zoo."""
     torch.manual_seed(0)
     if name == "gpt_neox":
         return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, intermediate_size=48)).eval()
@@ -47,7 +47,7 @@ def build(name: str) -> Any:
             vocab_size=64, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **sizes
         )
         return transformers.BartForConditionalGeneration(config).eval()
-    return patient(name).model
+    return small_model(name).model
 
 
 def disturb(model: nn.Module, seed: int = 1) -> None:

@@ -11,12 +11,12 @@ from surgery import (
 )
 from tests.support.calibration_data import calibration_for
 from tests.support.checkpoints import disturb
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 
 @built_once
-def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> Patient:
-    p = patient(name, dtype)
+def operated(name: str, dtype: torch.dtype = torch.float32, variant: str = "antipasto", **options: Any) -> SmallModel:
+    p = small_model(name, dtype)
     options.setdefault("calibration", calibration_for(variant, p.inputs))
     apply_surgery(p.model, variant, example_inputs=p.inputs, progress=False, **{"r": 6, **options})
     disturb(p.model)

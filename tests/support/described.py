@@ -25,7 +25,7 @@ def described(model: nn.Module, *, identities: bool = True) -> Described:
     """What a model is.
 
     Args:
-        identities: tell objects apart also where they are alike; else twins are described by the same lines.
+        identities: tell objects apart also where they are alike; else equal ones are described by the same lines.
     """
     lines = Described()
     lines.held = []

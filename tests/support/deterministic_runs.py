@@ -23,7 +23,7 @@ def some(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def patient(dtype: torch.dtype = torch.float32) -> nn.Module:
+def fresh_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Widths at which products, eigenvectors and QRs do depend on the number of threads."""
     model = nn.Sequential(nn.Linear(D_IN, 136), nn.Tanh(), nn.Linear(136, 137), nn.Tanh(), nn.Linear(137, 13))
     for i, parameter in enumerate(model.parameters()):
@@ -56,7 +56,7 @@ def saved(folder: Path, variant: Variant, data: Any, dtype: torch.dtype = torch.
     """Digest of the two files of an adapter."""
     example = some(2, D_IN).to(dtype)
     options = {"r": RANK, "target_modules": "all-linear", "seed": 3, "progress": False} | options
-    model = apply_surgery(patient(dtype), variant, example_inputs=example, calibration=data, **options)
+    model = apply_surgery(fresh_model(dtype), variant, example_inputs=example, calibration=data, **options)
     save_adapter(model, folder)
     files = sorted(folder.iterdir())
     assert [f.name for f in files] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -80,7 +80,7 @@ def run_everything(folder: Path) -> None:
                 lowering == "output" and not variant.depends_only_on_Sh
             ):
                 continue
-            model, base = patient(), patient()(x)
+            model, base = fresh_model(), fresh_model()(x)
             options: Any = {"r": 8, "target_modules": "all-linear", "lowering": lowering, "progress": False}
             apply_surgery(model, variant, example_inputs=x, calibration=data_of(variant), **options)
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -93,7 +93,7 @@ def run_everything(folder: Path) -> None:
             with torch.no_grad():
                 live = model(x)
             save_adapter(model, folder / f"{i}{lowering}")
-            loaded = load_adapter(patient(), folder / f"{i}{lowering}")
+            loaded = load_adapter(fresh_model(), folder / f"{i}{lowering}")
             with torch.no_grad():
                 torch.testing.assert_close(loaded(x), live, rtol=1e-4, atol=1e-4)
             assert torch.equal(undo_surgery(model)(x), base)

@@ -14,24 +14,24 @@ from surgery import (
     sites,
 )
 from tests.support.calibration_data import calibration_for
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 
 def on(device: torch.device, given: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
 
 
-def there(device: torch.device, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
-    """A patient on the accelerator."""
-    found = patient(name, dtype)
+def there(device: torch.device, name: str = "mlp", dtype: torch.dtype = torch.float32) -> SmallModel:
+    """A small model on the accelerator."""
+    found = small_model(name, dtype)
     model = found.model.to(device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # a move to a device that is not one of torch's own unties them
-    return Patient(name, model, on(device, found.inputs))
+    return SmallModel(name, model, on(device, found.inputs))
 
 
-def operated(found: Patient, variant: str = "antipasto", r: int = 4, **kwargs: Any) -> Patient:
-    """The patient with a core away from its start."""
+def operated(found: SmallModel, variant: str = "antipasto", r: int = 4, **kwargs: Any) -> SmallModel:
+    """The model with a core away from its start."""
     kwargs = {"target_modules": "all-linear", "calibration": calibration_for(variant, found.inputs), **kwargs}
     apply_surgery(found.model, variant, r=r, example_inputs=found.inputs, progress=False, **kwargs)
     with torch.no_grad():

@@ -8,12 +8,12 @@ import onnxruntime
 import torch
 
 from surgery import apply_surgery, sites
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 
 @built_once
-def operated(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Patient:
-    p = patient(name, dtype, **sizes)
+def operated(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> SmallModel:
+    p = small_model(name, dtype, **sizes)
     apply_surgery(p.model, "antipasto", r=6, example_inputs=p.inputs, progress=False)
     generator = torch.Generator().manual_seed(1)
     for site in sites(p.model).values():

@@ -17,7 +17,7 @@ from surgery import apply_surgery, sites
 from surgery.hosting.model_kinds import as_module
 from tests.support.model_state import State, state_of
 from tests.support.operated_models import randomise
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 HUB = ("gpt2", "qwen3", "bert")
 
@@ -43,9 +43,9 @@ class Spellings(nn.Module):
         return self.block(self.twice(torch.relu(self.twice(h))))
 
 
-def spellings() -> Patient:
+def spellings() -> SmallModel:
     torch.manual_seed(0)
-    return Patient("spellings", Spellings().eval(), torch.randn(4, 12))
+    return SmallModel("spellings", Spellings().eval(), torch.randn(4, 12))
 
 
 def dynamo(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
@@ -60,33 +60,33 @@ DIALECTS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "traced": lambda model, x: torch.jit.trace(model, x),
     "scripted": lambda model, x: torch.jit.script(model),
 }
-HUB_PATIENTS = tuple(pytest.param(name, marks=pytest.mark.full) for name in HUB)
-each_graph = pytest.mark.parametrize("name", ["symbolic", "exported", "dynamo", HUB_PATIENTS[0]])
+HUB_MODELS = tuple(pytest.param(name, marks=pytest.mark.full) for name in HUB)
+each_graph = pytest.mark.parametrize("name", ["symbolic", "exported", "dynamo", HUB_MODELS[0]])
 
 
-def source(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+def source(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
     """The model that a graph is made of."""
     if name in HUB:
-        return patient(name, dtype)
+        return small_model(name, dtype)
     found = spellings()
-    return Patient(name, found.model.to(dtype), found.inputs.to(dtype))
+    return SmallModel(name, found.model.to(dtype), found.inputs.to(dtype))
 
 
 @functools.cache
 def _exported(name: str, dtype: torch.dtype) -> fx.GraphModule:
-    found = patient(name, dtype)
+    found = small_model(name, dtype)
     return export_program(found.model, forward_call(found.inputs)).module()
 
 
-def graph(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    """A graph patient; what is no graph yet is given as it is."""
+def graph(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
+    """A graph module; what is no graph yet is given as it is."""
     if name in HUB:
-        return Patient(name, copy.deepcopy(_exported(name, dtype)), patient(name, dtype).inputs)
+        return SmallModel(name, copy.deepcopy(_exported(name, dtype)), small_model(name, dtype).inputs)
     found = source(name, dtype)
-    return Patient(name, DIALECTS[name](found.model, found.inputs), found.inputs)
+    return SmallModel(name, DIALECTS[name](found.model, found.inputs), found.inputs)
 
 
-def base(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+def base(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
     """The graph that surgery starts from, its weights frozen."""
     found = graph(name, dtype)
     found.model = as_module(found.model, found.inputs)
@@ -94,28 +94,28 @@ def base(name: str, dtype: torch.dtype = torch.float32) -> Patient:
     return found
 
 
-def operate(found: Patient, **options: Any) -> Patient:
+def operate(found: SmallModel, **options: Any) -> SmallModel:
     options = {"variant": "antipasto", "r": 6, "example_inputs": found.inputs, "progress": False, **options}
     result = apply_surgery(found.model, **options)
     assert result is found.model or not isinstance(found.model, fx.GraphModule)
-    return Patient(found.name, result, found.inputs)
+    return SmallModel(found.name, result, found.inputs)
 
 
-def operated(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Patient:
-    """A graph patient after surgery, its cores at random values."""
+def operated(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> SmallModel:
+    """A graph module after surgery, its cores at random values."""
     found = operate(graph(name, dtype), **options)
     randomise(found.model)
     return found
 
 
-def in_place(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+def in_place(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
     """The source, operated on in place, with the very sites of the graph."""
     keys = sorted(sites(operated(name).model))
     return operate(source(name, dtype), target_modules=keys)
 
 
 def graph_state(model: fx.GraphModule) -> State:
-    """Everything of a graph patient that undoing brings back: the graph object, its nodes and code, and the module."""
+    """Everything of a graph module that undoing brings back: the graph object, its nodes and code, and the module."""
     state = state_of(model)
     state.held += [model.graph, *model.graph.nodes]
     state.append(f"{id(model.graph)} {id(model.graph.owning_module)} {model.code}")

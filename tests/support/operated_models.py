@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery import apply_surgery, sites
-from tests.support.zoo import ALL_NAMES, Patient, built_once, patient
+from tests.support.zoo import ALL_NAMES, SmallModel, built_once, small_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-each_patient = pytest.mark.parametrize("name", ALL_NAMES)
+each_model = pytest.mark.parametrize("name", ALL_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -27,28 +27,28 @@ def randomise(model: nn.Module, scale: float = 1.0) -> nn.Module:
     return model
 
 
-def operate(found: Patient, **options: Any) -> Patient:
-    """Operate on a patient, knowing its inputs."""
+def operate(found: SmallModel, **options: Any) -> SmallModel:
+    """Operate on a model, knowing its inputs."""
     options = {"variant": "antipasto", "r": 16, "example_inputs": found.inputs, "progress": False, **options}
     assert apply_surgery(found.model, **options) is found.model
     return found
 
 
 @built_once
-def _operated(name: str, dtype: torch.dtype) -> Patient:
-    return operate(patient(name, dtype))
+def _operated(name: str, dtype: torch.dtype) -> SmallModel:
+    return operate(small_model(name, dtype))
 
 
-def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Patient:
-    """A patient after surgery, its cores at random values."""
+def operated(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> SmallModel:
+    """A model after surgery, its cores at random values."""
     found = _operated(name, dtype)
     randomise(found.model, scale)
     return found
 
 
-def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Module:
+def reference(found: SmallModel, dtype: torch.dtype, coeff: float = 1.0) -> nn.Module:
     """The base in float64 with ``W + U diag(S elu(coeff g)) Vh`` in place of the weight of each operated site."""
-    base = patient(found.name, dtype).model.double()
+    base = small_model(found.name, dtype).model.double()
     parameters = dict(base.named_parameters())
     with torch.no_grad():
         for key, site in sites(found.model).items():
@@ -59,8 +59,8 @@ def reference(found: Patient, dtype: torch.dtype, coeff: float = 1.0) -> nn.Modu
     return base
 
 
-def frozen(name: str, dtype: torch.dtype = torch.float32) -> Patient:
-    """A patient as it is before surgery, without trainable parameters."""
-    found = patient(name, dtype)
+def frozen(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
+    """A model as it is before surgery, without trainable parameters."""
+    found = small_model(name, dtype)
     found.model.requires_grad_(False)
     return found

@@ -39,7 +39,7 @@ def graph_of(form: str = "delta", **options: Any) -> fx.GraphModule:
 
 
 def nodes_at(graph: fx.GraphModule, key: str) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if (mark := provenance_of(node)) and mark.key == key]
+    return [node for node in graph.graph.nodes if (provenance := provenance_of(node)) and provenance.key == key]
 
 
 def named(graph: fx.GraphModule, key: str, ending: str) -> fx.Node:

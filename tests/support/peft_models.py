@@ -17,7 +17,7 @@ from surgery import (
 )
 from tests.support.calibration_data import calibration_for
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -30,7 +30,7 @@ def trained(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-def operate(p: Patient, variant: Any = "antipasto", **options: Any) -> Patient:
+def operate(p: SmallModel, variant: Any = "antipasto", **options: Any) -> SmallModel:
     options = {
         "example_inputs": p.inputs,
         "calibration": calibration_for(variant, p.inputs),
@@ -45,11 +45,11 @@ def operate(p: Patient, variant: Any = "antipasto", **options: Any) -> Patient:
 
 
 @built_once
-def operated(name: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **options: Any) -> Patient:
-    return operate(patient(name, dtype), variant, **options)
+def operated(name: str, variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **options: Any) -> SmallModel:
+    return operate(small_model(name, dtype), variant, **options)
 
 
-def loaded(p: Patient, base: nn.Module, path: Path) -> torch.Tensor:
+def loaded(p: SmallModel, base: nn.Module, path: Path) -> torch.Tensor:
     """What PEFT's model gives, adapters beside the weights."""
     model = PeftModel.from_pretrained(base, path).eval()
     return p.run(model)
@@ -70,7 +70,7 @@ def exact_change(site: Any) -> torch.Tensor:
     return change if site.layout == "out_in" else change.T
 
 
-def assert_same_in_peft(p: Patient, base: Any, path: Path) -> None:
+def assert_same_in_peft(p: SmallModel, base: Any, path: Path) -> None:
     """PEFT's outputs are the model's, and what it merges are the weights that ``merge`` gives."""
     dtype = next(p.model.parameters()).dtype
     assert_close(loaded(p, base(), path), p.run(), dtype)

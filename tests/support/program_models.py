@@ -12,7 +12,7 @@ from surgery import (
     sites,
 )
 from surgery.variants import REGISTRY
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 
 def first(program: Any, inputs: Any) -> torch.Tensor:
@@ -25,8 +25,8 @@ def first(program: Any, inputs: Any) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
-def shaken(p: Patient, seed: int = 2, scale: float = 0.2) -> Patient:
-    """The patient with other cores."""
+def shaken(p: SmallModel, seed: int = 2, scale: float = 0.2) -> SmallModel:
+    """The model with other cores."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for site in sites(p.model).values():
@@ -36,9 +36,9 @@ def shaken(p: Patient, seed: int = 2, scale: float = 0.2) -> Patient:
 
 
 @built_once
-def with_variant(name: str, dtype: torch.dtype = torch.float32) -> Patient:
+def with_variant(name: str, dtype: torch.dtype = torch.float32) -> SmallModel:
     """An ``mlp`` with a variant whose core is not at identity."""
-    p, config = patient("mlp", dtype), REGISTRY[name](r=4)
+    p, config = small_model("mlp", dtype), REGISTRY[name](r=4)
     generator = torch.Generator().manual_seed(0)
     data: Any = [torch.randn(4, 16, 12, generator=generator).to(dtype) + shift for shift in (0, 1)]
     data = surgery.Contrast(data[:1], data[1:]) if config.statistic == "contrast" else data

@@ -14,15 +14,15 @@ from surgery import load_adapter, save_adapter
 from tests.support.adapter_files import Edit
 from tests.support.model_state import state_of
 from tests.support.operated_models import operated
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 
 def site(key: str, **values: Any) -> Edit:
     return lambda config: config["sites"][key].update(values)
 
 
-def saved(path: Path, name: str = "mlp", dtype: torch.dtype = torch.float32) -> Patient:
-    """An operated patient, saved to a directory."""
+def saved(path: Path, name: str = "mlp", dtype: torch.dtype = torch.float32) -> SmallModel:
+    """An operated model, saved to a directory."""
     found = operated(name, dtype)
     assert save_adapter(found.model, path) == path
     return found
@@ -30,7 +30,7 @@ def saved(path: Path, name: str = "mlp", dtype: torch.dtype = torch.float32) -> 
 
 def refused(path: Path, model: nn.Module | None = None) -> str:
     """Assert that loading raises and leaves the model as it was; return the message."""
-    model = patient("mlp").model if model is None else model
+    model = small_model("mlp").model if model is None else model
     before = state_of(model)
     with pytest.raises(surgery.AdapterError) as caught:
         load_adapter(model, path)

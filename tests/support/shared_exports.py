@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from exporters import ExportReport, export
-from tests.support.zoo import Patient
+from tests.support.zoo import SmallModel
 
 
 class SharedExports:
@@ -22,8 +22,8 @@ class SharedExports:
         self.folder = folder
 
     def __call__(
-        self, build: Callable[[str], Patient], name: str, mode: str = "merged", format: str = "onnx", **options: Any
-    ) -> tuple[Patient, ExportReport]:
+        self, build: Callable[[str], SmallModel], name: str, mode: str = "merged", format: str = "onnx", **options: Any
+    ) -> tuple[SmallModel, ExportReport]:
         """The model, built anew, and the report of its export.
 
         Args:

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery import Contrast, apply_surgery, sites
 from surgery.variants import REGISTRY, Variant
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 
 @torch.no_grad()
@@ -21,15 +21,15 @@ def train(model: nn.Module, seed: int) -> None:
             tensor += torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3
 
 
-def calibration(p: Patient, variant: Variant) -> Any:
+def calibration(p: SmallModel, variant: Variant) -> Any:
     if variant.statistic == "contrast":
         return Contrast([p.inputs], [torch.randn_like(p.inputs) * 2 + 1])
     return [p.inputs, torch.randn_like(p.inputs)]
 
 
 @built_once
-def with_variant(variant: str | Variant, name: str = "mlp", *, r: int = 4, seed: int = 1) -> Patient:
-    p = patient(name)
+def with_variant(variant: str | Variant, name: str = "mlp", *, r: int = 4, seed: int = 1) -> SmallModel:
+    p = small_model(name)
     config = REGISTRY[variant]() if isinstance(variant, str) else variant
     data = calibration(p, config) if config.needs_calibration else None
     targets = "all-linear"

@@ -1,4 +1,4 @@
-"""Small models with random weights, each with inputs that fit: the patients of the test suite."""
+"""Small models with random weights, each with inputs that fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUB: dict[str, Callable[..., tuple[nn.Module, Any]]] = {}
 
 
 @dataclass
-class Patient:
+class SmallModel:
     """A model in eval mode and example inputs for it."""
 
     name: str
@@ -71,8 +71,8 @@ def built_once(build: Callable[P, T]) -> Callable[P, T]:
     return copied
 
 
-def patient(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> Patient:
-    """Build a patient by name, always with the same weights and inputs.
+def small_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> SmallModel:
+    """Build a small model by name, always with the same weights and inputs.
 
     Args:
         sizes: ``layers`` of a decoder, where half of its nodes will do and take half of the time.
@@ -85,7 +85,7 @@ def patient(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **size
         return made.setdefault(id(tensor), tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, cast, inputs)
-    return Patient(name, model.to(dtype).eval(), inputs)
+    return SmallModel(name, model.to(dtype).eval(), inputs)
 
 
 def _plain(build: Callable[[], tuple[nn.Module, Any]]) -> Any:

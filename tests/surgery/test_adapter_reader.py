@@ -18,7 +18,7 @@ from tests.support.adapter_files import (
     write_older,
 )
 from tests.support.saved_adapters import refused, saved, site
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.mark.parametrize("file", [CONFIG, TENSORS])
@@ -158,7 +158,7 @@ def test_a_header_that_has_lost_its_configuration(tmp_path):
 def test_a_host_or_layout_that_the_module_does_not_have(name, key, values, tmp_path):
     saved(tmp_path, name)
     edit_config(tmp_path, site(key, **values))
-    assert f"site {key!r}" in refused(tmp_path, patient(name).model)
+    assert f"site {key!r}" in refused(tmp_path, small_model(name).model)
 
 
 def test_two_sites_of_one_weight(tmp_path):
@@ -216,7 +216,7 @@ def test_paths_that_are_no_adapter(tmp_path):
 
 
 def test_a_peft_directory(tmp_path):
-    get_peft_model(patient("qwen3").model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(small_model("qwen3").model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "is a PEFT adapter; load it with peft" in refused(tmp_path)
 
 
@@ -226,11 +226,11 @@ def test_a_peft_directory(tmp_path):
 )
 def test_another_architecture(name, other, tmp_path):
     saved(tmp_path, name)
-    message = refused(tmp_path, patient(other).model)
+    message = refused(tmp_path, small_model(other).model)
     assert any(words in message for words in ("another base model", "the model's is", "fingerprints differ"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.half])
 def test_another_base_model_of_the_same_architecture(dtype, tmp_path):
     saved(tmp_path, "qwen3")
-    assert "fingerprints differ" in refused(tmp_path, patient("qwen3", dtype, seed=1).model)
+    assert "fingerprints differ" in refused(tmp_path, small_model("qwen3", dtype, seed=1).model)

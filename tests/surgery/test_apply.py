@@ -15,7 +15,7 @@ from surgery import set_coeff, sites, undo_surgery
 from tests.support.model_state import state_of
 from tests.support.operated_models import (
     each_dtype,
-    each_patient,
+    each_model,
     frozen,
     operate,
     operated,
@@ -23,7 +23,7 @@ from tests.support.operated_models import (
     reference,
 )
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import ALL_NAMES, HUB_NAMES, patient
+from tests.support.zoo import ALL_NAMES, HUB_NAMES, small_model
 
 
 def doubled(inputs: Any) -> Any:
@@ -31,7 +31,7 @@ def doubled(inputs: Any) -> Any:
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_identity_at_the_initial_core_and_at_coeff_zero(name, dtype):
     found, base = operated(name, dtype, scale=0.0), frozen(name, dtype).run()
     assert torch.equal(found.run(), base)
@@ -45,16 +45,16 @@ def test_identity_holds_in_grad_mode_too(name):
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_output_is_that_of_the_changed_weights(name, dtype):
     found = operated(name, dtype)
     expected = found.run(reference(found, dtype), doubled(found.inputs))
     assert_close(found.run(), expected)
-    assert relative_error(patient(name, dtype).run(), expected) > 2 * RELATIVE[dtype]
+    assert relative_error(small_model(name, dtype).run(), expected) > 2 * RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("coeff", [-1.3, 0.5, 2.0])
-@each_patient
+@each_model
 def test_output_follows_coeff(name, coeff):
     found = operated(name)
     set_coeff(found.model, coeff)
@@ -62,9 +62,9 @@ def test_output_follows_coeff(name, coeff):
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_undo_restores_everything(name, dtype):
-    found = patient(name, dtype)
+    found = small_model(name, dtype)
     parameters = list(found.model.parameters())
     for parameter in parameters[::2]:
         parameter.requires_grad_(False)
@@ -77,15 +77,15 @@ def test_undo_restores_everything(name, dtype):
     assert sites(found.model) == {}
 
 
-@each_patient
+@each_model
 def test_base_tensors_are_never_written(name):
-    found, bases = operated(name), dict(patient(name).model.named_parameters())
+    found, bases = operated(name), dict(small_model(name).model.named_parameters())
     found.forward().sum().backward()
     undo_surgery(found.model)
     assert all(torch.equal(p, bases[name]) and p.grad is None for name, p in found.model.named_parameters())
 
 
-@each_patient
+@each_model
 def test_only_core_parameters_are_trainable_and_float32(name):
     model = operated(name, torch.bfloat16).model
     cores = {id(p) for site in sites(model).values() for p in site.core.parameters()}
@@ -96,7 +96,7 @@ def test_only_core_parameters_are_trainable_and_float32(name):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@each_patient
+@each_model
 def test_no_site_is_dead(name, train):
     found = operated(name, scale=0.0)
     found.model.train(train)
@@ -116,9 +116,9 @@ def test_no_site_is_dead(name, train):
     assert torch.equal(output(), base)
 
 
-@each_patient
+@each_model
 def test_state_dict_names_of_everything_else_stay(name):
-    base, model = patient(name).model.state_dict(), operated(name).model
+    base, model = small_model(name).model.state_dict(), operated(name).model
     moved = {site.weight_name for site in sites(model).values() if site.host.name == "weight"}
     kept = {key for key in base if key.rpartition(".")[2] not in moved or key in model.state_dict()}
     assert all(torch.equal(model.state_dict()[key], base[key]) for key in kept)
@@ -127,7 +127,7 @@ def test_state_dict_names_of_everything_else_stay(name):
     assert all(".core." in f".{key}" or ".factors." in f".{key}" or ".original" in key for key in added)
 
 
-@each_patient
+@each_model
 def test_state_dict_round_trip(name):
     found, other = operated(name), operated(name, scale=0.0)
     assert not any("coeff" in key for key in found.model.state_dict())
@@ -136,10 +136,10 @@ def test_state_dict_round_trip(name):
 
 
 @pytest.mark.parametrize("undone", ["copy", "original"])
-@each_patient
+@each_model
 def test_deep_copies_are_independent(name, undone):
     found = operated(name)
-    output, base = found.run(), patient(name).run()
+    output, base = found.run(), small_model(name).run()
     other = copy.deepcopy(found)
     undo_surgery((other if undone == "copy" else found).model)
     assert torch.equal((found if undone == "copy" else other).run(), output)
@@ -148,7 +148,7 @@ def test_deep_copies_are_independent(name, undone):
     assert torch.equal((found if undone == "copy" else other).run(), base)
 
 
-@each_patient
+@each_model
 def test_to_half_keeps_the_cores(name):
     found = operated(name, scale=0.5)
     cores = {key: site.core.g.detach().clone() for key, site in sites(found.model).items()}
@@ -187,7 +187,7 @@ def test_gradients_of_the_core_are_those_of_the_changed_weights(name):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "qwen3", "t5"])
 def test_training_lowers_the_loss_and_changes_the_core_only(name):
-    found, base = operated(name, scale=0.0), dict(patient(name).model.named_parameters())
+    found, base = operated(name, scale=0.0), dict(small_model(name).model.named_parameters())
     target = torch.randn_like(found.run())
     optimiser = torch.optim.AdamW([p for p in found.model.parameters() if p.requires_grad], lr=5e-2)
     losses = []
@@ -205,7 +205,7 @@ def test_training_lowers_the_loss_and_changes_the_core_only(name):
 
 @pytest.mark.parametrize("name", HUB_NAMES)
 def test_save_pretrained_of_an_undone_model_is_that_of_the_base(name, tmp_path):
-    base, model = patient(name).model, operated(name).model
+    base, model = small_model(name).model, operated(name).model
     model.save_pretrained(tmp_path / "operated")  # the adapter: see test_save_pretrained.py
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert load_file(tmp_path / "operated" / "model.safetensors").keys() == trained
@@ -224,5 +224,5 @@ def test_generate_with_cache(name):
     cached, plain = (found.model.generate(**options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
-    base = patient(name).model.generate(**options)
+    base = small_model(name).model.generate(**options)
     assert relative_error(base.logits[0], cached.logits[0]) > RELATIVE[torch.float32]

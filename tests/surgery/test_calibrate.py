@@ -22,14 +22,14 @@ from tests.support.hooked_inputs import hooked
 from tests.support.injected_failures import refused
 from tests.support.model_state import state_of
 from tests.support.tolerance import assert_close
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.mark.parametrize("form", ["dict", "tuple", "list", "tensors", "loader", "generator", "one"])
 def test_forms_of_data(form):
     ids, mask = text(4, 6), padded("right", 3, 6).repeat(2, 1)[:4]
     batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)]
-    expected = quietly(patient("bert").model, batches)
+    expected = quietly(small_model("bert").model, batches)
     data = {
         "dict": batches,
         "tuple": [tuple(batch.values()) for batch in batches],
@@ -40,8 +40,8 @@ def test_forms_of_data(form):
         "one": {"input_ids": ids, "attention_mask": mask},
     }[form]
     if form == "tensors":
-        expected = quietly(patient("bert").model, [{"input_ids": i} for i in ids.split(2)])
-    found = quietly(patient("bert").model, data)
+        expected = quietly(small_model("bert").model, [{"input_ids": i} for i in ids.split(2)])
+    found = quietly(small_model("bert").model, data)
     for key, statistic in expected.sites.items():
         assert found.sites[key].counts == statistic.counts
         assert_close(found.sites[key].mean("moment"), statistic.mean("moment"), torch.float32)
@@ -51,22 +51,22 @@ def test_forms_of_data(form):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
 def test_any_split_into_batches_read_once(sizes, once):
     x = torch.randn(sum(sizes), 12, generator=torch.Generator().manual_seed(0))
-    model = patient("mlp").model
+    model = small_model("mlp").model
     parts = iter(x.split(sizes)) if once else list(x.split(sizes))
     found = quietly(model, parts, r=1)
     check_moment(model, "0", found.sites["0"], x)
 
 
 def test_sites_that_read_the_same_input_share_where_it_is_smaller():
-    found = quietly(patient("qwen3").model, [{"input_ids": text()}]).sites
+    found = quietly(small_model("qwen3").model, [{"input_ids": text()}]).sites
     q, k, v, o = (found[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo")
     assert q is k is v
     assert q is not o
     assert q.side == "input"  # 32 * 32 entries, where the outputs have 32 * 32 + 2 * 16 * 16
     assert found["model.layers.0.mlp.down_proj"].side == "output"  # 48 to 32
-    absolute = quietly(patient("qwen3").model, [{"input_ids": text()}], surgery.AntiPaSTO(pool="mean_abs")).sites
+    absolute = quietly(small_model("qwen3").model, [{"input_ids": text()}], surgery.AntiPaSTO(pool="mean_abs")).sites
     assert len({id(statistic) for statistic in absolute.values()}) == len(absolute)
-    squares = quietly(patient("qwen3").model, [{"input_ids": text()}], "antipasto_asvd").sites
+    squares = quietly(small_model("qwen3").model, [{"input_ids": text()}], "antipasto_asvd").sites
     assert squares["model.layers.0.mlp.up_proj"] is squares["model.layers.0.mlp.gate_proj"]
 
 
@@ -74,7 +74,7 @@ def test_sites_that_read_the_same_input_share_where_it_is_smaller():
 def test_memory_does_not_depend_on_the_number_of_tokens(variant):
     few, many = ([{"input_ids": text(seed=i)} for i in range(n)] for n in (1, 10))
     pair = (Contrast(few, few[:1]), Contrast(many, few)) if variant == "sspace" else (few, many)
-    found = [quietly(patient("gpt2").model, data, variant) for data in pair]
+    found = [quietly(small_model("gpt2").model, data, variant) for data in pair]
     assert found[0].bytes == found[1].bytes > 0
     assert all(statistic.weight is None for part in found for statistic in part.distinct)
 
@@ -143,7 +143,7 @@ def test_the_model_and_the_random_numbers_are_left_alone(training, loader):
 
 
 def test_the_intact_model_is_seen_though_other_sites_are_operated_on():
-    model, x = patient("mlp").model, torch.randn(30, 12)
+    model, x = small_model("mlp").model, torch.randn(30, 12)
     expected = quietly(model, [x], target_modules=["2", "4"])
     apply_surgery(model, "antipasto", r=6, target_modules=["0"], progress=False)
     with torch.no_grad():
@@ -181,13 +181,13 @@ BAD: list[tuple[str, Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(("message", "data", "options"), BAD, ids=lambda v: v if isinstance(v, str) else "")
 def test_what_is_refused(message, data, options):
     options = {"r": 4, "target_modules": "all-linear", **options}
-    assert message in refused(patient("mlp").model, calibration=data, **options)
+    assert message in refused(small_model("mlp").model, calibration=data, **options)
 
 
 def test_a_generator_that_was_read_is_said_to_be_so():
     data = iter([X])
-    quietly(patient("mlp").model, data)
-    assert "has been read already" in refused(patient("mlp").model, calibration=data, r=4)
+    quietly(small_model("mlp").model, data)
+    assert "has been read already" in refused(small_model("mlp").model, calibration=data, r=4)
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -199,7 +199,7 @@ def test_data_that_fails(error, call):
                 raise error("injected")
             yield X
 
-    model = patient("mlp").model.train()
+    model = small_model("mlp").model.train()
     assert refused(model, error, calibration=data(), r=4) == "injected"
     assert all(module.training for module in model.modules())
 
@@ -231,14 +231,14 @@ def test_a_site_that_the_data_never_reaches_is_named():
 def test_equal_means_in_another_order_have_no_direction():
     x = torch.randn(64, 12, dtype=F64)
     data = Contrast([x], [x.flip(0)])
-    model = patient("mlp", F64).model
+    model = small_model("mlp", F64).model
     assert "have the same mean input" in refused(model, calibration=data, variant="sspace", target_modules=["0"], r=4)
 
 
 @pytest.mark.parametrize("pool", ["rms", "mean_abs"])
 @pytest.mark.parametrize("name", ["mlp", "raw", "gpt2", "encoder_layer"])
 def test_antipasto_keeps_the_directions_that_carry_most(name, pool):
-    found, r = patient(name), 3
+    found, r = small_model(name), 3
     model = found.model
     data = [{"input_ids": text(4, 9)}] if name == "gpt2" else [torch.randn(40, 12)]
     data = [torch.randn(6, 7, 16)] if name == "encoder_layer" else data

@@ -14,9 +14,9 @@ import surgery
 from surgery import load_adapter, merge, report, save_adapter, set_coeff, sites, steer, undo_surgery
 from tests.support.operated_models import operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
-compiled_patients = pytest.mark.parametrize("name", ["mlp", "qwen3", "raw"])
+compiled_models = pytest.mark.parametrize("name", ["mlp", "qwen3", "raw"])
 
 
 def compiled(model: nn.Module, backend: Any = "eager") -> Any:
@@ -34,7 +34,7 @@ def test_compiled_equals_eager(name):
     found = operated(name)
     output = found.run()
     assert_close(found.run(compiled(found.model)), output)
-    assert relative_error(output, patient(name).run()) > 2 * RELATIVE[torch.float32]
+    assert relative_error(output, small_model(name).run()) > 2 * RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("qwen3", marks=pytest.mark.full)])
@@ -43,7 +43,7 @@ def test_compiled_by_inductor_equals_eager(name):
     assert_close(found.run(compiled(found.model, "inductor")), found.run())
 
 
-@compiled_patients
+@compiled_models
 def test_values_of_coeff_and_core_do_not_recompile(name):
     found, counter = operated(name), CompileCounter()
     model = compiled(found.model, counter)
@@ -59,7 +59,7 @@ def test_values_of_coeff_and_core_do_not_recompile(name):
             site.core.g.data = torch.full_like(site.core.g, -0.4)
         assert_close(found.run(model), found.run())
         with steer(model, 0.0):
-            assert_close(found.run(model), patient(name).run())
+            assert_close(found.run(model), small_model(name).run())
     assert counter.frame_count == 1
 
 
@@ -77,9 +77,9 @@ def test_rows_recompile_once(name):
 
 
 @pytest.mark.parametrize("base_first", [True, False])
-@compiled_patients
+@compiled_models
 def test_base_and_operated_model_of_one_class_compiled_in_one_process(name, base_first):
-    base, found = patient(name), operated(name)
+    base, found = small_model(name), operated(name)
     outputs = {id(base): base.run(), id(found): found.run()}
     models = {}
     for each in (base, found) if base_first else (found, base):
@@ -92,7 +92,7 @@ def test_base_and_operated_model_of_one_class_compiled_in_one_process(name, base
 
 @pytest.mark.parametrize(("name", "in_place"), [("mlp", False), ("raw", False), ("raw", True)])
 def test_surgery_and_undo_after_compiling(name, in_place):
-    found = patient(name)
+    found = small_model(name)
     base = found.run()
     if in_place:
         found.model.compile(fullgraph=True, backend="eager")
@@ -134,11 +134,11 @@ def test_weights_that_are_read_compile_too(name):
     output = found.run()
     assert_close(found.run(torch.compile(found.model, backend="eager")), output)
     undo_surgery(found.model)
-    assert_close(found.run(torch.compile(found.model, backend="eager")), patient(name).run())
+    assert_close(found.run(torch.compile(found.model, backend="eager")), small_model(name).run())
 
 
 def test_verbs_see_through_the_wrapper_of_torch_compile(tmp_path, capsys):
-    found = patient("mlp")
+    found = small_model("mlp")
     base = found.run()
     wrapper = torch.compile(found.model, backend="eager")
     assert surgery.apply_surgery(wrapper, "antipasto", r=4, progress=False) is wrapper

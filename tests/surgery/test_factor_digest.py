@@ -1,4 +1,4 @@
-"""Adapters without factors: small, made anew on loading, and refused where that gives others."""
+"""Adapters without factors: small, recomputed on loading, and refused where that gives others."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from surgery.storage.factor_digest import TOLERANCE, digest
 from surgery.variants import REGISTRY
 from tests.support.adapter_files import edit_config, edit_tensors
 from tests.support.model_state import state_of
-from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.operated_models import each_dtype, each_model, operate, operated, randomise
 from tests.support.saved_adapters import refused, site
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 FROM_DATA = {name for name, cls in REGISTRY.items() if cls().needs_calibration}
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_a_reloaded_adapter_has_the_same_factors(name, dtype, tmp_path):
-    found, fresh = operated(name, dtype), patient(name, dtype)
+    found, fresh = operated(name, dtype), small_model(name, dtype)
     save_adapter(found.model, tmp_path / "small", factors="recompute")
     load_adapter(fresh.model, tmp_path / "small", progress=False)
     for one, other in zip(sites(found.model).values(), sites(fresh.model).values(), strict=True):
@@ -43,7 +43,7 @@ def test_a_reloaded_adapter_has_the_same_factors(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("variant", sorted(set(REGISTRY) - FROM_DATA))
 def test_every_variant_whose_factors_follow_from_the_weight(variant, tmp_path):
-    found, fresh = operate(patient("mlp"), variant=variant, target_modules="all-linear"), patient("mlp")
+    found, fresh = operate(small_model("mlp"), variant=variant, target_modules="all-linear"), small_model("mlp")
     randomise(found.model)
     save_adapter(found.model, tmp_path, factors="recompute")
     load_adapter(fresh.model, tmp_path)
@@ -54,7 +54,7 @@ def test_a_variant_of_data_is_refused(tmp_path):
     data = [torch.randn(5, 12) for _ in range(4)]
     for variant in sorted(FROM_DATA):
         given = surgery.Contrast(data[:2], data[2:]) if REGISTRY[variant]().statistic == "contrast" else data
-        found = operate(patient("mlp"), variant=variant, r=2, calibration=given, target_modules="all-linear")
+        found = operate(small_model("mlp"), variant=variant, r=2, calibration=given, target_modules="all-linear")
         with pytest.raises(surgery.AdapterError, match=f"site '.': {variant} chooses its factors by data"):
             save_adapter(found.model, tmp_path / variant, factors="recompute")
     assert list(tmp_path.iterdir()) == []
@@ -62,7 +62,7 @@ def test_a_variant_of_data_is_refused(tmp_path):
 
 def test_directions_that_were_chosen_by_data_are_refused(tmp_path):
     spread = torch.randn(40, 12) * torch.logspace(0, 2, 12)
-    found = operate(patient("mlp"), calibration=[spread], r=3)
+    found = operate(small_model("mlp"), calibration=[spread], r=3)
     with pytest.raises(surgery.AdapterError, match="does not follow from its weight alone"):
         save_adapter(found.model, tmp_path / "new", factors="recompute")
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ def test_a_digest_tells_what_matters():
 def test_a_wider_model_makes_the_factors_of_the_narrow_one(tmp_path):
     found = operated("mlp", torch.bfloat16)
     save_adapter(found.model, tmp_path, factors="recompute")
-    wide = load_adapter(patient("mlp", torch.bfloat16).model.float(), tmp_path, progress=False)
+    wide = load_adapter(small_model("mlp", torch.bfloat16).model.float(), tmp_path, progress=False)
     expected = copy.deepcopy(found.model).float()
     for one, other in zip(sites(wide).values(), sites(expected).values(), strict=True):
         assert torch.equal(one.factors.U, other.factors.U)
@@ -167,25 +167,25 @@ def test_a_wider_model_makes_the_factors_of_the_narrow_one(tmp_path):
 
 def test_a_narrower_model_cannot_make_the_factors(tmp_path):
     save_adapter(operated("mlp").model, tmp_path, factors="recompute")
-    message = refused(tmp_path, patient("mlp").model.bfloat16())
+    message = refused(tmp_path, small_model("mlp").model.bfloat16())
     assert "factors of a float32 weight cannot be recomputed from it in bfloat16" in message
     assert "load the adapter on the model in float32, and cast that" in message
 
 
 def test_residual_form_and_parts_of_a_packed_weight(tmp_path):
-    found, fresh = patient("attention"), patient("attention")
+    found, fresh = small_model("attention"), small_model("attention")
     operate(found, target_modules=["in_proj_weight.q"], r=4)
     randomise(found.model)
     load_adapter(fresh.model, save_adapter(found.model, tmp_path / "parts", factors="recompute"))
     assert torch.equal(fresh.run(), found.run())
-    found, fresh = operate(patient("mlp"), form="residual"), patient("mlp")
+    found, fresh = operate(small_model("mlp"), form="residual"), small_model("mlp")
     randomise(found.model)
     load_adapter(fresh.model, save_adapter(found.model, tmp_path / "residual", factors="recompute"))
     assert (fresh.run() - found.run()).abs().max() < 1e-5 * found.run().abs().max()
 
 
 def test_a_checkpoint_is_merged(tmp_path):
-    found = patient("qwen3")
+    found = small_model("qwen3")
     found.model.save_pretrained(tmp_path / "base")
     operate(found, target_modules=["q_proj", "down_proj"])
     randomise(found.model)
@@ -216,8 +216,8 @@ import sys, torch
 torch.set_num_threads(2)
 from pathlib import Path
 from surgery import load_adapter
-from tests.support.zoo import patient
-found = patient("qwen3")
+from tests.support.zoo import small_model
+found = small_model("qwen3")
 load_adapter(found.model, Path(sys.argv[1]) / "small", progress=False)
 expected = torch.load(Path(sys.argv[1]) / "expected.pt", weights_only=True)
 print(float((found.run() - expected).abs().max() / expected.abs().max()))

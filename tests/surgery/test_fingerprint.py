@@ -13,7 +13,7 @@ import surgery.support.fingerprint as fingerprints
 from surgery import load_adapter, save_adapter
 from surgery.support.fingerprint import cast_fingerprints, fingerprint
 from tests.support.operated_models import operated
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 @pytest.fixture
@@ -92,6 +92,6 @@ def test_an_inference_tensor_has_a_fingerprint():
 def test_the_weights_of_a_model_that_moves(tmp_path):
     found = operated("mlp")
     save_adapter(found.model, tmp_path / "one")
-    fresh = patient("mlp")
+    fresh = small_model("mlp")
     fresh.model.to(torch.bfloat16)
     load_adapter(fresh.model, tmp_path / "one")

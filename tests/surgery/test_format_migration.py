@@ -16,7 +16,7 @@ from surgery.storage.format_migration import VERSION
 from tests.support.adapter_files import configuration
 from tests.support.operated_models import operate, operated, randomise
 from tests.support.saved_adapters import refused
-from tests.support.zoo import HUB_NAMES, patient
+from tests.support.zoo import HUB_NAMES, small_model
 
 DATA = Path(__file__).parents[1] / "data"
 X = torch.arange(12.0).reshape(2, 6) / 8 - 0.5
@@ -67,10 +67,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("loaded", DTYPES)
 def test_on_a_base_in_another_dtype_an_adapter_is_what_a_cast_makes_of_it(saved, loaded, name, tmp_path):
-    found = operate(patient(name, saved), r=4)
+    found = operate(small_model(name, saved), r=4)
     randomise(found.model, 0.3)
     save_adapter(found.model, tmp_path / "adapter")
-    fresh = patient(name, saved)
+    fresh = small_model(name, saved)
     fresh.model.to(loaded)
     load_adapter(fresh.model, tmp_path / "adapter")
     expected = copy.deepcopy(found.model).to(loaded)
@@ -78,23 +78,23 @@ def test_on_a_base_in_another_dtype_an_adapter_is_what_a_cast_makes_of_it(saved,
         parts = [(s.factors.U, s.factors.S, s.factors.Vh, *s.core.tensors().values(), s.weight) for s in (one, other)]
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*parts, strict=True))
         assert one.steering.coeff.dtype == other.steering.coeff.dtype
-    inputs = patient(name, loaded).inputs
+    inputs = small_model(name, loaded).inputs
     assert torch.equal(fresh.run(inputs=inputs), fresh.run(expected, inputs))
 
 
 @pytest.mark.parametrize("loaded", DTYPES)
 def test_a_base_that_was_trained_further_is_refused_in_every_dtype(loaded, tmp_path):
     save_adapter(operated("mlp").model, tmp_path)
-    other = patient("mlp").model
+    other = small_model("mlp").model
     with torch.no_grad():
         other[2].weight[3, 3] *= 1.01
     assert "fingerprints differ" in refused(tmp_path, other.to(loaded))
 
 
 def test_a_dtype_of_the_factors_is_kept_on_another_base(tmp_path):
-    found = operate(patient("mlp"), variant=surgery.AntiPaSTO(r=4, factors_dtype="float32"), r=None)
+    found = operate(small_model("mlp"), variant=surgery.AntiPaSTO(r=4, factors_dtype="float32"), r=None)
     save_adapter(randomise(found.model), tmp_path)
-    half = load_adapter(patient("mlp").model.bfloat16(), tmp_path)
+    half = load_adapter(small_model("mlp").model.bfloat16(), tmp_path)
     assert {site.factors.U.dtype for site in sites(half).values()} == {torch.float32}
 
 

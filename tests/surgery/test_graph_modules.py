@@ -1,4 +1,4 @@
-"""Graph patients and their modules: leaf modules in private copies, hooks, regions, ties, buffers, pickling, casts."""
+"""Graph modules and what they hold: leaf modules in private copies, hooks, regions, ties, buffers, pickling, casts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.model_state import state_of
 from tests.support.operated_graphs import base, graph, graph_state, operate, operated
 from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 
 class Composite(nn.Module):
@@ -44,10 +44,10 @@ class Composite(nn.Module):
         return self.last(self.layer(h + self.attention(h, h, h, need_weights=False)[0]))
 
 
-def composite() -> tuple[nn.Module, Patient]:
+def composite() -> tuple[nn.Module, SmallModel]:
     torch.manual_seed(0)
     model = Composite().eval()
-    found = Patient("composite", fx.symbolic_trace(model), torch.randn(2, 5, 12))
+    found = SmallModel("composite", fx.symbolic_trace(model), torch.randn(2, 5, 12))
     return model, found
 
 
@@ -74,10 +74,10 @@ def test_leaf_modules_are_hosted_in_copies_of_their_own(known, tmp_path):
     save_adapter(found.model, tmp_path)
     load_adapter(eager, tmp_path)
     assert_close(found.run(eager), live)
-    twin = copy.deepcopy(found.model)
-    assert torch.equal(found.run(twin), live)
-    merge(twin)
-    assert_close(found.run(twin), live)
+    copied = copy.deepcopy(found.model)
+    assert torch.equal(found.run(copied), live)
+    merge(copied)
+    assert_close(found.run(copied), live)
     assert torch.equal(found.run(), live)
     undo_surgery(found.model)
     assert graph_state(found.model) == untouched
@@ -131,7 +131,7 @@ def test_modules_with_hooks_are_called_or_skipped_with_a_reason(hook, known):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
     calls = []
     getattr(model[0], hook)(lambda *args: calls.append(1))
-    found = Patient("hooks", fx.symbolic_trace(model), torch.randn(3, 6))
+    found = SmallModel("hooks", fx.symbolic_trace(model), torch.randn(3, 6))
     before = found.run()
     operate(found, example_inputs=found.inputs if known else None)
     skipped = [s.where for s in report(found.model).skipped if "hooks" in s.reason]
@@ -164,7 +164,7 @@ class Region(nn.Module):
 @pytest.mark.parametrize("known", [False, True])
 def test_regions_are_left_alone_or_alive(known):
     model, x = Region().eval(), torch.randn(4, 6)
-    found = Patient("region", torch.export.export(model, (x,)).module(), x)
+    found = SmallModel("region", torch.export.export(model, (x,)).module(), x)
     before, output = graph_state(found.model), found.run()
     operate(found, example_inputs=x if known else None)
     skipped = [s.where for s in report(found.model).skipped if "region" in s.reason]
@@ -178,14 +178,14 @@ def test_regions_are_left_alone_or_alive(known):
             site.core.g.zero_()
             assert relative_error(found.run(), live) > RELATIVE[torch.float32]
             site.core.g.copy_(kept)
-    twin = merge(copy.deepcopy(found.model))
-    assert_close(found.run(twin), live)
+    copied = merge(copy.deepcopy(found.model))
+    assert_close(found.run(copied), live)
     undo_surgery(found.model)
     assert graph_state(found.model) == before
 
 
 def test_tied_weights_of_a_graph():
-    plain = patient("qwen3")
+    plain = small_model("qwen3")
     found = graph("qwen3")
     operate(found, target_modules=["lm_head", "q_proj"])
     assert sites(found.model)["lm_head"].host.name == "graph"
@@ -224,12 +224,12 @@ def test_tied_modules_of_a_graph(trace):
     torch.manual_seed(0)
     model, x = Tied().eval(), torch.randn(4, 6)
     output = model(x).detach()
-    found = Patient("tied", TRACES[trace](model, x), x)
+    found = SmallModel("tied", TRACES[trace](model, x), x)
     assert list(sites(operate(found).model)) == ["free"]
     undo_surgery(found.model)
     operate(found, target_modules=["two"])
     randomise(found.model)
-    eager = operate(Patient("tied", copy.deepcopy(model).requires_grad_(True), x), target_modules=["two"])
+    eager = operate(SmallModel("tied", copy.deepcopy(model).requires_grad_(True), x), target_modules=["two"])
     randomise(eager.model)
     live = found.run()
     assert_close(live, eager.run())
@@ -245,7 +245,7 @@ def test_tied_modules_of_a_graph(trace):
 def test_surgery_on_a_graph_with_buffers_and_in_train_mode():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
-    found = Patient("buffers", fx.symbolic_trace(model), torch.randn(4, 6))
+    found = SmallModel("buffers", fx.symbolic_trace(model), torch.randn(4, 6))
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     before = graph_state(found.model)
     operate(found)
@@ -271,7 +271,7 @@ def test_the_graph_module_stays_the_callers():
 
 
 def test_pickling_an_operated_graph_is_refused_and_works_again_without(tmp_path):
-    found = Patient("pickled", fx.symbolic_trace(patient("mlp").model), patient("mlp").inputs)
+    found = SmallModel("pickled", fx.symbolic_trace(small_model("mlp").model), small_model("mlp").inputs)
     output = found.run()
     for verb in (undo_surgery, merge):
         operate(found)
@@ -286,10 +286,10 @@ def test_casting_an_operated_graph_works_or_is_refused():
     found = operated("symbolic")
     before, x = found.run(), found.inputs
     assert_close(found.run(copy.deepcopy(found.model).double(), x.double()), before, torch.float32)
-    twin = copy.deepcopy(found.model)
+    copied = copy.deepcopy(found.model)
     try:
-        twin.bfloat16()
+        copied.bfloat16()
     except surgery.SurgeryError:
-        assert torch.equal(found.run(twin), before)
+        assert torch.equal(found.run(copied), before)
     else:
-        assert_close(found.run(twin, x.bfloat16()), before)
+        assert_close(found.run(copied, x.bfloat16()), before)

@@ -461,12 +461,12 @@ def test_verbs_on_a_captured_program(dialect, data):
     if made.rows and not any(site.host.name == "weight" for site in sites(graph).values()):
         check_rows(made, graph, plain)
         set_coeff(graph, coeff)
-    twin = copy.deepcopy(graph)
-    assert list(sites(twin)) == list(sites(graph))
-    assert same(run(sound(twin), made.x), live)
-    randomise(twin)
+    copied = copy.deepcopy(graph)
+    assert list(sites(copied)) == list(sites(graph))
+    assert same(run(sound(copied), made.x), live)
+    randomise(copied)
     assert same(run(graph, made.x), live)
-    del twin
+    del copied
     what = data.draw(st.sampled_from(["merge", "dense", "fold", "core", "coeff", "file"]))
     other = copy.deepcopy(graph)
     tied = any(site.tied for site in found.sites)
@@ -536,41 +536,41 @@ def test_a_program_operated_in_place_through_the_compiler(data):
         event("no site")
         return
     original, plain = tensors(program), copy.deepcopy(program)
-    patient = copy.deepcopy(program)
+    operated = copy.deepcopy(program)
     apply_surgery(
-        patient, "antipasto", r=data.draw(st.integers(1, 6)), progress=False, example_inputs=x,
+        operated, "antipasto", r=data.draw(st.integers(1, 6)), progress=False, example_inputs=x,
         target_modules=choose(data, [site.key for site in found.sites]),
     )  # fmt: skip
-    randomise(patient)
+    randomise(operated)
     coeff = data.draw(st.sampled_from([1.0, -0.5, 2.0]))
-    wanted = made.program.in_float64(x, changes(set_coeff(patient, coeff), coeff))
-    before, live = tensors(patient), run(patient, x)
+    wanted = made.program.in_float64(x, changes(set_coeff(operated, coeff), coeff))
+    before, live = tensors(operated), run(operated, x)
     close(live, wanted, made)
     form = data.draw(st.sampled_from(["delta", "residual"]))
     keep_base = form == "delta" or data.draw(st.booleans())
-    graph = to_graph(patient, x, form=form, keep_base=keep_base, verify=True, debug=True)
+    graph = to_graph(operated, x, form=form, keep_base=keep_base, verify=True, debug=True)
     event(form)
-    assert list(sites(graph)) == list(sites(patient))
+    assert list(sites(graph)) == list(sites(operated))
     close(run(sound(graph), x), wanted, made)
     if not made.in_place:
         check_gradients(made, graph, coeff)
-    twin = copy.deepcopy(graph)
-    assert same(run(twin, x), run(graph, x))
+    copied = copy.deepcopy(graph)
+    assert same(run(copied, x), run(graph, x))
     core = data.draw(st.booleans())
-    fold(twin, freeze_core=core, untie=True, verify=x, debug=True)
-    close(run(sound(twin), x), wanted, made)
+    fold(copied, freeze_core=core, untie=True, verify=x, debug=True)
+    close(run(sound(copied), x), wanted, made)
     if not core:
-        merge(twin, untie=True, verify=x)
-        close(run(sound(twin), x), wanted, made)
-    assert sites(twin) == {}
+        merge(copied, untie=True, verify=x)
+        close(run(sound(copied), x), wanted, made)
+    assert sites(copied) == {}
     close(run(sound(merge(copy.deepcopy(graph), untie=True, verify=x)), x), wanted, made)
     if keep_base:
         undo_surgery(graph)
         sound(graph)
-        assert len(listing(graph)) == len(listing(twin)) or any(site.tied for site in found.sites)
+        assert len(listing(graph)) == len(listing(copied)) or any(site.tied for site in found.sites)
         close(run(graph, x), plain.in_float64(x, {}), made)
     else:
         with pytest.raises(surgery.SurgeryError, match="was not kept"):
             undo_surgery(graph)
-    assert tensors(patient) == before
+    assert tensors(operated) == before
     assert tensors(program) == original

@@ -1,4 +1,4 @@
-"""Graph patients: undo and failure leave the very graph, copies are independent, other models are never written."""
+"""Graph modules: undo and failure leave the very graph, copies are independent, other models are never written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.model_state import state_of
 from tests.support.operated_graphs import base, each_graph, graph, graph_state, operate, operated, shape_of, source
 from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, relative_error
-from tests.support.zoo import Patient
+from tests.support.zoo import SmallModel
 
 
 @each_graph
@@ -203,16 +203,16 @@ def test_a_graph_that_needs_no_surgery_is_refused_as_it_was(name):
 def test_a_deep_copy_leaves_the_original_alone_and_is_left_alone(name, verb):
     found = operated(name)
     before, output = graph_state(found.model), found.run()
-    twin, other = copy.deepcopy(found.model), copy.deepcopy(copy.deepcopy(found.model))
-    assert list(sites(twin)) == list(sites(found.model))
-    assert not {id(t) for t in twin.state_dict(keep_vars=True).values()} & {
+    copied, other = copy.deepcopy(found.model), copy.deepcopy(copy.deepcopy(found.model))
+    assert list(sites(copied)) == list(sites(found.model))
+    assert not {id(t) for t in copied.state_dict(keep_vars=True).values()} & {
         id(t) for t in found.model.state_dict(keep_vars=True).values()
     }
-    assert torch.equal(found.run(twin), output)
-    verb(twin)
+    assert torch.equal(found.run(copied), output)
+    verb(copied)
     assert graph_state(found.model) == before
     assert torch.equal(found.run(), output)
-    changed = found.run(twin)
+    changed = found.run(copied)
     verb(found.model)
     assert torch.equal(found.run(), changed)
     assert torch.equal(found.run(other), output)
@@ -224,13 +224,13 @@ def test_a_deep_copy_leaves_the_original_alone_and_is_left_alone(name, verb):
 @each_graph
 def test_an_undone_copy_is_the_base(name):
     plain, found = base(name), operated(name)
-    twin = undo_surgery(copy.deepcopy(found.model))
-    assert shape_of(twin.graph) == shape_of(plain.model.graph)
-    assert list(twin.state_dict()) == list(plain.model.state_dict())
-    assert torch.equal(found.run(twin), plain.run())
-    again = copy.deepcopy(twin)
+    copied = undo_surgery(copy.deepcopy(found.model))
+    assert shape_of(copied.graph) == shape_of(plain.model.graph)
+    assert list(copied.state_dict()) == list(plain.model.state_dict())
+    assert torch.equal(found.run(copied), plain.run())
+    again = copy.deepcopy(copied)
     assert torch.equal(found.run(again), plain.run())
-    assert list(sites(operate(Patient(name, again, found.inputs)).model)) == list(sites(found.model))
+    assert list(sites(operate(SmallModel(name, again, found.inputs)).model)) == list(sites(found.model))
 
 
 @pytest.mark.parametrize("verb", [merge, undo_surgery, fold, lambda model: set_coeff(model, 0.0)])
@@ -239,7 +239,7 @@ def test_the_source_of_a_symbolic_trace_never_changes(verb):
     before, output = state_of(found.model), found.run()
     model = fx.symbolic_trace(found.model)
     for _ in range(2):
-        randomise(operate(Patient("shared", model, found.inputs)).model)
+        randomise(operate(SmallModel("shared", model, found.inputs)).model)
         assert torch.equal(found.run(), output)
         assert [s.replace("(False,", "(True,") for s in state_of(found.model)] == before
         verb(model)

@@ -1,4 +1,4 @@
-"""Graph patients of every dialect go through one contract: the in-place model's function, undo, merge, files."""
+"""Graph modules of every dialect go through one contract: the in-place model's function, undo, merge, files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from surgery import apply_surgery, load_adapter, merge, report, save_adapter, se
 from surgery.modules.adapter import Adapter
 from tests.support.operated_graphs import (
     DIALECTS,
-    HUB_PATIENTS,
+    HUB_MODELS,
     base,
     each_graph,
     graph,
@@ -24,11 +24,11 @@ from tests.support.operated_graphs import (
 )
 from tests.support.operated_models import randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient
+from tests.support.zoo import SmallModel
 
 NAMED = ("symbolic", "exported", "program", "traced", "scripted")  # Dynamo gives parameters names of its own
-each_dialect = pytest.mark.parametrize("name", [*DIALECTS, *HUB_PATIENTS])
-each_named = pytest.mark.parametrize("name", [*NAMED, *HUB_PATIENTS])
+each_dialect = pytest.mark.parametrize("name", [*DIALECTS, *HUB_MODELS])
+each_named = pytest.mark.parametrize("name", [*NAMED, *HUB_MODELS])
 
 
 @each_dialect
@@ -54,7 +54,7 @@ def test_identity_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["symbolic", "exported", HUB_PATIENTS[0]])
+@pytest.mark.parametrize("name", ["symbolic", "exported", HUB_MODELS[0]])
 def test_other_dtypes(name, dtype):
     plain, found, eager = base(name, dtype), operate(graph(name, dtype)), in_place(name, dtype)
     assert torch.equal(found.run(), plain.run())
@@ -209,7 +209,7 @@ def test_a_symbolic_graph_at_other_batches(rows):
 
 def test_a_symbolic_graph_on_single_vectors_and_sequences():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
-    found = operate(Patient("vector", fx.symbolic_trace(model), torch.randn(6)), example_inputs=None)
+    found = operate(SmallModel("vector", fx.symbolic_trace(model), torch.randn(6)), example_inputs=None)
     randomise(found.model)
     x = torch.randn(2, 4, 5, 6)
     together = found.run(inputs=x)

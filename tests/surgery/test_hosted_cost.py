@@ -198,9 +198,9 @@ def test_a_copy_and_rows_do_not_read_the_originals_weight():
     model = operated()
     with torch.no_grad():
         model(X)
-        twin = copy.deepcopy(model)
-        set_coeff(twin, -1.0)
-        assert_close(twin(X), expected(twin, X), torch.float32)
+        copied = copy.deepcopy(model)
+        set_coeff(copied, -1.0)
+        assert_close(copied(X), expected(copied, X), torch.float32)
         assert_close(model(X), expected(model, X), torch.float32)
         with pytest.raises(surgery.InputError):
             set_coeff(model, torch.ones(3))

@@ -12,10 +12,10 @@ from surgery import WeightError, load_adapter, report, save_adapter, sites, undo
 from tests.support.model_state import state_of
 from tests.support.operated_models import operate, randomise
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 
-def gains(found: Patient, value: float) -> Patient:
+def gains(found: SmallModel, value: float) -> SmallModel:
     with torch.no_grad():
         for site in sites(found.model).values():
             site.core.g.fill_(value)
@@ -45,7 +45,7 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_subclass_of_a_linear_module_keeps_what_is_its_own(given):
-    found = Patient("reader", Reader(), torch.randn(2, 4))
+    found = SmallModel("reader", Reader(), torch.randn(2, 4))
     before, base = state_of(found.model), found.run()
     operate(found, r=2, example_inputs=found.inputs if given else None)
     assert torch.equal(found.run(), base)
@@ -67,7 +67,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_weight_that_is_named_is_adapted_in_each_use():
-    found = Patient("tied", Tied(), torch.randn(3, 4))
+    found = SmallModel("tied", Tied(), torch.randn(3, 4))
     before, base = state_of(found.model), found.run()
     operate(found, r=2, target_modules=["one"])
     assert list(sites(found.model)) == ["one"]
@@ -93,7 +93,7 @@ class Backwards(nn.Module):
 
 
 def test_undo_restores_the_order_of_parameters_whatever_the_order_of_use():
-    found = Patient("backwards", Backwards(), torch.randn(2, 4))
+    found = SmallModel("backwards", Backwards(), torch.randn(2, 4))
     before = state_of(found.model)
     undo_surgery(operate(found, r=2).model)
     assert state_of(found.model) == before
@@ -101,7 +101,7 @@ def test_undo_restores_the_order_of_parameters_whatever_the_order_of_use():
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention", "encoder_layer"])
 def test_without_example_inputs(name):
-    found, other = operate(patient(name), example_inputs=None), operate(patient(name))
+    found, other = operate(small_model(name), example_inputs=None), operate(small_model(name))
     for operated in (found, other):
         with torch.no_grad():
             for site in sites(operated.model).values():
@@ -114,14 +114,14 @@ def test_without_example_inputs(name):
 
 def test_attention_over_another_sequence():
     q, k = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
-    found = operate(Patient("cross", nn.MultiheadAttention(16, 4, batch_first=True).eval(), (q, k, k)))
+    found = operate(SmallModel("cross", nn.MultiheadAttention(16, 4, batch_first=True).eval(), (q, k, k)))
     named = [*sites(found.model), *(f"{s.where} {s.reason}" for s in report(found.model).skipped)]
     assert "in_proj_weight" in " ".join(named)
 
 
-def hooked() -> Patient:
+def hooked() -> SmallModel:
     """A model whose linear modules have hooks of accelerate, which put a forward of their own into each of them."""
-    found = patient("qwen3")
+    found = small_model("qwen3")
     for module in found.model.modules():
         if isinstance(module, nn.Linear):
             add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
@@ -131,7 +131,7 @@ def hooked() -> Patient:
 @pytest.mark.parametrize("saved_on", ["plain", "hooked"])
 @pytest.mark.parametrize("loaded_on", ["plain", "hooked"])
 def test_an_adapter_on_a_model_that_accelerate_has_dispatched(saved_on, loaded_on, tmp_path):
-    makers = {"plain": lambda: patient("qwen3"), "hooked": hooked}
+    makers = {"plain": lambda: small_model("qwen3"), "hooked": hooked}
     found, fresh = makers[saved_on](), makers[loaded_on]()
     before, base = state_of(fresh.model), fresh.run()
     randomise(operate(found).model)
@@ -145,8 +145,8 @@ def test_an_adapter_on_a_model_that_accelerate_has_dispatched(saved_on, loaded_o
 
 
 def test_a_model_whose_weights_are_offloaded_is_refused(tmp_path):
-    save_adapter(operate(patient("qwen3")).model, tmp_path)
-    found = patient("qwen3")
+    save_adapter(operate(small_model("qwen3")).model, tmp_path)
+    found = small_model("qwen3")
     cpu_offload(found.model, execution_device=torch.device("cpu"))
     for attempt in (lambda: operate(found), lambda: load_adapter(found.model, tmp_path)):
         with pytest.raises(WeightError, match="on the meta device; load the weights"):

@@ -21,7 +21,7 @@ import surgery
 from surgery import load_adapter, pull_adapter, push_adapter
 from surgery.storage.adapter_file import CONFIG, TENSORS
 from tests.support.saved_adapters import contents, saved
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "1" * 40
@@ -163,7 +163,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert contents(tmp_path / "new" / "pulled").keys() == {CONFIG, TENSORS}
     assert os.listdir(tmp_path / "new") == ["pulled"]
     assert contents(tmp_path / "there") == contents(tmp_path / "new" / "pulled")
-    fresh = patient("mlp")
+    fresh = small_model("mlp")
     load_adapter(fresh.model, tmp_path / "new" / "pulled")
     assert torch.equal(fresh.run(), found.run())
     assert not any("evil" in line or "bin" in line for line in hub.asked if "resolve" in line)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import surgery
 from surgery.cli.inspect import choose, load_model
 from surgery.cli.main import app
-from tests.support.zoo import HUB, PYTORCH, patient
+from tests.support.zoo import HUB, PYTORCH, small_model
 
 runner = CliRunner()
 
@@ -142,7 +142,7 @@ def test_wrong_choices_are_said_so(folder, tmp_path):
 
 @pytest.mark.parametrize("name", PYTORCH)
 def test_a_choice_is_what_surgery_does(name):
-    found = patient(name)
+    found = small_model(name)
     choice = choose(found.model, "antipasto", 4, found.inputs)
     surgery.apply_surgery(found.model, "antipasto", r=4, example_inputs=found.inputs, progress=False)
     ranks = {key: len(site.factors.S) for key, site in surgery.sites(found.model).items()}
@@ -150,7 +150,7 @@ def test_a_choice_is_what_surgery_does(name):
 
 
 def test_drawing_leaves_the_model_as_it_was():
-    found = patient("attention")
+    found = small_model("attention")
     base, flags = found.run(), [p.requires_grad for p in found.model.parameters()]
     choice = choose(found.model, "antipasto", 4, found.inputs)
     for key in choice.ranks:

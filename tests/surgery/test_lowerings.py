@@ -100,9 +100,9 @@ def test_conv1d_and_odd_inputs(lowering: str) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
     tokens = torch.randint(0, 40, (2, 7))
     shake(apply_surgery(model, "antipasto", r=8, lowering=lowering, progress=False))
-    twin = shake(apply_surgery(_plain_gpt2(), "antipasto", r=8, lowering="lowrank", progress=False))
+    by_lowrank = shake(apply_surgery(_plain_gpt2(), "antipasto", r=8, lowering="lowrank", progress=False))
     with torch.no_grad():
-        assert disagreement(model(tokens).logits, twin(tokens).logits) is None
+        assert disagreement(model(tokens).logits, by_lowrank(tokens).logits) is None
     small = operated(lowering)
     with torch.no_grad():
         assert small(torch.zeros(0, 24)).shape == (0, 16)
@@ -139,11 +139,11 @@ def test_dense_never_forms_the_gradient_of_a_weight() -> None:
         with FlopCounterMode(display=False) as counter:
             model(x).sum().backward()
         flops[name] = counter.get_total_flops()
-    base, thin = 2 * 2 * 2048 * 64 * 64, 2 * 2048 * 64 * 16
-    assert flops == {"dense": base + 2 * thin, "lowrank": base + 4 * thin}
+    base, low_rank = 2 * 2 * 2048 * 64 * 64, 2 * 2048 * 64 * 16
+    assert flops == {"dense": base + 2 * low_rank, "lowrank": base + 4 * low_rank}
 
 
-def test_a_pair_is_two_thin_products_whatever_the_core() -> None:
+def test_a_pair_is_two_low_rank_products_whatever_the_core() -> None:
     n, d, r = 32, 64, 16
     for variant in (name for name in PLAIN if possible("pair", name)):
         model = nn.Sequential(nn.Linear(d, d))

@@ -12,7 +12,7 @@ from torch import nn
 
 import surgery
 from surgery import apply_surgery, merge, report, sites
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 def refused(model: nn.Module, kind: type[Exception] = surgery.SurgeryError, **options: Any) -> str:
@@ -174,7 +174,7 @@ def test_a_model_that_another_thread_runs_is_not_changed(verb):
 def wrapped_by_peft() -> Any:
     import peft
 
-    found = patient("qwen3")
+    found = small_model("qwen3")
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     return found, peft.get_peft_model(found.model, config).eval()
 
@@ -208,7 +208,7 @@ def test_what_belongs_to_peft_is_refused_by_name():
 def test_a_module_that_peft_keeps_twice_is_no_site():
     import peft
 
-    model = patient("qwen3").model
+    model = small_model("qwen3").model
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["up_proj"])
     model = apply_surgery(peft.get_peft_model(model, config), "antipasto", r=4, progress=False)
     assert not [key for key in sites(model) if "up_proj" in key]

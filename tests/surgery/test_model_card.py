@@ -21,7 +21,7 @@ from surgery.support.hf_config import base_model_name
 from tests.support.adapter_files import configuration
 from tests.support.operated_models import operate, operated
 from tests.support.saved_adapters import saved
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 WORDS = r"load_adapter\(model, folder\) of the package sspace-surgery"
 
@@ -35,7 +35,7 @@ def of_base(folder: Path, name: str) -> Path:
 
 def test_errors_of_other_libraries_lead_to_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = patient("qwen3").model
+    base = small_model("qwen3").model
     base.save_pretrained("base")
     for name in ("base", ""):
         adapter = of_base(tmp_path / f"adapter of {name}", name)
@@ -79,7 +79,7 @@ def test_the_mirror_repeats_the_header(tmp_path):
 def test_a_base_model_is_named_and_never_a_path(given, name, tmp_path, monkeypatch):
     (tmp_path / "here" / "there" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    model = patient("qwen3").model
+    model = small_model("qwen3").model
     model.config._name_or_path = given
     assert base_model_name(model) == name
     assert base_model_name(nn.Linear(2, 2)) is None
@@ -99,7 +99,7 @@ def test_a_model_card(tmp_path):
 
 
 def test_the_card_of_a_model_of_no_library(tmp_path):
-    found = patient("raw")
+    found = small_model("raw")
     operate(found, target_modules=["w"], r=3)
     operate(found, target_modules=["out"], variant=AntiPaSTO(r=2, suppress_only=True), r=None)
     page = (save_adapter(found.model, tmp_path) / CARD).read_text()
@@ -111,7 +111,7 @@ def test_the_card_of_a_model_of_no_library(tmp_path):
 def test_a_page_that_somebody_wrote_or_edited_is_kept(tmp_path):
     saved(tmp_path)
     first = (tmp_path / CARD).read_text()
-    save_adapter(operate(patient("mlp"), r=2).model, tmp_path)
+    save_adapter(operate(small_model("mlp"), r=2).model, tmp_path)
     second = (tmp_path / CARD).read_text()
     assert first != second  # ours is replaced
     assert "rank 2" in second
@@ -133,7 +133,7 @@ def test_something_else_in_the_place_of_a_card_is_kept(tmp_path):
         before = os.lstat(folder / CARD)
         saved(folder)
         assert os.path.samestat(os.lstat(folder / CARD), before)
-        load_adapter(patient("mlp").model, folder)
+        load_adapter(small_model("mlp").model, folder)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
@@ -153,7 +153,7 @@ def test_the_header_alone_is_an_adapter(tmp_path):
     found = saved(tmp_path)
     for name in (CONFIG, CARD):
         (tmp_path / name).unlink()
-    fresh = patient("mlp")
+    fresh = small_model("mlp")
     load_adapter(fresh.model, tmp_path)
     assert torch.equal(fresh.run(), found.run())
     assert os.listdir(tmp_path) == [TENSORS]

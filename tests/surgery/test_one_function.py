@@ -123,32 +123,32 @@ def test_a_weight_that_is_trained_beside_the_adapter_keeps_the_low_rank_form(opt
     assert all(torch.equal(a, s.factors.U) for a, s in zip(factors, sites(model).values(), strict=True))
     assert all(site.record.trained for site in sites(model).values())
     assert all(site.chosen(torch.zeros(1, site.features[0])) == "lowrank" for site in sites(model).values())
-    twin = pickle.loads(pickle.dumps(model))
-    assert_close(run(twin), expected)
+    one = pickle.loads(pickle.dumps(model))
+    assert_close(run(one), expected)
     model.load_state_dict(another_base(), strict=False)
     with pytest.raises(surgery.SurgeryError, match="its base weight is not the one"):
         run(model)
-    assert_close(run(merge(twin)), expected)
+    assert_close(run(merge(one)), expected)
 
 
 @pytest.mark.parametrize("write", WRITES)
 def test_copies_know_their_weight(write: str) -> None:
     model = operated("auto")
     expected = run(model)
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     WRITES[write](model, another_base())
-    twins.append(copy.deepcopy(model))
-    twins.append(copy.deepcopy(twins[0]))
-    WRITES[write](twins[3], another_base())
-    twins.append(copy.deepcopy(twins[0]))
-    WRITES[write](twins[4], another_base())
-    twins[4].to(torch.bfloat16).to(torch.float32)
-    for twin in twins[:2]:
-        assert torch.equal(run(twin), expected)
-        WRITES[write](twin, another_base())
-    for twin in twins:
+    copies.append(copy.deepcopy(model))
+    copies.append(copy.deepcopy(copies[0]))
+    WRITES[write](copies[3], another_base())
+    copies.append(copy.deepcopy(copies[0]))
+    WRITES[write](copies[4], another_base())
+    copies[4].to(torch.bfloat16).to(torch.float32)
+    for one in copies[:2]:
+        assert torch.equal(run(one), expected)
+        WRITES[write](one, another_base())
+    for one in copies:
         with pytest.raises(surgery.SurgeryError, match="its base weight is not the one"):
-            run(twin)
+            run(one)
 
 
 @pytest.mark.parametrize("form", ["delta", "residual"])

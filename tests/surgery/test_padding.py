@@ -15,7 +15,7 @@ from tests.support.calibration_inputs import check_moment, padded, quietly, text
 from tests.support.hooked_inputs import hooked
 from tests.support.injected_failures import refused
 from tests.support.tolerance import assert_close
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 TEXT = ("qwen3", "gpt2", "bert")
 
@@ -23,7 +23,7 @@ TEXT = ("qwen3", "gpt2", "bert")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", TEXT)
 def test_moments_of_every_site_without_padding(name, side):
-    model = patient(name).model
+    model = small_model(name).model
     batches = [
         {"input_ids": text(seed=1), "attention_mask": padded(side)},
         {"input_ids": text(2, 5), "attention_mask": torch.ones(2, 5)},
@@ -39,7 +39,7 @@ def test_moments_of_every_site_without_padding(name, side):
 
 
 def test_an_encoder_and_a_decoder_have_a_mask_each():
-    model = patient("t5").model
+    model = small_model("t5").model
     batch = {"input_ids": text(3, 8), "attention_mask": padded("right")}
     batch |= {"decoder_input_ids": text(3, 5), "decoder_attention_mask": padded("right", 3, 5)}
     found = quietly(model, [batch])
@@ -53,7 +53,7 @@ def test_an_encoder_and_a_decoder_have_a_mask_each():
 def test_masks_that_cannot_be_told_apart_are_refused(mask):
     batch = {"input_ids": text(), "attention_mask": padded("right"), "decoder_input_ids": text(seed=2)}
     batch |= {} if mask is None else {"decoder_attention_mask": mask}
-    assert "two attention masks of the same shape differ" in refused(patient("t5").model, calibration=[batch], r=4)
+    assert "two attention masks of the same shape differ" in refused(small_model("t5").model, calibration=[batch], r=4)
 
 
 class Padded(nn.Module):
@@ -96,7 +96,7 @@ def test_attention_with_padding(length, batch_first, need_weights):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pool", ["last", "mean", "all"])
 def test_pooling_of_contrasts(pool, side):
-    model, mask = patient("qwen3").model, padded(side)
+    model, mask = small_model("qwen3").model, padded(side)
     batches = [{"input_ids": text(seed=seed), "attention_mask": mask} for seed in (1, 2, 3)]
     found = quietly(model, Contrast(batches[:2], iter(batches[2:]), pool), "sspace")
     assert found.pool == pool
@@ -149,7 +149,7 @@ def test_rows_are_those_of_the_mask_whatever_comes_first():
 
 
 def test_two_dimensions_are_one_token_a_row():
-    model, x = patient("mlp").model, torch.randn(9, 12)
+    model, x = small_model("mlp").model, torch.randn(9, 12)
     found = quietly(model, Contrast([x], [x + 1]), "sspace", target_modules=["0"])
     assert found.sites["0"].counts == {"positive": 9, "negative": 9}
     assert_close(found.sites["0"].mean("positive"), x.double().mean(0))
@@ -159,9 +159,9 @@ def test_masks_that_hold_no_token_or_have_another_shape():
     mask = padded("left")
     mask[1] = 0
     batch = {"input_ids": text(), "attention_mask": mask}
-    assert "row 1 of attention_mask is all padding" in refused(patient("llama").model, calibration=[batch], r=4)
+    assert "row 1 of attention_mask is all padding" in refused(small_model("llama").model, calibration=[batch], r=4)
     batch["attention_mask"] = torch.ones(3, 1, 8, 8, dtype=torch.bool).tril()
-    assert "attention_mask must be (batch, sequence)" in refused(patient("llama").model, calibration=[batch], r=4)
+    assert "attention_mask must be (batch, sequence)" in refused(small_model("llama").model, calibration=[batch], r=4)
 
 
 def test_tokens_that_cannot_be_told_from_padding_are_warned_of():

@@ -129,14 +129,14 @@ def test_copies_and_pickles_of_a_model_that_has_run(mode):
     model, x = ablated()
     with mode():
         expected = model(x)
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     cores = {key: pickle.loads(pickle.dumps(site.core)) for key, site in sites(model).items()}
     whole = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
-        assert torch.equal(twin(x), expected)
+        assert torch.equal(duplicate(x), expected)
         assert torch.equal(whole(x), expected)
-        change_data(twin)
-        assert not torch.equal(twin(x), expected)
+        change_data(duplicate)
+        assert not torch.equal(duplicate(x), expected)
         assert torch.equal(model(x), expected)
         for key, site in sites(model).items():
             assert all(torch.equal(t, cores[key].tensors()[n]) for n, t in site.core.tensors().items())

@@ -28,7 +28,7 @@ from tests.support.injected_failures import FAILURES, fails_at
 from tests.support.model_state import state_of
 from tests.support.operated_models import randomise
 from tests.support.tolerance import assert_close
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 NAMES = ("mlp", "raw", "attention", "encoder_layer", "gpt2")
 GRAPHS = ("symbolic", "exported", "delta", "residual")
@@ -37,7 +37,7 @@ each_graph = pytest.mark.parametrize("kind", GRAPHS)
 
 
 def data_of(name: str, seed: int = 0, rows: int = 6) -> Any:
-    """A batch that fits a patient, with directions of very different weight."""
+    """A batch that fits a model, with directions of very different weight."""
     generator = torch.Generator().manual_seed(seed)
     if name == "gpt2":
         return {"input_ids": torch.randint(0, 64, (rows, 9), generator=generator)}
@@ -74,17 +74,17 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 @functools.cache
-def _plain(name: str) -> Patient:
-    found = patient(name)
+def _plain(name: str) -> SmallModel:
+    found = small_model(name)
     apply_surgery(found.model, "antipasto", r=4, example_inputs=found.inputs, progress=False)
     return found
 
 
-def operate(name: str, variant: Any = "antipasto", r: int = 4, **options: Any) -> Patient:
-    """A patient after surgery, its cores at their initial values."""
+def operate(name: str, variant: Any = "antipasto", r: int = 4, **options: Any) -> SmallModel:
+    """A model after surgery, its cores at their initial values."""
     if (variant, r, options) == ("antipasto", 4, {}):
         return copy.deepcopy(_plain(name))
-    found = patient(name)
+    found = small_model(name)
     apply_surgery(found.model, variant, r=r, example_inputs=found.inputs, progress=False, **options)
     return found
 
@@ -96,7 +96,7 @@ def graph(kind: str) -> tuple[Any, fx.GraphModule, Any]:
 
 @functools.cache
 def _graph(kind: str) -> tuple[Any, fx.GraphModule, Any]:
-    found = patient("raw")
+    found = small_model("raw")
     if kind in ("delta", "residual"):
         base = found.run()
         apply_surgery(found.model, "antipasto", r=4, example_inputs=found.inputs, progress=False)
@@ -112,7 +112,7 @@ def _graph(kind: str) -> tuple[Any, fx.GraphModule, Any]:
 @each_name
 @pytest.mark.parametrize("variant", ["antipasto", "antipasto_corda"])
 def test_as_if_operated_on_with_that_data(name, variant):
-    plain, first, second = patient(name), data_of(name), data_of(name, 1)
+    plain, first, second = small_model(name), data_of(name), data_of(name, 1)
     before, base = state_of(plain.model), plain.run()
     needed = {"calibration": [first]} if variant == "antipasto_corda" else {}
     apply_surgery(plain.model, variant, r=4, example_inputs=plain.inputs, progress=False, **needed)
@@ -164,9 +164,9 @@ def test_graphs(kind, tmp_path):
     with torch.no_grad():
         assert_close(model(inputs), expected(inputs))
     save_adapter(model, tmp_path / "a")
-    twin = load_adapter(patient("raw").model, tmp_path / "a")
+    reloaded = load_adapter(small_model("raw").model, tmp_path / "a")
     with torch.no_grad():
-        assert_close(set_coeff(twin, -0.7)(inputs), expected(inputs))
+        assert_close(set_coeff(reloaded, -0.7)(inputs), expected(inputs))
         dense = merge(copy.deepcopy(model))
         assert_close(dense(inputs), expected(inputs))
         assert_close(undo_surgery(model)(inputs), base)
@@ -177,7 +177,7 @@ def test_graphs(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["in place", *GRAPHS])
 def test_a_trained_core_is_refused_unless_reset(kind):
-    _, model, inputs = graph(kind) if kind != "in place" else (None, operate("raw").model, patient("raw").inputs)
+    _, model, inputs = graph(kind) if kind != "in place" else (None, operate("raw").model, small_model("raw").inputs)
     key = list(sites(model))[2]
     with torch.no_grad():
         sites(model)[key].core.g[1] = 1e-6
@@ -212,12 +212,12 @@ def test_initial_cores_of_random_numbers_are_known_by_their_seed(variant):
 
 
 def test_a_contrast_turns_the_direction():
-    model, x = patient("mlp").model, data_of("mlp")
+    model, x = small_model("mlp").model, data_of("mlp")
     options = {"r": 4, "target_modules": "all-linear", "progress": False}
     apply_surgery(model, "sspace", calibration=Contrast([x], [x + 1]), **options)
     new = Contrast([x], [x.flip(1)], pool="mean")
     recalibrate(model, new, progress=False)
-    expected = apply_surgery(patient("mlp").model, "sspace", calibration=new, **options)
+    expected = apply_surgery(small_model("mlp").model, "sspace", calibration=new, **options)
     for key, site in sites(expected).items():
         assert torch.equal(sites(model)[key].core.direction, site.core.direction)
     with pytest.raises(surgery.InputError, match=r"must be Contrast\(positive, negative\)"):
@@ -227,7 +227,7 @@ def test_a_contrast_turns_the_direction():
 def test_statistics_serve_in_place_of_data():
     name = "gpt2"
     data, model, other = data_of(name, 1), operate(name).model, operate(name).model
-    statistics = calibrate(patient(name).model, "antipasto", [data], r=4, progress=False)
+    statistics = calibrate(small_model(name).model, "antipasto", [data], r=4, progress=False)
     recalibrate(model, statistics, progress=False)
     recalibrate(other, [data], progress=False)
     for key, site in sites(model).items():
@@ -235,7 +235,7 @@ def test_statistics_serve_in_place_of_data():
 
 
 def test_sites_of_different_variants_and_ranks():
-    model, x = patient("mlp").model, data_of("mlp", 1)
+    model, x = small_model("mlp").model, data_of("mlp", 1)
     apply_surgery(model, "antipasto", r=3, target_modules=["0"], progress=False)
     apply_surgery(model, "antipasto_asvd", r=5, target_modules=["2"], calibration=[x], progress=False)
     apply_surgery(model, surgery.AntiPaSTO(pool="mean_abs", r=2), target_modules=["4"], progress=False)
@@ -247,13 +247,13 @@ def test_sites_of_different_variants_and_ranks():
         "2": (old["2"][3], 5),
         "4": (old["4"][3], 2),
     }
-    expected = patient("mlp").model
+    expected = small_model("mlp").model
     apply_surgery(expected, old["4"][3], target_modules=["4"], calibration=[x], progress=False)
     assert_close(found["4"].factors.Vh, sites(expected)["4"].factors.Vh)
 
 
 def test_one_calibration_cannot_serve_a_contrast_and_a_moment():
-    model, x = patient("mlp").model, data_of("mlp")
+    model, x = small_model("mlp").model, data_of("mlp")
     apply_surgery(model, "antipasto", r=4, target_modules=["0"], progress=False)
     contrast = Contrast([x], [x + 1])
     apply_surgery(model, "sspace", r=4, target_modules=["2"], calibration=contrast, progress=False)
@@ -289,7 +289,7 @@ def test_flags_and_modes_stay_what_they_are():
 @pytest.mark.parametrize("kind", ["mlp", "attention", "residual", "exported"])
 def test_failure_at_any_step_puts_the_old_adapters_back(monkeypatch, kind, target, call, after, error):
     name = kind if kind in NAMES else "raw"
-    plain = patient(name)
+    plain = small_model(name)
     base, model, inputs = (plain.run(), operate(name).model, plain.inputs) if kind in NAMES else graph(kind)
     randomise(model)
     set_coeff(model, 0.3)
@@ -337,7 +337,7 @@ def test_data_that_is_refused_changes_nothing(kind, data, message):
 
 def test_a_plain_model_and_a_base_that_was_not_kept():
     with pytest.raises(surgery.SurgeryError, match="carries no surgery"):
-        recalibrate(patient("mlp").model, [data_of("mlp")], progress=False)
+        recalibrate(small_model("mlp").model, [data_of("mlp")], progress=False)
     found = operate("raw")
     model = to_graph(found.model, found.inputs, form="residual", keep_base=False)
     before = snapshot(model)

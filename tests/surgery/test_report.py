@@ -12,15 +12,15 @@ from torch import nn
 
 from surgery import InputError, apply_surgery, inspect_sites, load_adapter, report, save_adapter, sites
 from surgery.support import progress_bar
-from tests.support.operated_models import each_patient, operated
-from tests.support.zoo import patient
+from tests.support.operated_models import each_model, operated
+from tests.support.zoo import small_model
 
 
-@each_patient
+@each_model
 def test_report_has_every_site_and_every_other_product(name):
     model = operated(name).model
     found = report(model)
-    assert found.model == type(patient(name).model).__name__
+    assert found.model == type(small_model(name).model).__name__
     assert [site.key for site in found.sites] == list(sites(model))
     assert found.captured
     assert found.trainable == sum(site.trainable for site in found.sites)
@@ -37,7 +37,7 @@ def test_report_has_every_site_and_every_other_product(name):
 
 
 def test_report_as_text(capsys):
-    found = patient("qwen3")
+    found = small_model("qwen3")
     apply_surgery(found.model, "antipasto", r=4, target_modules=["q_proj", "lm_head"], progress=True)
     assert capsys.readouterr().out == ""  # a library call prints no table unasked
     text = str(report(found.model))
@@ -55,7 +55,7 @@ def test_report_as_text(capsys):
 
 def test_report_of_a_loaded_adapter(tmp_path):
     expected = report(operated("raw").model)
-    model = load_adapter(patient("raw").model, save_adapter(operated("raw").model, tmp_path))
+    model = load_adapter(small_model("raw").model, save_adapter(operated("raw").model, tmp_path))
     found = report(model)
     assert found.how == "adapter file"
     assert not found.captured
@@ -66,7 +66,7 @@ def test_report_of_a_loaded_adapter(tmp_path):
 
 
 def test_report_in_a_notebook():
-    found = patient("qwen3")
+    found = small_model("qwen3")
     apply_surgery(found.model, "antipasto", r=4, target_modules=["q_proj"], progress=False)
     told = report(found.model)
     page = told._repr_html_()
@@ -113,7 +113,7 @@ def test_bars_are_shown_on_a_terminal_or_when_asked_for(monkeypatch, progress, t
         "surgery.planning.adapter_init.track",
         lambda *args, enabled, **options: asked.append(enabled) or track(*args, enabled=enabled, **options),
     )
-    apply_surgery(patient("mlp").model, "antipasto", r=2, progress=progress)
+    apply_surgery(small_model("mlp").model, "antipasto", r=2, progress=progress)
     assert asked == [shown]
     assert sys.stdout.getvalue() == ""
     if not shown:
@@ -123,4 +123,4 @@ def test_bars_are_shown_on_a_terminal_or_when_asked_for(monkeypatch, progress, t
 @pytest.mark.parametrize("progress", ["x", 3, 1])
 def test_progress_is_a_flag_or_none(progress):
     with pytest.raises(InputError, match="progress must be True, False or None"):
-        apply_surgery(patient("mlp").model, "antipasto", progress=progress)
+        apply_surgery(small_model("mlp").model, "antipasto", progress=progress)

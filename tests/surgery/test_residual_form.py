@@ -17,7 +17,7 @@ from surgery.modules.adapter import Adapter
 from surgery.verbs.calibrate import recalibrate
 from tests.support.lowering_models import PLAIN, inputs, model_of, reference, shake
 from tests.support.tolerance import assert_close
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,17 +54,17 @@ def undone_and_loaded(model: nn.Module, variant: str, dtype: torch.dtype) -> nn.
 
 def test_gradients_are_those_of_delta_form() -> None:
     model = operated(dtype=torch.float64)
-    twin = undone_and_loaded(model, "antipasto", torch.float64)
-    for one in (model, twin):
+    duplicate = undone_and_loaded(model, "antipasto", torch.float64)
+    for one in (model, duplicate):
         one(inputs(torch.float64)).square().sum().backward()
     for key, site in sites(model).items():
-        assert_close(site.core.g.grad, sites(twin)[key].core.g.grad, torch.float64)
+        assert_close(site.core.g.grad, sites(duplicate)[key].core.g.grad, torch.float64)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["mlp", "raw", "encoder_layer", "qwen3", "gpt2"])
 def test_undo_gives_back_the_very_parameters(name: str) -> None:
-    p = patient(name)
+    p = small_model(name)
     before = {key: (id(t), t.clone(), t.requires_grad) for key, t in p.model.named_parameters()}
     classes, base = [type(m) for m in p.model.modules()], p.run()
     apply_surgery(p.model, "antipasto", r=6, form="residual", example_inputs=p.inputs, progress=False)
@@ -87,7 +87,7 @@ def test_undo_gives_back_the_very_parameters(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_a_base_that_is_not_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    p = patient(name, dtype)
+    p = small_model(name, dtype)
     base = copy.deepcopy(p.model)
     options: dict[str, Any] = {"form": "residual", "example_inputs": p.inputs, "progress": False}
     apply_surgery(p.model, "antipasto", r=6, keep_base=False, **options)
@@ -137,14 +137,14 @@ def test_a_failure_leaves_the_weights_where_they_were(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_cast_keeps_the_remainder_wide(dtype: torch.dtype, keep_base: bool) -> None:
     model = operated(keep_base=keep_base)
-    twin = undone_and_loaded(model, "antipasto", torch.float32).to(dtype)
+    duplicate = undone_and_loaded(model, "antipasto", torch.float32).to(dtype)
     model.to(dtype)
     for site in sites(model).values():
         assert site.W_res.dtype == torch.promote_types(dtype, torch.float32)
         assert site.weight.dtype == dtype
     # the weight and its factors are rounded apart: what a half dtype allows, and float32's rounding in float64
     assert_close(
-        model(inputs(dtype)), reference(twin, inputs(dtype)), min(dtype, torch.float32, key=lambda d: d.itemsize)
+        model(inputs(dtype)), reference(duplicate, inputs(dtype)), min(dtype, torch.float32, key=lambda d: d.itemsize)
     )
     if keep_base:
         assert all(p.dtype == dtype for p in undo_surgery(model).parameters())
@@ -152,15 +152,15 @@ def test_a_cast_keeps_the_remainder_wide(dtype: torch.dtype, keep_base: bool) ->
 
 def test_copies_are_independent_and_state_loads() -> None:
     model, x = operated(), inputs()
-    twin, expected = copy.deepcopy(model), model(x).detach()
+    duplicate, expected = copy.deepcopy(model), model(x).detach()
     undo_surgery(model)
-    assert torch.equal(twin(x), expected)
+    assert torch.equal(duplicate(x), expected)
     other = operated()
     set_coeff(other, 1.0)
-    other.load_state_dict(twin.state_dict())
+    other.load_state_dict(duplicate.state_dict())
     assert torch.equal(other(x), expected)
-    undo_surgery(twin)
-    assert torch.equal(twin(x), model(x))
+    undo_surgery(duplicate)
+    assert torch.equal(duplicate(x), model(x))
 
 
 def test_it_compiles_once_and_steers() -> None:
@@ -175,7 +175,7 @@ def test_it_compiles_once_and_steers() -> None:
 
 
 def test_a_tied_weight_stays_with_its_other_reader(tmp_path: Path) -> None:
-    p = patient("qwen3")
+    p = small_model("qwen3")
     base = p.run()
     apply_surgery(p.model, "antipasto", r=6, target_modules=["lm_head"], form="residual", progress=False)
     shake(p.model)
@@ -296,7 +296,7 @@ def test_an_adapter_without_a_base_is_not_saved_after_a_cast(tmp_path: Path) -> 
 
 
 def test_a_hub_model_ties_its_weights_again_and_generates() -> None:
-    p = patient("qwen3")
+    p = small_model("qwen3")
     apply_surgery(p.model, "antipasto", r=6, target_modules=["lm_head", "q_proj"], form="residual", progress=False)
     p.model.tie_weights()
     with pytest.raises(surgery.SurgeryError, match="cannot be replaced"):

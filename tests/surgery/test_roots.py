@@ -138,14 +138,14 @@ def test_whole_copies_and_pickles_are_independent() -> None:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-        assert torch.equal(twin(X), expected)
-        set_coeff(twin, 0.0)
-        assert torch.equal(twin(X), net()(X))
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(duplicate(X), expected)
+        set_coeff(duplicate, 0.0)
+        assert torch.equal(duplicate(X), net()(X))
         with pytest.raises(surgery.SurgeryError, match="part of"):
-            set_coeff(twin.blocks[0], 1.0)
-        undo_surgery(twin)
-        assert type(twin) is Net
+            set_coeff(duplicate.blocks[0], 1.0)
+        undo_surgery(duplicate)
+        assert type(duplicate) is Net
     assert get_coeff(model) == 1.0
 
 

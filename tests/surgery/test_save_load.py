@@ -16,9 +16,9 @@ from surgery.storage.adapter_file import CONFIG, TENSORS
 from surgery.storage.model_card import CARD
 from tests.support.adapter_files import configuration
 from tests.support.model_state import state_of
-from tests.support.operated_models import each_dtype, each_patient, operate, operated, randomise
+from tests.support.operated_models import each_dtype, each_model, operate, operated, randomise
 from tests.support.saved_adapters import contents, refused, saved
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 
 def tensors_of(model: nn.Module) -> list[str]:
@@ -27,9 +27,9 @@ def tensors_of(model: nn.Module) -> list[str]:
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_a_reloaded_adapter_gives_bit_identical_outputs(name, dtype, tmp_path):
-    found, fresh = saved(tmp_path / "adapter", name, dtype), patient(name, dtype)
+    found, fresh = saved(tmp_path / "adapter", name, dtype), small_model(name, dtype)
     before, base = state_of(fresh.model), fresh.run()
     assert load_adapter(fresh.model, tmp_path / "adapter") is fresh.model
     assert torch.equal(fresh.run(), found.run())
@@ -41,10 +41,10 @@ def test_a_reloaded_adapter_gives_bit_identical_outputs(name, dtype, tmp_path):
     assert state_of(fresh.model) == before
 
 
-@each_patient
+@each_model
 def test_saving_twice_gives_identical_bytes(name, tmp_path):
     saved(tmp_path / "one", name)
-    fresh = load_adapter(patient(name).model, tmp_path / "one")
+    fresh = load_adapter(small_model(name).model, tmp_path / "one")
     save_adapter(fresh, str(tmp_path / "new" / "two"))
     for file in (CONFIG, TENSORS, CARD):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "new" / "two" / file).read_bytes()
@@ -65,7 +65,7 @@ def test_coeff_is_one_after_loading(tmp_path):
 
 
 def test_several_variants_and_ranks_in_one_model(tmp_path):
-    found, fresh = patient("raw"), patient("raw")
+    found, fresh = small_model("raw"), small_model("raw")
     operate(found, target_modules=["w", "twice"], r=3)
     operate(found, target_modules=["out"], variant=surgery.AntiPaSTO(r=2, suppress_only=True), r=None)
     randomise(found.model)
@@ -78,7 +78,7 @@ def test_several_variants_and_ranks_in_one_model(tmp_path):
 
 @pytest.mark.parametrize("factors_dtype", ["float32", "float64", "float16"])
 def test_factors_of_another_dtype(factors_dtype, tmp_path):
-    found, fresh = patient("raw", torch.bfloat16), patient("raw", torch.bfloat16)
+    found, fresh = small_model("raw", torch.bfloat16), small_model("raw", torch.bfloat16)
     operate(found, variant=surgery.AntiPaSTO(r=4, factors_dtype=factors_dtype), r=None)
     randomise(found.model)
     load_adapter(fresh.model, save_adapter(found.model, tmp_path))
@@ -87,9 +87,9 @@ def test_factors_of_another_dtype(factors_dtype, tmp_path):
 
 
 def test_a_loaded_model_takes_surgery_on_other_sites(tmp_path):
-    fresh = patient("raw")
+    fresh = small_model("raw")
     before = state_of(fresh.model)
-    load_adapter(fresh.model, save_adapter(operate(patient("raw"), target_modules=["v", "out"]).model, tmp_path))
+    load_adapter(fresh.model, save_adapter(operate(small_model("raw"), target_modules=["v", "out"]).model, tmp_path))
     operate(fresh, target_modules=["w", "twice"])
     assert sorted(sites(fresh.model)) == ["out", "twice", "v", "w"]
     undo_surgery(fresh.model)
@@ -98,7 +98,7 @@ def test_a_loaded_model_takes_surgery_on_other_sites(tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "raw"])
 def test_loading_replaces_a_present_adapter(name, tmp_path):
-    found, other = saved(tmp_path, name), patient(name)
+    found, other = saved(tmp_path, name), small_model(name)
     before = state_of(other.model)
     other_key = next(reversed(sites(found.model)))
     randomise(operate(other, target_modules=[other_key], r=2).model, 3.0)
@@ -117,11 +117,11 @@ def test_a_failing_load_keeps_a_present_adapter(name, error, tmp_path, monkeypat
     before, output, attach = tensors_of(found.model), found.run(), surgery.hosting.attach.attach
     calls: list[Any] = []
 
-    def failing(model: nn.Module, graft: Any, *rest: Any) -> None:
-        calls.append(graft)
+    def failing(model: nn.Module, plan: Any, *rest: Any) -> None:
+        calls.append(plan)
         if len(calls) == 2:
             raise error("injected")
-        attach(model, graft, *rest)
+        attach(model, plan, *rest)
 
     monkeypatch.setattr("surgery.hosting.attach.attach", failing)
     with pytest.raises(error, match="injected"):
@@ -144,7 +144,7 @@ def test_other_files_of_the_directory_are_kept(tmp_path):
     saved(tmp_path, "qwen3")
     assert sorted(os.listdir(tmp_path)) == ["README.md", CONFIG, TENSORS, "runs"]
     assert (tmp_path / "README.md").read_text() == "mine"
-    load_adapter(patient("qwen3").model, tmp_path)
+    load_adapter(small_model("qwen3").model, tmp_path)
 
 
 def fails_at(monkeypatch, function: str, call: int) -> None:
@@ -170,7 +170,7 @@ def test_a_failing_write_leaves_the_old_adapter(function, call, tmp_path, monkey
         save_adapter(operated("mlp", scale=0.3).model, tmp_path / "adapter")
     assert contents(tmp_path / "adapter") == before
     assert os.listdir(tmp_path) == ["adapter"]
-    assert torch.equal(found.run(load_adapter(patient("mlp").model, tmp_path / "adapter")), found.run())
+    assert torch.equal(found.run(load_adapter(small_model("mlp").model, tmp_path / "adapter")), found.run())
 
 
 @pytest.mark.parametrize("function", ["rename", "fsync"])
@@ -193,7 +193,7 @@ def test_a_directory_that_is_a_file_system_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", across)
     saved(path, "raw")
     assert sorted(os.listdir(path)) == [CARD, CONFIG, TENSORS]
-    load_adapter(patient("raw").model, path)
+    load_adapter(small_model("raw").model, path)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
@@ -228,7 +228,7 @@ def test_a_failing_write_over_links_puts_them_back(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert sorted(os.listdir(path)) == [CONFIG, TENSORS]  # and no card
     assert all((path / file).is_symlink() for file in (CONFIG, TENSORS))
-    fresh = patient("mlp")
+    fresh = small_model("mlp")
     load_adapter(fresh.model, path)
     assert torch.equal(fresh.run(), found.run())
 

@@ -22,13 +22,13 @@ from surgery import apply_surgery, load_adapter, merge, recalibrate, save_adapte
 from surgery.storage.adapter_file import CONFIG, TENSORS
 from surgery.storage.trainer_files import CHECKPOINT
 from tests.support.operated_models import randomise
-from tests.support.zoo import Patient, patient
+from tests.support.zoo import SmallModel, small_model
 
 WORLD = 2
 
 
-def operated() -> Patient:
-    found = patient("qwen3")
+def operated() -> SmallModel:
+    found = small_model("qwen3")
     hub: Any = randomise(apply_surgery(found.model, "antipasto", r=8, progress=False), 0.3)
     hub.model.layers[0].input_layernorm.requires_grad_(True)  # is trained beside the cores
     return found
@@ -41,7 +41,7 @@ def shard(model: Any) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def step(found: Patient) -> None:
+def step(found: SmallModel) -> None:
     """One optimiser step; every process and every test has the same batch, so that gradients agree."""
     optimizer = torch.optim.SGD([p for p in found.model.parameters() if p.requires_grad], lr=0.5)
     found.model(**found.inputs, labels=found.inputs["input_ids"]).loss.backward()
@@ -80,7 +80,7 @@ def work(rank: int, folder: Path, port: int) -> None:
         said["blocked"] = message(lambda: save_adapter(found.model, blocked))
         said["merge"] = message(lambda: merge(found.model))
         said["recalibrate"] = message(lambda: recalibrate(found.model, [found.inputs], reset=True, progress=False))
-        plain = patient("qwen3")
+        plain = small_model("qwen3")
         shard(plain.model)
         said["load"] = message(lambda: load_adapter(plain.model, folder / "adapter"))
         said["apply"] = message(lambda: apply_surgery(plain.model, "antipasto", progress=False))
@@ -107,7 +107,7 @@ def test_a_model_in_shards(tmp_path):
     assert torch.equal(*outs)
     assert (outs[0] - alone.run()).abs().max() < 1e-5
     for name in ("adapter", "small", "pretrained", "given"):
-        fresh = patient("qwen3")
+        fresh = small_model("qwen3")
         load_adapter(fresh.model, tmp_path / name, progress=False)
         assert torch.equal(fresh.run(), outs[0])
     for file in (CONFIG, TENSORS, CHECKPOINT):

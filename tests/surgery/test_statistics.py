@@ -20,7 +20,7 @@ from surgery.factors.statistic import KINDS, Statistic
 from surgery.verbs.calibrate import recalibrate
 from tests.support.injected_failures import refused
 from tests.support.tolerance import assert_close
-from tests.support.zoo import patient
+from tests.support.zoo import small_model
 
 VARIANTS = ("antipasto", surgery.AntiPaSTO(pool="mean_abs"), "antipasto_corda", "antipasto_asvd", "sspace")
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v if isinstance(v, str) else "mean_abs")
@@ -33,7 +33,7 @@ def data_of(variant: Any, x: torch.Tensor = X) -> Any:
 
 
 def collected(variant: Any = "antipasto", x: torch.Tensor = X, **options: Any) -> Statistics:
-    return calibrate(patient("mlp").model, variant, data_of(variant, x), **OPTIONS | options)
+    return calibrate(small_model("mlp").model, variant, data_of(variant, x), **OPTIONS | options)
 
 
 def equal(left: Statistics, right: Statistics) -> bool:
@@ -59,16 +59,16 @@ def test_saved_loaded_and_used_like_the_data(variant, tmp_path):
     assert equal(loaded, found)
     assert loaded.bytes == found.bytes
     assert len(loaded.distinct) == len(found.distinct)
-    expected = factors_of(apply_surgery(patient("mlp").model, variant, calibration=data_of(variant), **OPTIONS))
+    expected = factors_of(apply_surgery(small_model("mlp").model, variant, calibration=data_of(variant), **OPTIONS))
     for statistics in (found, loaded):
-        model = apply_surgery(patient("mlp").model, variant, calibration=statistics, **OPTIONS)
+        model = apply_surgery(small_model("mlp").model, variant, calibration=statistics, **OPTIONS)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in factors_of(model).items())
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_shared_statistics_stay_shared(tmp_path):
     batch = {"input_ids": torch.randint(0, 64, (4, 9))}
-    found = calibrate(patient("qwen3").model, "antipasto", [batch], r=4, progress=False)
+    found = calibrate(small_model("qwen3").model, "antipasto", [batch], r=4, progress=False)
     loaded = Statistics.load(found.save(tmp_path / "s"))
     for merged in (found, loaded, found + loaded):
         q, k = (merged.sites[f"model.layers.1.self_attn.{name}_proj"] for name in "qk")
@@ -86,7 +86,7 @@ def test_merged_is_one_run_over_both(variant):
         assert merged.sites[key].counts == statistic.counts
         for name, value in statistic.sums.items():
             assert_close(merged.sites[key].sums[name], value, torch.float32)
-    one, other = (apply_surgery(patient("mlp").model, variant, calibration=s, **OPTIONS) for s in (merged, whole))
+    one, other = (apply_surgery(small_model("mlp").model, variant, calibration=s, **OPTIONS) for s in (merged, whole))
     for name, tensor in factors_of(one).items():
         assert_close(tensor, factors_of(other)[name])
 
@@ -106,7 +106,7 @@ def test_running_sums(kind, sizes, d_in):
 
 def test_statistics_of_something_else_cannot_be_merged():
     found = collected()
-    other = patient("mlp", seed=1).model
+    other = small_model("mlp", seed=1).model
     for statistics, message in (
         (collected(target_modules=["0"]), "other sites"),
         (collected("sspace"), "pooled otherwise"),
@@ -121,16 +121,18 @@ def test_statistics_of_something_else_cannot_be_merged():
 
 def test_statistics_of_something_else_are_refused():
     found = collected()
-    other = patient("mlp", seed=1).model
+    other = small_model("mlp", seed=1).model
     assert "site '0': the statistics were collected on another base weight" in refused(other, calibration=found, r=4)
     few = collected(target_modules=["0", "2"])
-    assert "site '4': the statistics do not cover it" in refused(patient("mlp").model, calibration=few, r=4)
+    assert "site '4': the statistics do not cover it" in refused(small_model("mlp").model, calibration=few, r=4)
     for variant, kind in (("antipasto_asvd", "squares"), ("sspace", "contrast")):
-        message = refused(patient("mlp").model, calibration=found, variant=variant, r=4, target_modules="all-linear")
+        message = refused(
+            small_model("mlp").model, calibration=found, variant=variant, r=4, target_modules="all-linear"
+        )
         assert f"site '0': the statistics are of kind 'moment', needed is '{kind}'" in message
-    message = refused(patient("mlp").model, calibration=collected(x=X[:4]), r=5)
+    message = refused(small_model("mlp").model, calibration=collected(x=X[:4]), r=5)
     assert "site '0': calibration showed it 4 tokens, fewer than its rank 5" in message
-    model = apply_surgery(patient("mlp").model, "antipasto", r=4, progress=False)
+    model = apply_surgery(small_model("mlp").model, "antipasto", r=4, progress=False)
     before = factors_of(model)
     with pytest.raises(surgery.InputError, match="site '4'"):
         recalibrate(model, few, progress=False)

@@ -20,7 +20,7 @@ import surgery
 from passes.analysis.linear_sites import Site
 from passes.capture.inspect_model import Inspection
 from surgery.planning.target_selection import output_head, select_sites, site_ranks
-from tests.support.zoo import ALL_NAMES, HUB_NAMES, patient
+from tests.support.zoo import ALL_NAMES, HUB_NAMES, small_model
 
 ANTIPASTO = surgery.AntiPaSTO()
 # fmt: off
@@ -50,7 +50,7 @@ RESIDUAL = {
 
 @functools.cache
 def inspected(name: str) -> tuple[nn.Module, Inspection]:
-    found = patient(name)
+    found = small_model(name)
     return found.model, surgery.inspect_sites(found.model, found.inputs)
 
 
@@ -60,7 +60,7 @@ def inspection_of(*keys: str) -> Inspection:
 
 @functools.cache
 def every_site() -> Inspection:
-    """The sites of all patients as if they were one model's."""
+    """The sites of all small models as if they were one model's."""
     return inspection_of(*dict.fromkeys(site.key for name in ALL_NAMES for site in inspected(name)[1].sites))
 
 
@@ -269,7 +269,7 @@ def test_a_name_in_a_model_without_sites_is_answered_with_the_reason():
 
 
 def test_a_list_that_matches_in_part_warns_where_it_was_called():
-    found = patient("mlp")
+    found = small_model("mlp")
     with pytest.warns(UserWarning, match="no site matches 'nothing'") as record:
         surgery.apply_surgery(found.model, "antipasto", target_modules=["0", "nothing"], progress=False)
     assert record[0].filename == __file__

@@ -32,33 +32,33 @@ from tests.support.model_state import state_of
 from tests.support.operated_graphs import graph_state, shape_of
 from tests.support.operated_models import frozen, operate, operated, randomise
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import Patient, built_once, patient
+from tests.support.zoo import SmallModel, built_once, small_model
 
 HUB = tuple(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "qwen3"))
 NAMES = ("mlp", "raw", "attention", "encoder_layer", *HUB)
 WHOLE = ("mlp", "raw", *HUB)  # whose sites are all products
-each_patient = pytest.mark.parametrize("name", NAMES)
+each_model = pytest.mark.parametrize("name", NAMES)
 each_whole = pytest.mark.parametrize("name", WHOLE)
 each_form = pytest.mark.parametrize("form", ["delta", "residual"])
 
 
 @built_once
-def _made(name: str, dtype: torch.dtype, form: str, keep_base: bool) -> tuple[Patient, fx.GraphModule]:
+def _made(name: str, dtype: torch.dtype, form: str, keep_base: bool) -> tuple[SmallModel, fx.GraphModule]:
     found = operated(name, dtype)
     return found, to_graph(found.model, found.inputs, form=form, keep_base=keep_base)
 
 
-def patient_and_graph(
+def model_and_graph(
     name: str, dtype: torch.dtype = torch.float32, form: str = "delta", keep_base: bool = True
-) -> tuple[Patient, fx.GraphModule]:
-    """An operated patient and its graph, which share their cores."""
+) -> tuple[SmallModel, fx.GraphModule]:
+    """An operated model and its graph, which share their cores."""
     return _made(name, dtype, form, keep_base)
 
 
 @each_form
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention", "encoder_layer", "gpt2", HUB[1]])
 def test_a_graph_computes_what_the_model_does_at_any_size(name, form):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     assert isinstance(model, fx.GraphModule)
     assert set(sites(model)) == set(sites(found.model))
     assert_close(found.run(model), found.run())
@@ -69,16 +69,16 @@ def test_a_graph_computes_what_the_model_does_at_any_size(name, form):
             assert_close(found.run(model, inputs), found.run(inputs=inputs))
 
 
-@each_patient
+@each_model
 def test_a_delta_graph_at_coeff_zero_is_the_captured_base(name):
-    found, model = patient_and_graph(name)
+    found, model = model_and_graph(name)
     plain = undo_surgery(copy.deepcopy(model)).requires_grad_(False)
     assert torch.equal(found.run(set_coeff(model, 0.0)), found.run(plain))
     assert_close(found.run(plain), frozen(name).run())
 
 
 @each_form
-@each_patient
+@each_model
 def test_the_model_stays_as_it_was(name, form):
     found = operated(name)
     set_coeff(found.model, 0.5)
@@ -96,7 +96,7 @@ def test_the_model_stays_as_it_was(name, form):
 @each_form
 @each_whole
 def test_cores_are_the_models_and_coeff_the_graphs_own(name, form):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     for key, site in sites(model).items():
         assert site.core.g is sites(found.model)[key].core.g
         assert site.steering.coeff is not sites(found.model)[key].steering.coeff
@@ -116,7 +116,7 @@ def test_cores_are_the_models_and_coeff_the_graphs_own(name, form):
 @each_form
 @each_whole
 def test_rows_of_a_captured_graph(name, form):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     rows = torch.linspace(-1, 1.5, len(found.run()))
     together = found.run(set_coeff(model, rows))
     for i, coeff in enumerate(rows):
@@ -127,11 +127,11 @@ def test_rows_of_a_captured_graph(name, form):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["mlp", *HUB])
 def test_half_graphs(name, dtype, form):
-    found, model = patient_and_graph(name, dtype, form=form)
+    found, model = model_and_graph(name, dtype, form=form)
     output = found.run(model)
     assert output.dtype == dtype
     assert_close(output, found.run())
-    assert relative_error(output, patient(name, dtype).run()) > 2 * RELATIVE[dtype]
+    assert relative_error(output, small_model(name, dtype).run()) > 2 * RELATIVE[dtype]
     if form == "residual":
         assert all(site.W_res.dtype == torch.float32 for site in sites(model).values())
     plain = undo_surgery(copy.deepcopy(model)).requires_grad_(False)
@@ -142,10 +142,10 @@ def test_half_graphs(name, dtype, form):
 
 
 @each_form
-@each_patient
+@each_model
 def test_undo_and_merge_of_a_captured_graph(name, form):
-    found, model = patient_and_graph(name, form=form)
-    other, plain = copy.deepcopy(model), copy.deepcopy(patient(name))
+    found, model = model_and_graph(name, form=form)
+    other, plain = copy.deepcopy(model), copy.deepcopy(small_model(name))
     assert_close(found.run(undo_surgery(model)), plain.run())
     weights, live = {key: site.merged_weight() for key, site in sites(other).items()}, found.run(other)
     names = {key: site.weight_name for key, site in sites(other).items()}
@@ -163,7 +163,7 @@ def test_undo_and_merge_of_a_captured_graph(name, form):
 
 @each_whole
 def test_a_folded_residual_graph_holds_the_stored_weights(name):
-    found, model = patient_and_graph(name, form="residual")
+    found, model = model_and_graph(name, form="residual")
     bases = {site.weight_name: site.weight.clone() for site in sites(model).values()}
     plain = undo_surgery(copy.deepcopy(model)).requires_grad_(False)
     live = found.run(model)
@@ -179,13 +179,13 @@ def test_a_folded_residual_graph_holds_the_stored_weights(name):
 
 @each_whole
 def test_without_the_base(name, tmp_path):
-    found, model = patient_and_graph(name, form="residual", keep_base=False)
+    found, model = model_and_graph(name, form="residual", keep_base=False)
     assert_close(found.run(model), found.run())
     state = set(model.state_dict())
     before = graph_state(model)
     for key, site in sites(model).items():
         assert site.weight_name not in state
-        original = patient(name).model.get_parameter(site.weight_name).detach()
+        original = small_model(name).model.get_parameter(site.weight_name).detach()
         off = float((site.weight.double() - original.double()).abs().max() / original.double().abs().max())
         assert site.base_error == pytest.approx(off, abs=1e-12)
         assert_close(site.weight, original, rounded=True)
@@ -194,12 +194,12 @@ def test_without_the_base(name, tmp_path):
         undo_surgery(model)
     assert graph_state(model) == before
     live = found.run(model)
-    twin = fold(copy.deepcopy(model))
-    for site in sites(twin).values():
-        assert_close(twin.get_parameter(site.weight_name), patient(name).model.get_parameter(site.weight_name))
-    assert_close(found.run(twin), live)
-    merge(twin)
-    assert_close(found.run(twin), live)
+    copied = fold(copy.deepcopy(model))
+    for site in sites(copied).values():
+        assert_close(copied.get_parameter(site.weight_name), small_model(name).model.get_parameter(site.weight_name))
+    assert_close(found.run(copied), live)
+    merge(copied)
+    assert_close(found.run(copied), live)
     merge(model)
     assert_close(found.run(model), live)
     assert sites(model) == {}
@@ -208,10 +208,10 @@ def test_without_the_base(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_without_the_base_adapters_are_saved_and_loaded(name, tmp_path):
-    found, model = patient_and_graph(name, form="residual", keep_base=False)
+    found, model = model_and_graph(name, form="residual", keep_base=False)
     live = found.run(model)
     save_adapter(model, tmp_path)
-    assert torch.equal(found.run(load_adapter(patient(name).model, tmp_path)), found.run())
+    assert torch.equal(found.run(load_adapter(small_model(name).model, tmp_path)), found.run())
     randomise(model, 0.1)
     before, changed = graph_state(model), found.run(model)
     try:
@@ -225,7 +225,7 @@ def test_without_the_base_adapters_are_saved_and_loaded(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "raw"])
 def test_without_the_base_further_verbs_work_or_refuse(name):
-    found, model = patient_and_graph(name, form="residual", keep_base=False)
+    found, model = model_and_graph(name, form="residual", keep_base=False)
     before, live = graph_state(model), found.run(model)
     for verb in (to_graph, lambda m: apply_surgery(m, "antipasto", r=2, progress=False), undo_surgery):
         with pytest.raises(surgery.SurgeryError):
@@ -261,9 +261,9 @@ def test_without_the_base_of_one_module_under_two_names():
 
 
 @each_form
-def test_residual_and_delta_graphs_of_a_graph_patient(form, tmp_path):
-    source = patient("raw")
-    found = operate(Patient("raw", fx.symbolic_trace(source.model), source.inputs))
+def test_residual_and_delta_graphs_of_a_graph_module(form, tmp_path):
+    source = small_model("raw")
+    found = operate(SmallModel("raw", fx.symbolic_trace(source.model), source.inputs))
     randomise(found.model)
     before, live, base = graph_state(found.model), found.run(), source.run()
     model = to_graph(found.model, form=form)
@@ -280,11 +280,11 @@ def test_residual_and_delta_graphs_of_a_graph_patient(form, tmp_path):
 
 
 @each_form
-@each_patient
+@each_model
 def test_adapters_go_from_a_captured_graph_to_the_model(name, form, tmp_path):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     save_adapter(model, tmp_path)
-    fresh = load_adapter(patient(name).model, tmp_path)
+    fresh = load_adapter(small_model(name).model, tmp_path)
     assert [s.host.name for s in sites(fresh).values()] == [s.host.name for s in sites(found.model).values()]
     assert torch.equal(found.run(fresh), found.run())
     assert len(report(model).sites) == len(sites(fresh))
@@ -293,9 +293,9 @@ def test_adapters_go_from_a_captured_graph_to_the_model(name, form, tmp_path):
 
 
 def test_an_adapter_of_an_exported_graph_is_alive_in_the_model(tmp_path):
-    source = patient("encoder_layer")
+    source = small_model("encoder_layer")
     program = torch.export.export(source.model, (source.inputs,))
-    found = operate(Patient("encoder_layer", program.module(), source.inputs), example_inputs=None)
+    found = operate(SmallModel("encoder_layer", program.module(), source.inputs), example_inputs=None)
     randomise(found.model)
     fresh = load_adapter(source.model, save_adapter(found.model, tmp_path))
     assert_close(found.run(fresh), found.run())
@@ -304,21 +304,21 @@ def test_an_adapter_of_an_exported_graph_is_alive_in_the_model(tmp_path):
 @each_form
 @each_whole
 def test_a_deep_copy_of_a_captured_graph(name, form):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     live = found.run(model)
-    twin = copy.deepcopy(model)
-    randomise(twin, 0.2)
+    copied = copy.deepcopy(model)
+    randomise(copied, 0.2)
     assert torch.equal(found.run(model), live)
-    changed = found.run(twin)
+    changed = found.run(copied)
     merge(model)
-    assert torch.equal(found.run(twin), changed)
-    assert {site.form for site in sites(twin).values()} == {form}
-    merge(twin)
-    assert_close(found.run(twin), changed)
+    assert torch.equal(found.run(copied), changed)
+    assert {site.form for site in sites(copied).values()} == {form}
+    merge(copied)
+    assert_close(found.run(copied), changed)
 
 
 def test_a_plain_model_and_wrong_options_are_refused():
-    plain = patient("mlp")
+    plain = small_model("mlp")
     before = state_of(plain.model)
     with pytest.raises(surgery.SurgeryError, match="carries no surgery"):
         to_graph(plain.model, plain.inputs)
@@ -349,7 +349,7 @@ def test_verified_graphs(form):
 @each_form
 @each_whole
 def test_the_whole_pipeline_gives_back_the_names_of_the_base(name, form):
-    found, model = patient_and_graph(name, form=form)
+    found, model = model_and_graph(name, form=form)
     plain = undo_surgery(model)
     compiled = pipeline(found.model, found.inputs, form=form)
     assert sorted(shape_of(compiled.graph.graph)) == sorted(shape_of(plain.graph))

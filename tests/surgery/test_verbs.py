@@ -14,11 +14,11 @@ from torch.nn.utils import parametrize
 import surgery
 from surgery import merge, report, set_coeff, sites, steer, undo_surgery
 from tests.support.model_state import state_of
-from tests.support.operated_models import each_dtype, each_patient, operate, operated, reference
+from tests.support.operated_models import each_dtype, each_model, operate, operated, reference
 from tests.support.tolerance import RELATIVE, assert_close, relative_error
-from tests.support.zoo import HUB_NAMES, Patient, patient
+from tests.support.zoo import HUB_NAMES, SmallModel, small_model
 
-CALLED = ("mlp", *HUB_NAMES)  # patients all of whose sites are modules
+CALLED = ("mlp", *HUB_NAMES)  # models all of whose sites are modules
 MODEL_VERBS = {
     "undo_surgery": undo_surgery,
     "merge": merge,
@@ -93,7 +93,7 @@ def test_every_row_has_its_own_coeff(name):
 
 
 def test_rows_that_are_flattened_with_their_tokens():
-    found = operate(Patient("flattening", Flattening().eval(), torch.randn(3, 5, 6)), r=4)
+    found = operate(SmallModel("flattening", Flattening().eval(), torch.randn(3, 5, 6)), r=4)
     with torch.no_grad():
         for site in sites(found.model).values():
             site.core.g.fill_(0.8)
@@ -152,7 +152,7 @@ def test_steering_in_inference_mode_leaves_a_model_that_trains():
 
 
 def test_steer_leaves_sites_alone_that_are_new_inside():
-    found = operate(patient("mlp"), target_modules=["0"])
+    found = operate(small_model("mlp"), target_modules=["0"])
     with steer(found.model, 0.5):
         operate(found, target_modules=["2"])
     assert coefficients(found.model) == [1.0, 1.0]
@@ -167,11 +167,11 @@ def test_steer_outlives_the_end_of_surgery_inside(verb):
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_merged_weights_are_rounded_once(name, dtype):
     found = operated(name, dtype)
     set_coeff(found.model, 0.75)
-    expected, bases = reference(found, dtype, 0.75), dict(patient(name, dtype).model.named_parameters())
+    expected, bases = reference(found, dtype, 0.75), dict(small_model(name, dtype).model.named_parameters())
     merge(found.model)
     changed = 0
     for key, parameter in expected.named_parameters():
@@ -183,18 +183,18 @@ def test_merged_weights_are_rounded_once(name, dtype):
 
 
 @each_dtype
-@each_patient
+@each_model
 def test_merged_outputs_are_the_live_ones(name, dtype):
     found = operated(name, dtype)
     live = found.run()
     assert merge(found.model) is found.model
     assert_close(found.run(), live)
-    assert relative_error(patient(name, dtype).run(), live) > 2 * RELATIVE[dtype]
+    assert relative_error(small_model(name, dtype).run(), live) > 2 * RELATIVE[dtype]
 
 
-@each_patient
+@each_model
 def test_a_merged_model_is_plain(name):
-    found, base = operated(name), patient(name).model
+    found, base = operated(name), small_model(name).model
     merge(found.model)
     flags, expected = ([(n, p.requires_grad) for n, p in m.named_parameters()] for m in (found.model, base))
     assert flags == expected
@@ -205,7 +205,7 @@ def test_a_merged_model_is_plain(name):
     assert not any(parametrize.is_parametrized(module) for module in found.model.modules())
 
 
-@each_patient
+@each_model
 def test_merge_leaves_the_base_tensors_unwritten(name):
     found = operated(name)
     weights = [(site.weight, site.weight.detach().clone()) for site in sites(found.model).values()]
@@ -216,12 +216,12 @@ def test_merge_leaves_the_base_tensors_unwritten(name):
 def test_merge_at_coeff_zero_is_the_base():
     found = operated("raw")
     merge(set_coeff(found.model, 0.0))
-    assert torch.equal(found.run(), patient("raw").run())
+    assert torch.equal(found.run(), small_model("raw").run())
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "t5"])
 def test_merge_refuses_a_tied_weight_or_unties_it(name, tmp_path):
-    found = operate(patient(name), target_modules=["lm_head"])
+    found = operate(small_model(name), target_modules=["lm_head"])
     embedding = found.model.get_input_embeddings().weight
     with torch.no_grad():
         sites(found.model)["lm_head"].core.g.fill_(0.5)
@@ -257,29 +257,29 @@ def test_trainable_parameters_are_printed_as_peft_does(capsys):
     numbers = sum(n for n, trainable in counted if trainable), sum(n for n, _ in counted)
     PeftModel.print_trainable_parameters(SimpleNamespace(get_nb_trainable_parameters=lambda: numbers))
     assert ours == capsys.readouterr().out
-    assert numbers == (14 * 16, sum(p.numel() for p in patient("qwen3").model.parameters()) + 14 * 16)
+    assert numbers == (14 * 16, sum(p.numel() for p in small_model("qwen3").model.parameters()) + 14 * 16)
 
 
 def test_a_peft_model_is_counted_as_peft_counts_it(capsys):
-    model = get_peft_model(patient("llama").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(small_model("llama").model, LoraConfig(r=2, target_modules=["q_proj"]))
     model.print_trainable_parameters()
     expected = capsys.readouterr().out
     surgery.print_trainable_parameters(model)
     assert capsys.readouterr().out == expected
 
 
-@each_patient
+@each_model
 def test_a_plain_model_has_no_sites(name):
-    assert sites(patient(name).model) == {}
+    assert sites(small_model(name).model) == {}
 
 
 @pytest.mark.parametrize("verb", MODEL_VERBS)
 def test_verbs_refuse_a_plain_model(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = patient("mlp").model
+    model = small_model("mlp").model
     with pytest.raises(surgery.SurgeryError, match="Sequential carries no surgery: call apply_surgery or load_adapter"):
         MODEL_VERBS[verb](model)
-    undone = undo_surgery(operate(patient("mlp")).model)
+    undone = undo_surgery(operate(small_model("mlp")).model)
     with pytest.raises(surgery.SurgeryError, match="carries no surgery"):
         MODEL_VERBS[verb](undone)
     assert list(tmp_path.iterdir()) == []

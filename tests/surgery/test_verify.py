@@ -15,7 +15,7 @@ import exporters
 import surgery
 from surgery import InputError, fold, fuse, merge, pipeline, to_graph
 from tests.support.operated_models import operated
-from tests.support.zoo import built_once, patient
+from tests.support.zoo import built_once, small_model
 
 VERBS: dict[str, Callable[..., Any]] = {"fold": fold, "fuse": fuse, "merge": merge}
 
@@ -92,7 +92,7 @@ def test_what_is_neither_is_refused(verify: Any) -> None:
 
 
 def test_a_graph_that_was_not_captured_here_needs_inputs() -> None:
-    found = patient("mlp")
+    found = small_model("mlp")
     graph = surgery.apply_surgery(fx.symbolic_trace(found.model), "antipasto", r=2, progress=False)
     with pytest.raises(InputError, match="was not captured by it: pass example inputs as verify="):
         fold(graph, verify=True)

@@ -160,11 +160,11 @@ def test_copies_and_models_on_one_base_keep_weights_apart() -> None:
     model, x = operated("dense"), inputs()
     with torch.no_grad():
         first = model(x)
-        twin = copy.deepcopy(model)
-        for site in sites(twin).values():
+        copied = copy.deepcopy(model)
+        for site in sites(copied).values():
             site.core.g.zero_()
         assert torch.equal(model(x), first)
-        assert torch.equal(twin(x), model_of()(x))
+        assert torch.equal(copied(x), model_of()(x))
         base = model_of()
         one, two = (copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(2))
         for shared, coeff in ((one, 1.0), (two, -1.0)):

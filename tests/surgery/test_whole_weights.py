@@ -192,7 +192,7 @@ def test_in_a_graph(name, tmp_path):
 
 
 @each_case
-def test_a_graph_patient(name, tmp_path):
+def test_a_graph_module(name, tmp_path):
     build, x = CASES[name]
     graph = torch.export.export(build(), (x,)).module()
     base = graph(x).detach()
@@ -217,9 +217,9 @@ def test_a_convolution_that_a_symbolic_trace_calls(name):
     expected = reference(graph, build(), x)
     assert_close(graph(x).detach(), expected)
     assert torch.equal(plain(x), base), "the modules of a trace are those of the model"
-    twin = copy.deepcopy(graph)
-    assert_close(twin(x).detach(), expected)
-    assert_close(copy.deepcopy(merge(twin))(x).detach(), expected)
+    copied = copy.deepcopy(graph)
+    assert_close(copied(x).detach(), expected)
+    assert_close(copy.deepcopy(merge(copied))(x).detach(), expected)
     with pytest.raises(surgery.CaptureError, match="'0' is hosted by a module that the graph calls"):
         to_graph(graph, x)
     undo_surgery(graph)

@@ -161,9 +161,9 @@ def test_a_weight_that_compiled_code_reads_elsewhere_has_the_change() -> None:
 
 
 def test_token_embeddings_are_resized_after_surgery() -> None:
-    from tests.support.zoo import patient
+    from tests.support.zoo import small_model
 
-    found = patient("qwen3")
+    found = small_model("qwen3")
     base = copy.deepcopy(found.model)
     apply_surgery(found.model, "antipasto", r=4, progress=False)
     with torch.no_grad():
