@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_iter, tree_leaves, tree_map, tree_map_only
 
 if TYPE_CHECKING:
-    from torch._subclasses import FakeTensor, FakeTensorMode
+    from torch._subclasses import FakeTensor
+    from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.export.pt2_archive._package import AOTICompiledModel
     from torch.export.pt2_archive._package_weights import Weights
 

@@ -19,7 +19,7 @@ from passes.ir.provenance import provenance_of
 from passes.ir.torch_internals import is_fake, python_dispatcher
 
 if TYPE_CHECKING:
-    from torch._subclasses import FakeTensorMode
+    from passes.ir.torch_internals import FakeTensorMode
 
 
 class Annotate(Pass):
