@@ -44,6 +44,7 @@ def pytest_ignore_collect(collection_path, config):
     return True if wanted and not may_be_fast(collection_path) else None
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(config, items):
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
@@ -52,6 +53,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.fast)
     if hasattr(config, "workerinput"):  # one of several processes, none of which should be left with much at the end
         items.sort(key=begun_first(groups))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """Groups stay together: not every pytest lets xdist see them."""
+    if node.config.option.dist == "loadgroup" and not all("@" in name for name in ids):
+        pytest.exit("pytest-xdist does not see the groups of tests: take the versions in constraints.txt", 4)
 
 
 def pytest_sessionfinish(session):
