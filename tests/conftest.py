@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.fault_points import POINTS
-from tests.support.lanes import begun_first, group_of, imported, is_fast, may_be_fast
+from tests.support.lanes import begun_first, group_of, imported, is_fast, left_to_the_full_lane, may_be_fast
 
 torch.set_num_threads(1)
 # the gate draws the same examples each time, so that red means a change; the full lane looks for new ones
@@ -46,6 +46,8 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(config, items):
+    for item in left_to_the_full_lane(items):
+        item.add_marker(pytest.mark.full)
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
