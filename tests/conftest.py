@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.fault_points import POINTS
-from tests.support.lanes import begun_first, group_of, imported, is_fast, may_be_fast
+from tests.support.lanes import begun_first, group_of, imported, is_fast, left_to_the_full_lane, may_be_fast
 
 torch.set_num_threads(1)
 # the gate draws the same examples each time, so that red means a change; the full lane looks for new ones
@@ -44,7 +44,10 @@ def pytest_ignore_collect(collection_path, config):
     return True if wanted and not may_be_fast(collection_path) else None
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(config, items):
+    for item in left_to_the_full_lane(items):
+        item.add_marker(pytest.mark.full)
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
@@ -52,6 +55,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.fast)
     if hasattr(config, "workerinput"):  # one of several processes, none of which should be left with much at the end
         items.sort(key=begun_first(groups))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """Groups stay together: not every pytest lets xdist see them."""
+    if node.config.option.dist == "loadgroup" and not all("@" in name for name in ids):
+        pytest.exit("pytest-xdist does not see the groups of tests: take the versions in constraints.txt", 4)
 
 
 def pytest_sessionfinish(session):

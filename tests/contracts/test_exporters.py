@@ -96,6 +96,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     return unchanged
 
 
+@pytest.mark.matrix
 @each_format
 @each_model
 def test_an_export_is_reported_and_leaves_the_model_as_it_was(format: str, name: str, tmp_path: Path) -> None:
@@ -259,6 +260,7 @@ def failing(module: ModuleType, error: BaseException) -> Callable[..., Any]:
     return write
 
 
+@pytest.mark.matrix
 @each_format
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is full")], ids=lambda e: type(e).__name__)
 def test_a_failure_in_the_middle_leaves_nothing(

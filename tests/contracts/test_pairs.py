@@ -50,6 +50,7 @@ def test_a_pair_is_its_equation_and_an_identity_where_it_says_so(basis, core):
     assert all(torch.equal(p, other) for p, other in zip(model.parameters(), plain().parameters(), strict=True))
 
 
+@pytest.mark.matrix
 @each_pair
 def test_the_signs_of_pairs_of_directions_change_no_output(basis, core):
     model = operated(basis, core)
@@ -74,6 +75,7 @@ def test_the_signs_of_pairs_of_directions_change_no_output(basis, core):
         assert_close(copied(inputs()).detach(), model(inputs()).detach())
 
 
+@pytest.mark.matrix
 @each_pair
 def test_merged_is_live_and_so_is_a_graph(basis, core):
     x = inputs()
@@ -92,6 +94,7 @@ def test_merged_is_live_and_so_is_a_graph(basis, core):
     assert_close(model(x), live)
 
 
+@pytest.mark.matrix
 @each_pair
 def test_saved_and_loaded_bit_for_bit(basis, core, tmp_path):
     dtype = (torch.float32, torch.bfloat16, F64)[CORE_CONFIGS.index(core) % 3]

@@ -76,6 +76,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
+@pytest.mark.matrix(2)
 @each_dtype
 @each_weight
 @each_variant
@@ -126,6 +127,7 @@ def check_split(site: Adapter) -> None:
         assert wide.abs().max() > torch.finfo(W_res.dtype).max / 2
 
 
+@pytest.mark.matrix(2)
 @of_every("dtype", DTYPES, (torch.float32,), ids=str)
 @of_every("data", DATA, ("of rank 1", "zero", "enormous"))
 @pytest.mark.parametrize("name", ["condition 1e7", "rank 3", "zero", "one entry", "huge", "wide", "tall", "1 x 1"])

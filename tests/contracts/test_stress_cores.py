@@ -280,6 +280,7 @@ def check_merged(found: torch.Tensor, site_weight: torch.Tensor, change: torch.T
     assert ((found.double() - exact).abs() <= limit).all()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 @of_every("name", MERGED, ("condition 1e7", "rank 3", "one entry", "subnormal"))
 @of_every("dtype", DTYPES, (torch.float32, torch.float16), ids=str)

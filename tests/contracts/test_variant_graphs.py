@@ -72,6 +72,7 @@ def test_a_graph_that_is_folded_whole_or_merged(name):
 CAPTURED = [("delta", torch.float32), ("residual", torch.bfloat16)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("form", "dtype"), CAPTURED)
 @pytest.mark.parametrize("name", TOGETHER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -55,6 +56,7 @@ def test_sites_of_every_shape(name):
     assert len(sites(model)["full"].factors.S) in (4, 3, 5)
 
 
+@pytest.mark.matrix
 @each_dtype
 @each
 def test_forward_in_place(name, dtype):
@@ -88,6 +90,7 @@ def test_any_core_and_coeff(index, coeff, scale, seed):
         assert_close(site.host.owner(x).detach(), reference_output(site, x, coeff))
 
 
+@pytest.mark.matrix
 @each_dtype
 @each_linear
 def test_delta_weight_and_merge(name, dtype):

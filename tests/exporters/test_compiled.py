@@ -20,6 +20,7 @@ MODES += [("folded", "residual", False), ("folded", "residual", True), ("folded"
 MODES += [("merged", "residual", False), ("merged", "delta", True)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("mode", "form", "fuse"), MODES)
 @pytest.mark.parametrize("name", ["mlp", "raw", "attention"])
 def test_every_stage_agrees(name: str, mode: str, form: str, fuse: bool) -> None:

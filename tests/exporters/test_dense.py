@@ -51,6 +51,7 @@ def rounded(exact: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarr
     return np.rint(exact / unit) * unit, unit
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("variant", LINEAR)
 def test_weights_are_the_rounded_sum(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_plain_transformers_loads_it_without_this_package(tmp_path: Path) -> Non
     assert_close(found, merge(p.model) and p.run())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", HUB_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hub_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ export(p.model, "dense", sys.argv[2], example_inputs=p.inputs)
 """
 
 
-@pytest.mark.parametrize("name", ["mlp", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("mlp", marks=pytest.mark.full), "llama"])
 def test_a_full_disk_leaves_nothing(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, name, str(tmp_path / "new" / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}

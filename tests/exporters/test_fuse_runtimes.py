@@ -116,7 +116,7 @@ def test_compiled_without_recompilation():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("folded", [pytest.param(False, marks=pytest.mark.full), True])
 def test_onnx(folded, tmp_path):
     plain, fused, x = graphs()
     if folded:

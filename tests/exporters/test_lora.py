@@ -40,6 +40,7 @@ def test_peft_gives_the_models_outputs_and_merged_weights(name: str, tmp_path: P
     assert_same_in_peft(p, lambda: small_model(name).model, report.path)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["mlp", "qwen3"])
 @pytest.mark.parametrize("variant", LINEAR)
 def test_every_linear_variant(name: str, variant: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.support.peft_models import assert_same_in_peft, exact_change, loaded,
 from tests.support.zoo import small_model
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("variant", ["antipasto", "antipasto_corda", "antipasto_rot", "lora_xs"])
 @pytest.mark.parametrize("max_rank", [1, 3])

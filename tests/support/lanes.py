@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,30 @@ def begun_first(groups: Mapping[pytest.Item, str]) -> Callable[[pytest.Item], tu
         return (0, 0) if group in long else (1, -sizes[group]) if group in models else (2, 0)
 
     return place
+
+
+def left_to_the_full_lane(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Of each test marked ``matrix(n)``, all but as many as hold every value, pair, .. n-tuple of its parameters.
+
+    Greedy: the next is the first of those with the most that none before it had, which runs along the diagonal.
+    """
+    matrices: dict[str, dict[pytest.Item, set[tuple[object, ...]]]] = {}
+    for item in items:
+        marker = item.get_closest_marker("matrix")
+        if marker and not item.get_closest_marker("full"):
+            given = vars(item)["callspec"].params.items()
+            values = [(name, value if value.__hash__ else id(value)) for name, value in given]
+            found = set(itertools.combinations(values, *(marker.args or (1,))))
+            matrices.setdefault(item.nodeid.partition("[")[0], {})[item] = found
+    left: list[pytest.Item] = []
+    for cases in matrices.values():
+        missing = set[tuple[object, ...]]().union(*cases.values())
+        rest = dict(cases)
+        while missing:
+            best = max(rest, key=lambda item: len(rest[item] & missing))
+            missing -= rest.pop(best)
+        left += rest
+    return left
 
 
 def imported() -> list[str]:

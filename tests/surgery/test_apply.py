@@ -30,6 +30,7 @@ def doubled(inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
+@pytest.mark.matrix
 @each_dtype
 @each_model
 def test_identity_at_the_initial_core_and_at_coeff_zero(name, dtype):
@@ -44,6 +45,7 @@ def test_identity_holds_in_grad_mode_too(name):
     assert torch.equal(operated(name, scale=0.0).forward().detach(), frozen(name).forward())
 
 
+@pytest.mark.matrix
 @each_dtype
 @each_model
 def test_output_is_that_of_the_changed_weights(name, dtype):
@@ -53,6 +55,7 @@ def test_output_is_that_of_the_changed_weights(name, dtype):
     assert relative_error(small_model(name, dtype).run(), expected) > 2 * RELATIVE[dtype]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("coeff", [-1.3, 0.5, 2.0])
 @each_model
 def test_output_follows_coeff(name, coeff):
@@ -61,6 +64,7 @@ def test_output_follows_coeff(name, coeff):
     assert_close(found.run(), found.run(reference(found, torch.float32, coeff), doubled(found.inputs)))
 
 
+@pytest.mark.matrix
 @each_dtype
 @each_model
 def test_undo_restores_everything(name, dtype):
@@ -95,6 +99,7 @@ def test_only_core_parameters_are_trainable_and_float32(name):
     assert {site.factors.U.dtype for site in sites(model).values()} == {torch.bfloat16}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("train", [False, True])
 @each_model
 def test_no_site_is_dead(name, train):
@@ -135,6 +140,7 @@ def test_state_dict_round_trip(name):
     assert torch.equal(other.run(), found.run())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("undone", ["copy", "original"])
 @each_model
 def test_deep_copies_are_independent(name, undone):

@@ -79,25 +79,29 @@ def trained(run: nn.Module, root: nn.Module, rank: int, coeff: Any) -> dict[str,
     return {"outs": [out.detach() for out in outs], "gradients": gradients(root), "shown": shown}
 
 
-def work(rank: int, folder: Path, port: int, inside: bool) -> None:
+def work(rank: int, folder: Path, port: int) -> None:
     """What each process does; the findings go into a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        root = model()
-        with torch.no_grad():
-            root.shift.fill_(float(rank))
-            turn(root, rank)
-        set_coeff(root, 0.25 + rank)
-        run = DistributedDataParallel(Holder(root) if inside else root)
-        said = {"set": trained(run, root, rank, float(get_coeff(root))), "rows": trained(run, root, rank, ROWS[rank])}
-        with torch.no_grad():
-            said["kept"] = run(inputs(rank))
-        said["shift"], said["U"] = root.shift.clone(), sites(root)["outer"].factors.U.clone()
-        torch.save(said, folder / f"said{rank}.pt")
+        torch.save([ranks_own(rank, inside) for inside in (False, True)], folder / f"said{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def ranks_own(rank: int, inside: bool) -> dict[str, Any]:
+    """What a rank sees of a root that is wrapped itself, or inside of what is wrapped."""
+    root = model()
+    with torch.no_grad():
+        root.shift.fill_(float(rank))
+        turn(root, rank)
+    set_coeff(root, 0.25 + rank)
+    run = DistributedDataParallel(Holder(root) if inside else root)
+    said = {"set": trained(run, root, rank, float(get_coeff(root))), "rows": trained(run, root, rank, ROWS[rank])}
+    with torch.no_grad():
+        said["kept"] = run(inputs(rank))
+    return {**said, "shift": root.shift.clone(), "U": sites(root)["outer"].factors.U.clone()}
 
 
 def free_port() -> int:
@@ -106,11 +110,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What each rank saw, by rank; the processes take their time to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, args=(folder, free_port()), nprocs=WORLD)
+    return [torch.load(folder / f"said{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("inside", [False, True], ids=["root", "inside"])
-def test_each_rank_keeps_its_own_coefficients(inside: bool, tmp_path: Path) -> None:
-    mp.spawn(work, args=(tmp_path, free_port(), inside), nprocs=WORLD)
-    found = [torch.load(tmp_path / f"said{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def test_each_rank_keeps_its_own_coefficients(inside: bool, said: list[list[dict[str, Any]]]) -> None:
+    found = [one[inside] for one in said]
     alone: list[dict[str, Any]] = []
     for rank in range(WORLD):
         root = model()

@@ -59,6 +59,7 @@ FAULTS: dict[str, Callable[[Tensors], Any]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("basis", BASIS_CONFIGS, ids=label)
 def test_a_changed_factor_is_refused(basis: Any, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_an_older_format_does_not_know_other_dtypes(tmp_path):
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", ["mlp", "attention", "raw", "gpt2", "mixtral" if "mixtral" in HUB_NAMES else "qwen3"])
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("loaded", DTYPES)
