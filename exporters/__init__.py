@@ -92,7 +92,7 @@ def export(
     model = unwrap(model)
     if adapters_of(model):
         for root in roots_of(model):  # of a part by itself, the coefficient would be a constant
-            check_weights(root)
+            check_weights(adapters_of(root))
     with staged(path, exporter.DEFAULT_NAME) as (written, target):
         with transaction(model):  # an exporter works on a copy that shares the model's tensors
             exported = exporter.write(model, written, example_inputs, parsed)

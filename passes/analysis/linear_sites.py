@@ -104,14 +104,15 @@ class Skipped:
     weights: tuple[str, ...] = ()
 
 
-def products_by_site(graph_module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, list[Product]], list[Skipped]]:
+def products_by_site(
+    graph_module: fx.GraphModule, names: ParameterNames
+) -> tuple[dict[str, list[Product]], list[Skipped]]:
     """Read the products off a normalised graph by the key of their site, and those that are no site.
 
     Args:
         graph_module: the captured graph; its ``get_attr`` targets are the model's parameter names.
-        model: the model itself, for owners.
+        names: of the model's parameters and of the graph's, for owners.
     """
-    names = ParameterNames(model, graph_module.graph)
     products: dict[str, list[Product]] = defaultdict(list)
     skipped = []
     for node in graph_module.graph.nodes:
@@ -179,7 +180,7 @@ def sites_from_graph(graph_module: fx.GraphModule, model: nn.Module) -> tuple[li
         model: the model itself, for ties and owners.
     """
     names = ParameterNames(model, graph_module.graph)
-    products, skipped = products_by_site(graph_module, model)
+    products, skipped = products_by_site(graph_module, names)
     writers = residual_writers(graph_module.graph, {p.node for of_site in products.values() for p in of_site})
     uses = _other_uses(graph_module.graph, names, products)
     groups: dict[tuple[object, ...], int] = {}
@@ -210,7 +211,7 @@ def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     """Find sites by walking the modules, for a model without a graph: order, groups and roles stay unknown."""
     names = ParameterNames(model)
     sites, skipped = [], []
-    for path, module, layout, local in _linear_weights(model):
+    for path, module, layout, local in _linear_weights(names):
         weight, reason = f"{path}.{local}".lstrip("."), ""
         single = is_unfolded(module)
         if isinstance(single, str):
@@ -236,8 +237,10 @@ def sites_from_walk(model: nn.Module) -> tuple[list[Site], list[Skipped]]:
     return sites, skipped
 
 
-def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, str]]:
-    for path, module in model.named_modules():
+def _linear_weights(names: ParameterNames) -> Iterator[tuple[str, nn.Module, str | None, str]]:
+    for path, module in names.modules.items():
+        if names.first_path[id(module)] != path:
+            continue
         layout = linear_layout(module)
         if isinstance(module, nn.MultiheadAttention):
             separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

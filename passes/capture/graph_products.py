@@ -65,8 +65,9 @@ def graph_products(model: fx.GraphModule, graph: fx.Graph, read: fx.GraphModule 
         read: the graph normalised, where it has been.
     """
     read = normalised(model, graph) if read is None else read
-    products, _ = products_by_site(read, model)
-    weights = ParameterNames(model, read.graph).tensors
+    names = ParameterNames(model, read.graph)
+    products, _ = products_by_site(read, names)
+    weights = names.tensors
     nodes = {node.name: node for node in graph.nodes}
     refused: list[Skipped] = []
     whole: set[str] = set()

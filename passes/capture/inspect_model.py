@@ -121,7 +121,7 @@ def _built(sites: list[Site], skipped: list[Skipped], built: Mapping[str, str]) 
 
 def _by_evidence(model: nn.Module, skipped: list[Skipped], accepts: Callable[[nn.Module], bool]) -> Iterator[Site]:
     """The skipped products that stand in a linear module, where that is accepted; roles in the model are unknown."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if skipped else {}
     for skip in skipped:
         module = modules.get(skip.where)
         if isinstance(module, nn.Linear) and accepts(module):

@@ -88,7 +88,8 @@ class ModuleStack(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
+        self.paths = {id(module): path for path, module in self.modules.items()}
         self.called: set[str] = set()
         self.stack: list[nn.Module] = []
 
@@ -121,7 +122,7 @@ class _Recorder(ModuleStack):
         super().__init__(model)
         self.read: set[str] = set()
         self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in model.named_modules():
+        for path, module in self.modules.items():
             for local, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{local}".lstrip(".")
                 self.owners.setdefault(id(parameter), []).append((module, name))

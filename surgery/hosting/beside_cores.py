@@ -6,56 +6,73 @@ What a load brings stands in the place of the model's own tensors, which are nev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from passes.ir.module_utils import private_module
-from surgery.hosting.state import Replaced, State, adapters_of, module_paths, parameter_names, record_of
-from surgery.modules.adapter import Adapter
+from surgery.hosting.state import Replaced, State, adapters_in, module_paths, parameter_names, record_of
 from surgery.support.fingerprint import cast_fingerprints, fingerprint
 
 LARGEST = 2**16  # entries of a buffer that is watched: running statistics are small
 
 
+class _Walk:
+    """All modules of a model, a shared one by each of its paths, and the adapters among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules(remove_duplicate=False))
+        self.paths: dict[nn.Module, str] = {}
+        for path, module in self.modules:
+            self.paths.setdefault(module, path)
+        self.adapters = list(adapters_in(self.paths).values())
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters but those of adapters, by the names that they have without adapters; a tied one by each name."""
-    found = adapters_of(model)
-    of_adapters = {id(parameter) for site in found.values() for parameter in site.parameters()}
-    hosted = _hosted_names(model, found.values())
-    names = {
-        hosted.get(name, name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) not in of_adapters
-    }
-    paths = module_paths(model)
-    for site in found.values():
-        if site.host.set_aside is not None:
-            names[parameter_names(paths, site)[0]] = site.host.set_aside
-    return names
+    return _parameters(_Walk(model))
 
 
 def base_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The persistent buffers outside adapters, by name; one that is shared, by each name."""
-    inside = {id(module) for site in adapters_of(model).values() for module in site.modules()}
+    return _buffers(_Walk(model))
+
+
+def _parameters(walk: _Walk) -> dict[str, nn.Parameter]:
+    of_adapters = {id(parameter) for site in walk.adapters for parameter in site.parameters()}
+    hosted = _hosted_names(walk)
+    names = {
+        hosted.get(name, name): parameter
+        for path, module in walk.modules
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
+        if id(parameter) not in of_adapters
+    }
+    for site in walk.adapters:
+        if site.host.set_aside is not None:
+            names[parameter_names(walk.paths, site)[0]] = site.host.set_aside
+    return names
+
+
+def _buffers(walk: _Walk) -> dict[str, torch.Tensor]:
+    inside = {id(module) for site in walk.adapters for module in site.modules()}
     return {
         f"{path}.{name}".lstrip("."): buffer
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in walk.modules
         if id(module) not in inside
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
 
 
-def _hosted_names(model: nn.Module, found: Iterable[Adapter]) -> dict[str, str]:
+def _hosted_names(walk: _Walk) -> dict[str, str]:
     """Names that weights had before they were parametrised by an adapter, by the names that they have since."""
     weights: dict[int, set[str]] = {}
-    for site in found:
+    for site in walk.adapters:
         if site.host.name == "weight":
             weights.setdefault(id(site.host.owner), set()).add(site.host.weight_name)
     names = {}
-    for path, module in model.named_modules(remove_duplicate=False) if weights else ():
+    for path, module in walk.modules if weights else ():
         prefix = f"{path}." if path else ""
         for local in weights.get(id(module), ()):
             names[f"{prefix}parametrizations.{local}.original"] = prefix + local
@@ -88,14 +105,14 @@ def beside_cores(model: nn.Module) -> dict[str, torch.Tensor]:
     These are the parameters outside the cores that require gradients, the small buffers that were written to since
     surgery, and what a load or a checkpoint has brought.
     """
-    state = record_of(model)
+    state, walk = record_of(model), _Walk(model)
     brought = {id(tensor) for tensor in map(standing, state.replaced)} | {id(one.brought) for one in state.replaced}
     found: dict[str, torch.Tensor] = {
         name: parameter
-        for name, parameter in base_parameters(model).items()
+        for name, parameter in _parameters(walk).items()
         if parameter.requires_grad or id(parameter) in brought or name in state.brought_in_place
     }
-    for name, buffer in base_buffers(model).items():
+    for name, buffer in _buffers(walk).items():
         before = state.buffers.get(_uncompiled(name))
         is_written = before is not None and not buffer.is_meta and fingerprint(buffer) not in before
         if is_written or id(buffer) in brought or name in state.brought_in_place:

@@ -199,14 +199,14 @@ def check_there(key: str, site: Adapter) -> None:
         )
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(adapters: Mapping[str, Adapter]) -> None:
     """Refuse base weights that are not those that the factors were made for; of a sharded model in every process.
 
     Raises:
         SurgeryError: names the first site, and says what to do.
         WeightError: its tensors are offloaded, or not loaded.
     """
-    for key, site in adapters_of(model).items():
+    for key, site in adapters.items():
         check_there(key, site)
         if site.host.keeps_base:
             site.record.require(site)

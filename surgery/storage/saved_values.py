@@ -26,9 +26,10 @@ class SavedValues:
     def __init__(self, model: nn.Module, given: JsonObject | None = None) -> None:
         self.given = given
         self.names: dict[int, list[str]] = defaultdict(list)
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        for name, tensor in tensors if given is not None else ():
-            self.names[id(tensor)].append(name)
+        if given is not None:
+            parameters = model.named_parameters(remove_duplicate=False)
+            for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
+                self.names[id(tensor)].append(name)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole value of a tensor.

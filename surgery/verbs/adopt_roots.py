@@ -71,15 +71,15 @@ def adopt_roots(model: nn.Module) -> Adopted:
     """
     adopted = Adopted()
     paths = module_paths(model)
-    below = [(path, module) for path, module in model.named_modules() if path and state_of(module) is not None]
+    below = [(path, module) for module, path in paths.items() if path and state_of(module) is not None]
     for path, root in below:
         state = record_of(root)
         if state.original is not None:
             raise SurgeryError(
                 f"{path!r} is a graph that was operated on: merge or undo it before surgery on its parent"
             )
-        check_weights(root)
         found = adapters_of(root)
+        check_weights(found)
         require_bases(found)
         adopted.plans += [plan_of(paths, f"{path}.{key}", site) for key, site in found.items()]
         adopted.factorisation |= {f"{path}.{key}": note for key, note in state.factorisation.items()}

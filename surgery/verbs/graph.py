@@ -140,11 +140,12 @@ def pipeline(
     if fuse and form == "residual" and (Fold.name in disable or stop_after == Insert.name):
         raise InputError("fuse=True needs form='delta', or the stage 'fold', which makes it of form='residual'")
     record = record_of(model)
-    check_weights(model)
+    paths = module_paths(model)
+    found = adapters_in(paths)
+    check_weights(found)
     with transaction(model):  # whose cores the graph shares
         graph, call = capture_base(model, example_inputs)
-        paths = module_paths(model)
-        hosted = {key: site for key, site in adapters_in(paths).items() if only is None or key in only}
+        hosted = {key: site for key, site in found.items() if only is None or key in only}
         split_packed(graph, paths, hosted)
         products = products_of(model if isinstance(model, fx.GraphModule) else graph)
         before = graph_state(graph, products)

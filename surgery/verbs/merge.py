@@ -65,7 +65,7 @@ def merge(model: Model, *, untie: bool = False, progress: bool | None = None, ve
 def _merge(model: nn.Module, *, untie: bool, progress: bool, verify: Verify) -> None:
     state, paths = record_of(model), module_paths(model)
     found = adapters_in(paths)
-    check_weights(model)
+    check_weights(found)
     nodes = {key: site for key, site in found.items() if site.host.inlined}
     shared = _shared(model, paths, found)
     for key, site in found.items():

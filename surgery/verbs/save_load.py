@@ -37,6 +37,7 @@ from surgery.errors import AdapterError
 from surgery.hosting.graph_surgery import products_of
 from surgery.hosting.state import (
     adapters_in,
+    adapters_of,
     check_weights,
     module_paths,
     parameter_names,
@@ -93,7 +94,7 @@ def save_adapter(
     bars = wanted_on(progress)
     if not isinstance(factors, str) or factors not in STORED:
         raise AdapterError(f"factors must be 'exact' or 'recompute', found {factors!r:.80}")
-    check_weights(model)
+    check_weights(adapters_of(model))
     coefficient = coefficient_entry(model)
     values = SavedValues(model)
     content = adapter_content(model, values, coefficient, factors=factors, progress=bars)
