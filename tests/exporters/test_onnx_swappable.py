@@ -27,7 +27,7 @@ from tests.support.onnx_models import operated, session
 from tests.support.shared_exports import SharedExports
 from tests.support.swappable_models import train, with_variant
 from tests.support.tolerance import assert_close
-from tests.support.zoo import SmallModel, full, small_model
+from tests.support.zoo import VARIED, SmallModel, full, in_the_gate, small_model
 
 
 def run(path: Path, p: SmallModel, core: Path | None = None, **coefficient: np.ndarray) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_cores_are_swapped_over_one_file(name: str, tmp_path: Path, exported: Sh
     assert_close(run(report.path, p), first)
 
 
-@pytest.mark.parametrize("variant", sorted(REGISTRY))
+@pytest.mark.parametrize("variant", in_the_gate(sorted(REGISTRY), *VARIED))
 def test_every_variant_is_live_and_swappable(variant: str, tmp_path: Path) -> None:
     p = with_variant(variant)
     live = export(p.model, "onnx", tmp_path / "live.onnx", mode="live", example_inputs=p.inputs)
@@ -85,9 +85,9 @@ def test_every_variant_is_live_and_swappable(variant: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "variant",
     [
-        surgery.AntiPaSTO(suppress_only=True),
+        pytest.param(surgery.AntiPaSTO(suppress_only=True), marks=pytest.mark.full),
         surgery.AntiPaSTORot(rotate_basis="both", block_size=2),
-        surgery.AntiPaSTOAblate(k=3, allow_amplify=True),
+        pytest.param(surgery.AntiPaSTOAblate(k=3, allow_amplify=True), marks=pytest.mark.full),
     ],
     ids=lambda v: v.name,
 )
@@ -125,6 +125,7 @@ def test_graph_modules_swap_the_cores_of_their_models(tmp_path: Path) -> None:
     assert_close(run(path, p, core), p.run())
 
 
+@pytest.mark.full
 def test_experts(tmp_path: Path) -> None:
     import transformers as t
 
@@ -145,6 +146,7 @@ def test_experts(tmp_path: Path) -> None:
     assert_close(run(path, p, core), p.run())
 
 
+@pytest.mark.full
 def test_two_exports_are_byte_identical(tmp_path: Path, exported: SharedExports) -> None:
     p, first = exported(operated, "qwen3", "swappable")
     again = export(p.model, "onnx", tmp_path / "m.onnx", mode="swappable", example_inputs=p.inputs)

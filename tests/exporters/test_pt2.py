@@ -51,6 +51,7 @@ def load(path: Path) -> Any:
     return torch.export.load(path).module()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["merged", "live"])
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_and_steers(name: str, mode: str, exported: SharedExports) -> None:

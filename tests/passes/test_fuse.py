@@ -27,6 +27,7 @@ from tests.support.fused_graphs import (
     trained,
 )
 from tests.support.tolerance import assert_close
+from tests.support.zoo import VARIED, in_the_gate
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -87,7 +88,7 @@ def test_it_computes_what_the_definition_says(dtype):
         run(set_coeff(graph, torch.ones(3)), x)
 
 
-@pytest.mark.parametrize("variant", REGISTRY)
+@pytest.mark.parametrize("variant", in_the_gate(REGISTRY, *VARIED))
 def test_every_variant(variant):
     plain, fused, x = graphs(variant)
     assert len(holders(fused)) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,6 +20,14 @@ def full(*names: str) -> list[Any]:
     """Parameters that only ``make test-full`` takes."""
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
+
+def in_the_gate(names: Iterable[str], *others: str) -> list[Any]:
+    """All of them, the others for ``make test-full`` alone: what is registered later is in the gate."""
+    return [pytest.param(name, marks=[pytest.mark.full] * (name in others)) for name in names]
+
+
+# variants that share basis or core with one that the gate takes, where a case is an export
+VARIED = ("antipasto_arrow", "antipasto_asvd", "antipasto_corda", "antipasto_dplr", "lora_xs", "sspace_scale")
 
 PYTORCH: dict[str, Callable[..., tuple[nn.Module, Any]]] = {}
 HUB: dict[str, Callable[..., tuple[nn.Module, Any]]] = {}

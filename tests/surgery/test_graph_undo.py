@@ -99,6 +99,7 @@ def changing(model: fx.GraphModule) -> dict:
     return {"merge": lambda: merge(model), "fold": lambda: fold(model), "dense": lambda: fold(model, freeze_core=True)}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize(
     ("target", "call", "after"),
@@ -129,6 +130,7 @@ def test_a_failure_leaves_the_graph(name, target, call, after, error, monkeypatc
     assert graph_state(found.model) == before
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize(
     "target", ["passes.transforms.insert.insert_delta", "surgery.hosting.graph_surgery.run_pipeline"]
@@ -150,6 +152,7 @@ def test_a_failure_of_the_second_surgery_leaves_the_first(name, target, error, m
     assert graph_state(found.model) == untouched
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("error", FAILURES)
 @pytest.mark.parametrize("verb", ["merge", "fold", "dense"])
 @pytest.mark.parametrize("after", [False, True])
@@ -198,6 +201,7 @@ def test_a_graph_that_needs_no_surgery_is_refused_as_it_was(name):
     assert graph_state(found.model) == before
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("verb", [merge, undo_surgery, fold, lambda model: set_coeff(model, 0.2)])
 @each_graph
 def test_a_deep_copy_leaves_the_original_alone_and_is_left_alone(name, verb):

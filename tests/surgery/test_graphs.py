@@ -53,6 +53,7 @@ def test_identity_bit_for_bit(name):
     assert relative_error(found.run(), plain.run()) > 2 * RELATIVE[torch.float32]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["symbolic", "exported", HUB_MODELS[0]])
 def test_other_dtypes(name, dtype):

@@ -128,6 +128,7 @@ def hooked() -> SmallModel:
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("saved_on", ["plain", "hooked"])
 @pytest.mark.parametrize("loaded_on", ["plain", "hooked"])
 def test_an_adapter_on_a_model_that_accelerate_has_dispatched(saved_on, loaded_on, tmp_path):

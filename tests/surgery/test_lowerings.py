@@ -27,6 +27,7 @@ from tests.support.lowering_models import PLAIN, inputs, model_of, operated, pos
 NAMES = sorted(REGISTRY)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("variant", PLAIN)
 @pytest.mark.parametrize("lowering", NAMES)

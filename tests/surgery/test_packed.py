@@ -88,6 +88,7 @@ def test_parts_and_wholes_do_not_meet() -> None:
         apply_surgery(whole, "antipasto", r=6, target_modules=["q"], example_inputs=CALLS["self"], progress=False)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", ["delta", "residual"])
 @pytest.mark.parametrize("call", CALLS)
 def test_graphs_split_the_weight(call: str, form: str, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_a_recomputed_forward_has_the_coefficient_of_its_own(kind: str, coeffici
     assert apart(gradients(model, x), expected(model, whole(coefficients))) < CLOSE
 
 
+@pytest.mark.matrix
 @each_kind
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -144,6 +145,7 @@ def around_another(model: Any, run: Any, x: Tensor) -> Tensor:
     return run(function, x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.matrix
 @each_kind
 @each_coefficient
 @pytest.mark.parametrize(("shape", "inner"), [(outer, (1,)), (last, (1, 2)), (around_another, (1,))])

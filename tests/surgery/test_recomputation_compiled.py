@@ -37,6 +37,7 @@ def outputs_of(model: Any, call: Any, x: Tensor, coefficients: list[Any]) -> lis
     return outputs
 
 
+@pytest.mark.matrix
 @each_backend
 @pytest.mark.parametrize("coefficient", ["scalar", "rows", "tokens"])
 @pytest.mark.parametrize("kind", [None, "non-reentrant"])
@@ -50,6 +51,7 @@ def test_a_compiled_root_trains_with_coefficients_that_change(backend: str, coef
     assert counter.frame_count == graphs
 
 
+@pytest.mark.matrix
 @each_backend
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "selective"])  # it stores operations by themselves
 def test_compiled_blocks_are_recomputed_with_their_own_coefficient(backend: str, kind: str) -> None:
@@ -97,6 +99,7 @@ MODELS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("coefficient", ["scalar", "rows", "tokens"])

@@ -27,6 +27,7 @@ def operated(variant: Any = "antipasto", dtype: torch.dtype = torch.float32, **o
     return shake(apply_surgery(model_of(dtype), variant, r=8, form="residual", **options))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", PLAIN)
 def test_it_is_the_same_function(variant: str, dtype: torch.dtype) -> None:
