@@ -31,8 +31,10 @@ def base_sites(model: nn.Module, inspection: Inspection) -> Inspection:
     """An inspection in which what belongs to PEFT is no site, with the reason."""
     layers = wrapped_layers(model)
     other = sys.modules.get("peft.utils.other")
-    kinds = () if other is None else (other.ModulesToSaveWrapper,)
-    copies = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, kinds))
+    copies: tuple[str, ...] = ()
+    if other is not None:
+        wrapper = other.ModulesToSaveWrapper
+        copies = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, wrapper))
     if not layers and not copies:
         return inspection
     sites: list[Site] = []
