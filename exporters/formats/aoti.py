@@ -28,7 +28,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exporters.program.live_program import NOISY, Mode, foreign_operations, program_of, subject_of
-from exporters.program.metadata import FORMAT, CompiledPackage, replaceable_names
+from exporters.program.metadata import FORMAT, CallablePackage, replaceable_names
 from exporters.program.swap import swap
 from exporters.shared.agreement import compare_program, differ, refuse_wrong, sizes
 from exporters.shared.archive import archive
@@ -131,7 +131,7 @@ def _compile(program: ExportedProgram, path: Path, settings: dict[str, object], 
             write_package(written, kept)
 
 
-def _check_replaceable(subject: Subject, loaded: CompiledPackage) -> None:
+def _check_replaceable(subject: Subject, loaded: CallablePackage) -> None:
     """Put noise into the cores of the reference and of the loaded package, and compare.
 
     Raises:

@@ -25,10 +25,15 @@ PARTS = ("core", "factors")
 class CompiledPackage(Protocol):
     """What ``aoti_load_package`` gives, whose class torch keeps to itself."""
 
-    def __call__(self, *args: object, **kwargs: object) -> object: ...
     def get_metadata(self) -> dict[str, str]: ...
     def get_constant_fqns(self) -> list[str]: ...
     def load_constants(self, constants_map: dict[str, torch.Tensor], *, check_full_update: bool) -> None: ...
+
+
+class CallablePackage(CompiledPackage, Protocol):
+    """A compiled package that can be run."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
 LoadedProgram = ExportedProgram | nn.Module | CompiledPackage

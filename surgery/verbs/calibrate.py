@@ -24,6 +24,7 @@ from surgery.hosting.state import (
     restore_flags,
     unwrap,
 )
+from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
@@ -142,9 +143,10 @@ def recalibrate(
         return plans, notes
 
     flags = {name: p.requires_grad for name, p in inner.named_parameters()}
-    replace_adapters(inner, found, products_of(inner), make)
-    restore_flags(inner, flags)
-    write_coefficient(record_of(inner), coefficient)
+    with transaction(inner, forwards=False):
+        replace_adapters(inner, found, products_of(inner), make)
+        restore_flags(inner, flags)
+        write_coefficient(record_of(inner), coefficient)
     return given
 
 
