@@ -24,7 +24,6 @@ from surgery.hosting.state import (
     restore_flags,
     unwrap,
 )
-from surgery.hosting.transaction import transaction
 from surgery.modules.adapter import Adapter
 from surgery.planning.adapter_init import Wanted, initial_core, plan_adapters
 from surgery.planning.calibration_run import collect, first_batch
@@ -142,11 +141,12 @@ def recalibrate(
             plan.core.scale = found[plan.site.key].core.scale
         return plans, notes
 
-    flags = {name: p.requires_grad for name, p in inner.named_parameters()}
-    with transaction(inner, forwards=False):
-        replace_adapters(inner, found, products_of(inner), make)
+    def finish() -> None:
         restore_flags(inner, flags)
         write_coefficient(record_of(inner), coefficient)
+
+    flags = {name: p.requires_grad for name, p in inner.named_parameters()}
+    replace_adapters(inner, found, products_of(inner), make, finish=finish)
     return given
 
 

@@ -27,6 +27,7 @@ def replace_adapters(
     products: Products,
     make: Callable[[], tuple[list[AdapterPlan], dict[str, JsonObject]]],
     trained: Mapping[str, torch.Tensor] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Take all adapters off, make new ones on the intact model, and attach them; on any failure the old ones are back.
 
@@ -35,6 +36,7 @@ def replace_adapters(
         products: of a graph, those that an adapter can be written beside.
         make: gives the new adapters, and what is noted of their factorisation; form and lowering stay what they are.
         trained: what is beside the new cores, by name; None for all that was trained or loaded until now.
+        finish: sets what the new adapters take from the old ones; where it fails, the old ones are back as well.
     """
     state = state_of(model)
     options: dict[str, JsonObject] = {
@@ -54,7 +56,9 @@ def replace_adapters(
             check_weight(model, plan.site)
         plans = [replace(plan, **options.get(plan.site.key, {})) for plan in plans]
         operate(model, plans, inspection, products, notes, trained=trained)
-    if keep and state:
-        record_of(model).brought_in_place = state.brought_in_place | set(stays)
-    else:
-        say_what_stays([name for name in stays if trained is None or name not in trained])
+        if finish is not None:
+            finish()
+        if keep and state:
+            record_of(model).brought_in_place = state.brought_in_place | set(stays)
+        else:
+            say_what_stays([name for name in stays if trained is None or name not in trained])

@@ -59,7 +59,7 @@ from tests.support.zoo import SmallModel, small_model
 
 FOLDERS = tuple(str(Path(package.__path__[0])) + os.sep for package in (passes, surgery, exporters))
 ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
-SAMPLE, LIMIT, SECONDS = 3, 400, 30
+SAMPLE, LIMIT, SECONDS = 5, 400, 30
 Record = Callable[[str, object], None]
 
 

@@ -89,11 +89,11 @@ HOSTS: dict[str, Callable[[int], nn.Module]] = {
 WALKS = {
     "modules": {
         "apply": 15, "apply again": 4, "set_coeff": 1, "steer": 0, "report": 3, "refresh": 1, "save": 5,
-        "recalibrate": 15, "load over": 11, "to_graph": 6, "undo": 4, "load": 9, "merge": 3,
+        "recalibrate": 14, "load over": 11, "to_graph": 6, "undo": 4, "load": 9, "merge": 3,
     },
     "graph": {
         "apply": 20, "apply again": 7, "set_coeff": 1, "steer": 0, "report": 3, "refresh": 1, "save": 5,
-        "recalibrate": 18, "load over": 13, "to_graph": 5, "undo": 4, "load": 12, "merge": 5,
+        "recalibrate": 17, "load over": 13, "to_graph": 5, "undo": 4, "load": 12, "merge": 5,
     },
 }  # fmt: skip
 
