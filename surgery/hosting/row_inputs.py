@@ -109,13 +109,13 @@ class TrialMaker:
         mask = alike and dim is not None and "mask" in keys[-1]
         return _Leaf(x.detach(), dim, positions, content and dim is not None, mask)
 
-    def ways(self) -> Iterator[Callable[[], list[Trial]]]:
-        """Ways to measure, the cheapest first: a model that refuses one of them may take the next."""
+    def ways(self) -> Iterator[Callable[[int], Trial]]:
+        """Ways to make trials by a seed, the cheapest first: a model that refuses one of them may take the next."""
         x = self.main
         if x is not None and x.dim() == (3 if x.is_floating_point() else 2):
-            yield lambda: [self._trial(seed, ROWS, length) for seed, length in enumerate(LENGTHS)]
-        yield lambda: [self._trial(seed, ROWS, None) for seed in range(2)]
-        yield lambda: [self._trial(seed, None, None) for seed in range(2)]
+            yield lambda seed: self._trial(seed, ROWS, LENGTHS[seed % len(LENGTHS)])
+        yield lambda seed: self._trial(seed, ROWS, None)
+        yield lambda seed: self._trial(seed, None, None)
 
     def _trial(self, seed: int, rows: int | None, length: int | None) -> Trial:
         """Calls with a number of rows and of positions, or as many as there are."""

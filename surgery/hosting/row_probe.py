@@ -31,6 +31,7 @@ See = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 Run = Callable[[Call, See], None]
 KINDS: tuple[Literal["entries", "blocks", "cycles"], ...] = ("entries", "blocks", "cycles")
 DIRECTIONS = 4
+TRIALS, MOST_TRIALS = 2, 8
 ROUNDING = 10  # times what the same operations in another order may differ by
 ROUTED = (
     "its input changes in size with the contents of a row, as where tokens are routed or packed, so that coeff by row "
@@ -61,13 +62,18 @@ def measure_rows(
     failed: Exception | None = None
     with state_kept(model), inference_mode_of(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         _mute(model)
-        for way in TrialMaker(model, call, dim).ways():
+        for trial in TrialMaker(model, call, dim).ways():
+            found: list[dict[nn.Module, Layouts | str]] = []
+            layouts: dict[nn.Module, Layouts | str] = {}
             try:
-                found = [_measured(trial, run, steering) for trial in way()]
+                # what no row moved may have been dead by chance, as after ReLU
+                while len(found) < TRIALS or (UNMOVED in layouts.values() and len(found) < MOST_TRIALS):
+                    found.append(_measured(trial(len(found)), run, steering))
+                    layouts = _of_trials(found)
             except Exception as error:  # a model may resist other sizes and contents in any way
                 failed = error
                 continue
-            return {site: _of_trials([one[site] for one in found if site in one]) for one in found for site in one}
+            return layouts
     reason = (str(failed).strip().splitlines() or [""])[0][:300]
     raise DoesNotRunError(
         f"which entries belong to which row of {type(model).__name__} cannot be measured, since it does not run with "
@@ -208,9 +214,11 @@ def _of_call(x: torch.Tensor, changed: Mapping[int, torch.Tensor], batch: int) -
     return frozenset(found) or IRREGULAR
 
 
-def _of_trials(found: Sequence[Layouts | str]) -> Layouts | str:
-    """The layouts that agree with all trials in which a row moved anything."""
-    return _joined([one for one in found if one != UNMOVED] or [UNMOVED])
+def _of_trials(found: Sequence[Mapping[nn.Module, Layouts | str]]) -> dict[nn.Module, Layouts | str]:
+    """The layouts of each site that agree with all trials in which a row moved anything there."""
+    sites = dict.fromkeys(site for one in found for site in one)
+    seen = {site: [one[site] for one in found if site in one] for site in sites}
+    return {site: _joined([one for one in of_site if one != UNMOVED] or [UNMOVED]) for site, of_site in seen.items()}
 
 
 def _are_of(mask: torch.Tensor, layout: RowLayout, row: int, batch: int) -> bool:

@@ -55,11 +55,11 @@ class RowRecord:
         self._follow(sites)
         kind, first = sequences.kind(), sequences.first
         if kind not in self.refused:
-            dims = coefficient.batch_dims(sequences)
-            if first is None or not dims or max(first.shape[dim] for dim in dims) == 1:
-                return dims[0] if dims else 0  # one row, or what will be refused for its size
+            dims, alike = coefficient.batch_dims(sequences), coefficient.value.shape == (1,)
+            if first is None or not dims or alike or max(first.shape[dim] for dim in dims) == 1:
+                return dims[0] if dims else 0  # one value for all rows, one row, or what will be refused for its size
             self._measure(root, steering, call, kind, dims)
-        if (reason := self.refused[kind]) is not None:
+        if (reason := self.refused[kind]) is not None and coefficient.value.shape != (1,):
             raise InputError(reason)
         return self.batch_dims[kind]
 

@@ -313,3 +313,17 @@ def test_a_row_that_is_dead_while_rows_are_measured_refuses_nothing(seed: int) -
     wanted = one_by_one(model, ROWS, lambda m: m(x.double()))
     with steer(model, ROWS):
         assert disagreement(model(x), wanted) is None
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_one_value_for_all_rows_is_a_number_also_where_rows_are_refused(name: str, measured: bool) -> None:
+    model, x = operated(REFUSED[name][0]), inputs(3, 4)
+    if measured:
+        with pytest.raises(surgery.SurgeryError), steer(model, ROWS):
+            model(x)
+    expected = one_by_one(model, torch.full((3,), 0.5), lambda m: m(x.double()))
+    for coeff in (0.5, torch.tensor([0.5])):
+        with steer(model, coeff):
+            assert disagreement(model(x), expected) is None
